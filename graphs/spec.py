@@ -1,0 +1,233 @@
+"""What a model is, and what its graph takes and gives. Knows nothing about files, torch or ONNX.
+
+Dimension letters, here and everywhere: B batch, S tokens in this step, T positions asked for
+logits, C ring capacity, W window, H query heads, K key/value heads, D head size, E hidden,
+F feed-forward, V vocabulary, L layers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+from graphs import window
+from graphs.errors import MistralcError
+
+Dtype = Literal["float32", "float16", "bfloat16", "int64"]
+Dim = int | str
+
+ITEM_SIZE: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}  # bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """How a checkpoint stretches its rotary frequencies. Fields as in Hugging Face `config.json`.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3`
+    divides the long wavelengths only and blends in between (Llama 3.1 model card).
+    """
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The shape of a Mistral-architecture decoder. Field names are those of `config.json`.
+
+    `layer_windows[i]` is how many keys layer i sees, its own position included; None is all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    layer_windows: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                 "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "max_position_embeddings")  # fmt: skip
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise MistralcError(
+                    f"The model's {name} is {value!r}; a whole number of at least 1 is expected. "
+                    "Check the checkpoint's configuration file."
+                )
+        for name in ("rms_norm_eps", "rope_theta"):
+            if not getattr(self, name) > 0:
+                raise MistralcError(
+                    f"The model's {name} is {getattr(self, name)!r}; a number above 0 is "
+                    "expected. Check the checkpoint's configuration file."
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise MistralcError(
+                f"The model has {self.num_attention_heads} query heads and "
+                f"{self.num_key_value_heads} key/value heads; grouped-query attention needs the "
+                "second to divide the first. Check the checkpoint's configuration file."
+            )
+        if self.head_dim % 2:
+            raise MistralcError(
+                f"The model's head_dim is {self.head_dim}; rotary embedding turns pairs and needs "
+                "an even number. Check the checkpoint's configuration file."
+            )
+        if len(self.layer_windows) != self.num_hidden_layers:
+            raise MistralcError(
+                f"{len(self.layer_windows)} attention windows are given for "
+                f"{self.num_hidden_layers} layers; one per layer is expected."
+            )
+        for size in self.layer_windows:
+            if size is not None and size < 1:
+                raise MistralcError(
+                    f"A layer's sliding window is {size}; at least 1 token is expected, "
+                    "or null for full attention."
+                )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows, in order of first use: layers with equal windows share a mask."""
+        return tuple(dict.fromkeys(self.layer_windows))
+
+    @property
+    def slides(self) -> bool:
+        """Whether text may run without end: every layer forgets."""
+        return None not in self.layer_windows
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the model, a tied embedding counted once."""
+        return sum(_product(shape) for shape in self.weight_shapes().values())
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight by its Hugging Face name, with its shape: linears are [out, in].
+
+        This is the whole truth about a checkpoint: one tensor fewer or more is an error. A tied
+        `lm_head.weight` is not listed, because it is `model.embed_tokens.weight`.
+        """
+        e, f = self.hidden_size, self.intermediate_size
+        q = self.num_attention_heads * self.head_dim
+        kv = self.num_key_value_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, e)}
+        for i in range(self.num_hidden_layers):
+            layer = f"model.layers.{i}."
+            shapes[layer + "input_layernorm.weight"] = (e,)
+            shapes[layer + "self_attn.q_proj.weight"] = (q, e)
+            shapes[layer + "self_attn.k_proj.weight"] = (kv, e)
+            shapes[layer + "self_attn.v_proj.weight"] = (kv, e)
+            shapes[layer + "self_attn.o_proj.weight"] = (e, q)
+            shapes[layer + "post_attention_layernorm.weight"] = (e,)
+            shapes[layer + "mlp.gate_proj.weight"] = (f, e)
+            shapes[layer + "mlp.up_proj.weight"] = (f, e)
+            shapes[layer + "mlp.down_proj.weight"] = (e, f)
+        shapes["model.norm.weight"] = (e,)
+        if not self.tie_word_embeddings:
+            shapes["lm_head.weight"] = (self.vocab_size, e)
+        return shapes
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote. Raises MistralcError when a field is missing or unknown."""
+        fields = dict(data)
+        try:
+            if fields["rope_scaling"] is not None:
+                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+            fields["layer_windows"] = tuple(fields["layer_windows"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise MistralcError(
+                f"The model description does not have the expected fields ({error}). It was "
+                "written by another version of mistralc, or edited: export the bundle again."
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingSpec:
+    """How much the bundle's KV ring holds. `chunk` is the most tokens one step may take.
+
+    `context` bounds a model that has a layer without a window; a model that slides everywhere
+    ignores it. `max_batch` is how many rows one session may hold.
+    """
+
+    chunk: int
+    context: int
+    max_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "context", "max_batch"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise MistralcError(
+                    f"The ring's {name} is {value!r}; a whole number of at least 1 is expected."
+                )
+
+    def capacity(self, window_size: int | None) -> int:
+        """C for layers of this window: slots of the ring, a multiple of `chunk`."""
+        if window_size is None:
+            return -(-self.context // self.chunk) * self.chunk
+        return window.capacity(window_size, self.chunk)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One row of the graph's I/O table. A string in `shape` is a dynamic dimension's letter."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: Dtype
+
+
+def capacity_letter(spec: ModelSpec, window_size: int | None) -> str:
+    """Name of the dimension C: `C` where all layers share one window, else one per window."""
+    if len(spec.windows) == 1:
+        return "C"
+    return "C_full" if window_size is None else f"C_{window_size}"
+
+
+def graph_inputs(spec: ModelSpec, activation: Dtype) -> tuple[TensorSpec, ...]:
+    """The graph's inputs, in order."""
+    return (
+        TensorSpec(name="input_ids", shape=("B", "S"), dtype="int64"),
+        TensorSpec(name="position_ids", shape=("B", "S"), dtype="int64"),
+        TensorSpec(name="logits_indices", shape=("B", "T"), dtype="int64"),
+        *_caches(spec, activation, "past"),
+    )
+
+
+def graph_outputs(spec: ModelSpec, activation: Dtype) -> tuple[TensorSpec, ...]:
+    """The graph's outputs, in order."""
+    logits = TensorSpec(name="logits", shape=("B", "T", spec.vocab_size), dtype=activation)
+    return (logits, *_caches(spec, activation, "present"))
+
+
+def _caches(spec: ModelSpec, activation: Dtype, prefix: str) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=f"{prefix}_{kind}.{i}",
+            shape=("B", spec.num_key_value_heads, capacity_letter(spec, size), spec.head_dim),
+            dtype=activation,
+        )
+        for i, size in enumerate(spec.layer_windows)
+        for kind in ("key", "value")
+    )
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
