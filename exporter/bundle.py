@@ -1,0 +1,168 @@
+"""Writing a bundle: whole or not at all. Knows nothing about models.
+
+Everything is written to a sibling directory, locked by the process that writes it, and renamed
+when complete; an older bundle is exchanged with it in the same instant. A process that was killed
+leaves its sibling unlocked, and the next export beside it sweeps it away.
+"""
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from exporter.tokenizer import TokenizerFiles
+from graphs.errors import MistralcError, UsageError
+from graphs.manifest import FILE_NAME, FileEntry, Manifest
+from runtime.bundle import sha256
+
+PARTIAL = ".mistralc-partial-"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
+
+
+def check_destination(destination: Path, *, force: bool) -> None:
+    """Raise unless a bundle may be written to `destination`; nothing is touched.
+
+    Only another bundle is ever replaced, and only with `force`.
+    """
+    parent = destination.absolute().parent
+    if not parent.is_dir():
+        if parent.exists():
+            raise UsageError(f"{parent} is a file; a directory to write the bundle into is needed.")
+        return
+    if destination.is_symlink() or destination.is_file():
+        raise UsageError(
+            f"{destination} exists and is not a bundle's directory. Choose another name."
+        )
+    if destination.is_dir() and any(destination.iterdir()):
+        if not (destination / FILE_NAME).is_file():
+            raise UsageError(
+                f"The directory {destination} exists and is not a bundle, so it is left alone. "
+                "Choose another name."
+            )
+        if not force:
+            raise UsageError(
+                f"There is a bundle at {destination} already. Choose another name, or add --force "
+                "to replace it once the new one is complete."
+            )
+
+
+def check_space(destination: Path, needed: int) -> None:
+    """Raise unless the file system of `destination` has `needed` bytes free."""
+    existing = next(p for p in destination.absolute().parents if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise MistralcError(
+            f"The bundle needs about {needed / 1e6:,.0f} MB and {existing} has "
+            f"{free / 1e6:,.0f} MB free. Free some space, or choose a directory on another disk."
+        )
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """Give a directory to write to, which becomes `destination` if the block does not raise.
+
+    A file-system error inside the block, a full disk above all, is raised as MistralcError;
+    whatever happens, nothing half-written stays behind.
+    """
+    destination = destination.absolute()
+    staging = destination.parent / f"{PARTIAL}{destination.name}-{os.getpid()}"
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(destination.parent)
+        staging.mkdir()
+        with _locked(staging):
+            yield staging
+            _publish(staging, destination)
+    except OSError as error:
+        raise _explained(error, destination) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_model(model: ir.Model, directory: Path) -> None:
+    """Write `model.onnx`; its weights must point into `weights.safetensors` already."""
+    ir.save(model, directory / "model.onnx")
+
+
+def write_tokenizer(files: TokenizerFiles, directory: Path) -> None:
+    """Write the tokenizer, its settings and the generation defaults."""
+    (directory / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
+    for name in ("tokenizer_config", "generation_config"):
+        write_json(directory / f"{name}.json", getattr(files, name))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write readable JSON, characters as they are."""
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def list_files(directory: Path) -> dict[str, FileEntry]:
+    """Size and SHA-256 of every file in a bundle's directory but the manifest, by name."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        path.relative_to(directory).as_posix(): FileEntry(
+            size=path.stat().st_size, sha256=sha256(path)
+        )
+        for path in found
+        if path.name != FILE_NAME
+    }
+
+
+def write_manifest(manifest: Manifest, directory: Path) -> None:
+    """Write the manifest, replacing an old one in a single step."""
+    partial = directory / f"{FILE_NAME}.partial"
+    partial.write_text(manifest.to_text(), encoding="utf-8")
+    partial.replace(directory / FILE_NAME)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a lock on a directory that the kernel lets go when this process ends, however it ends.
+
+    Raises BlockingIOError when another process holds it.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed exports left in `parent`."""
+    for leftover in parent.glob(f"{PARTIAL}*"):
+        with suppress(OSError), _locked(leftover):
+            shutil.rmtree(leftover)
+
+
+def _publish(staging: Path, destination: Path) -> None:
+    """Rename `staging` to `destination`; an older bundle there takes the staging name."""
+    if not destination.is_dir():
+        staging.rename(destination)
+        return
+    exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    paths = AT_FDCWD, os.fsencode(staging), AT_FDCWD, os.fsencode(destination)
+    if exchange(*paths, RENAME_EXCHANGE) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), str(destination))
+
+
+def _explained(error: OSError, destination: Path) -> MistralcError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MistralcError(
+            f"The disk was full before the bundle {destination} was complete; nothing was left "
+            "behind. Free some space, or choose a directory on another disk."
+        )
+    return MistralcError(
+        f"The bundle {destination} could not be written: {error}; nothing was left behind. Check "
+        "the directory's permissions and the disk."
+    )

@@ -1,0 +1,235 @@
+"""Does a bundle compute what the PyTorch decoder computes? Knows nothing about writing bundles.
+
+The reference runs the whole text in one pass, with a ring as long as the text that never wraps;
+the bundle runs it the way it is used, in pieces, over its own ring. They agree only if window,
+ring, rotary angles, graph passes and runtime are all right.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+
+from exporter.model import Decoder
+from exporter.weights import FILE_NAME
+from graphs.errors import MistralcError
+from graphs.manifest import Manifest
+from graphs.spec import ModelSpec
+from runtime.ring import Ring
+from runtime.session import Session
+
+Logits = NDArray[np.float32]
+Progress = Callable[[int], None]  # called with the number of tokens just run
+
+COMPARED = 256  # positions whose logits are compared, evenly spread: 256 x 32,000 are 33 MB
+SHORT = 96  # tokens of the longest case in a short verification
+TOLERANCE = 1e-3
+"""Largest logit difference accepted in float32, as a share of the largest logit (at least 1).
+
+Summation order differs between backends: 30 layers of SmolLM2 were seen to differ by 1e-5 of the
+largest logit. A wrong mask, slot or angle shows up as 1e-1 and more.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How close the bundle is to the reference on one case, over the compared positions.
+
+    `max_abs` is in logits, `max_rel` a share of the largest logit, `kl` the mean Kullback-Leibler
+    divergence in nats of the bundle's distribution from the reference's, `top1` the share of
+    positions where both prefer the same token.
+    """
+
+    case: str
+    tokens: int
+    max_abs: float
+    max_rel: float
+    kl: float
+    top1: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is one of summation order only."""
+        return self.max_rel <= TOLERANCE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Turns of these lengths, each fed at once unless it is a single token."""
+
+    name: str
+    turns: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole text."""
+        return sum(self.turns)
+
+
+def cases(manifest: Manifest, *, short: bool) -> list[Case]:
+    """The lengths at which a window or a ring can go wrong: W-1, W, W+1, 2W+3, and turns.
+
+    Without a window the chunk takes its place. `short` keeps texts to 96 tokens, for export.
+    """
+    window = next((size for size in manifest.model.windows if size is not None), None)
+    unit = manifest.ring.chunk if window is None else window
+    letter = "chunk" if window is None else "W"
+    limit = None if manifest.model.slides else manifest.ring.context
+    wanted = [
+        Case(name=f"{letter}-1", turns=(unit - 1,)),
+        Case(name=letter, turns=(unit,)),
+        Case(name=f"{letter}+1", turns=(unit + 1,)),
+        Case(name=f"2{letter}+3", turns=(2 * unit + 3,)),
+        Case(name="turns", turns=(unit // 2 + 1, *[1] * 5, unit // 2 + 7, *[1] * 5)),
+    ]
+    if limit is not None:
+        wanted = [case for case in wanted if case.tokens <= limit]
+    if short:
+        wanted = [case for case in wanted if case.tokens <= SHORT]
+    wanted = [case for case in wanted if case.tokens > 0]
+    shortest = min(limit or SHORT, SHORT) - 6
+    if not any(case.name == "turns" for case in wanted) and shortest > 0:
+        wanted.append(Case(name="turns", turns=(shortest - shortest // 3, 1, 1, shortest // 3)))
+    return wanted
+
+
+def verify(
+    session: Session,
+    manifest: Manifest,
+    reference: Decoder,
+    *,
+    short: bool,
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Run every case on both and compare; the same pseudo-random tokens every time."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    found = []
+    for case in cases(manifest, short=short):
+        ids = generator.integers(0, manifest.model.vocab_size, case.tokens)
+        wanted = np.unique(np.linspace(0, case.tokens - 1, COMPARED).astype(np.int64))
+        expected = _reference_logits(reference, ids, wanted)
+        got = np.concatenate(list(_bundle_logits(session, manifest, case, ids, wanted, progress)))
+        found.append(_compare(case, got, expected))
+    return found
+
+
+def require(agreements: list[Agreement]) -> None:
+    """Raise MistralcError unless every case passed."""
+    failed = [a for a in agreements if not a.passed]
+    if failed:
+        worst = max(failed, key=lambda a: a.max_rel)
+        raise MistralcError(
+            f"The bundle does not compute what the checkpoint does: in case {worst.case} "
+            f"({worst.tokens} tokens) logits differ by up to {worst.max_abs:.3g}, "
+            f"{worst.max_rel:.1%} of the largest, and {TOLERANCE:.1%} is allowed; the likeliest "
+            f"token agrees at {worst.top1:.1%} of positions. Please report this with the versions "
+            "in the bundle's manifest; another version of the backend may not have the fault."
+        )
+
+
+def to_json(agreements: list[Agreement], against: str) -> dict[str, Any]:
+    """Return the manifest's record of a verification."""
+    passed = all(a.passed for a in agreements)
+    return {"against": against, "passed": passed, "tolerance": TOLERANCE,
+            "cases": [asdict(a) for a in agreements]}  # fmt: skip
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """Return a verification's record as the table that goes into `report/verify.md`."""
+    lines = [
+        "# Verification",
+        "",
+        f"Logits of this bundle against the PyTorch decoder, float32, with {record['against']}.",
+        "",
+        "| case | tokens | max abs | max rel | KL (nats) | top-1 agreement |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {a['case']} | {a['tokens']} | {a['max_abs']:.2e} | {a['max_rel']:.2e} "
+        f"| {a['kl']:.2e} | {a['top1']:.2%} |"
+        for a in record["cases"]
+    ]
+    verdict = "passed" if record["passed"] else "FAILED"
+    return "\n".join([*lines, "", f"Verdict: {verdict} (allowed: {record['tolerance']:.0e}).", ""])
+
+
+def bundle_weights(bundle: Path, spec: ModelSpec) -> Callable[[str], torch.Tensor]:
+    """Read weights by canonical name out of a bundle's own `weights.safetensors`."""
+    file = safetensors.safe_open(bundle / FILE_NAME, framework="pt")
+    missing = spec.weight_shapes().keys() - set(file.keys())
+    if missing:
+        raise MistralcError(
+            f"{bundle / FILE_NAME} does not hold {sorted(missing)[0]} as it was in the checkpoint. "
+            "Compare with the checkpoint itself: add --against CHECKPOINT."
+        )
+    return lambda name: file.get_tensor(name)
+
+
+def _reference_logits(
+    reference: Decoder, ids: NDArray[np.int64], wanted: NDArray[np.int64]
+) -> Logits:
+    spec, count = reference.spec, len(ids)
+    shape = (1, spec.num_key_value_heads, count, spec.head_dim)
+    past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
+    with torch.inference_mode():
+        logits, _ = reference(
+            torch.from_numpy(ids)[None], torch.arange(count)[None],
+            torch.from_numpy(wanted)[None], past,
+        )  # fmt: skip
+    found: Logits = logits[0].numpy()
+    return found
+
+
+def _bundle_logits(
+    session: Session,
+    manifest: Manifest,
+    case: Case,
+    ids: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    progress: Progress | None,
+) -> Iterator[Logits]:
+    ring = Ring(manifest.model, manifest.ring)
+    session.resize(ring.capacities)
+    for turn in case.turns:
+        for count in ring.pieces(turn):
+            if ring.grow(count):
+                session.resize(ring.capacities)
+            begin = ring.positions[0]
+            rows = wanted[(wanted >= begin) & (wanted < begin + count)] - begin
+            asked = rows if len(rows) else np.array([count - 1])
+            logits = session.step(
+                ids[None, begin : begin + count],
+                np.arange(begin, begin + count)[None],
+                asked[None],
+            )
+            ring.advance(count)
+            if progress is not None:
+                progress(count)
+            yield logits[0, : len(rows)].copy()
+
+
+def _compare(case: Case, got: Logits, expected: Logits) -> Agreement:
+    difference = float(np.abs(got - expected).max())
+    largest = max(1.0, float(np.abs(expected).max()))
+    ours, theirs = _log_softmax(got), _log_softmax(expected)
+    kl = (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
+    return Agreement(
+        case=case.name,
+        tokens=case.tokens,
+        max_abs=difference,
+        max_rel=difference / largest,
+        kl=float(kl.mean()),
+        top1=float((got.argmax(-1) == expected.argmax(-1)).mean()),
+    )
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return result

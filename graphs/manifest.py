@@ -1,0 +1,104 @@
+"""The manifest: what a bundle says about itself. Knows nothing about how bundles are made or run.
+
+Plain data and the standard library only, because both the build host and the production host
+read it. It holds no time, no host name and no absolute path: the same input gives the same bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from graphs.errors import MistralcError
+from graphs.spec import Dtype, ModelSpec, RingSpec
+
+SCHEMA = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """Size in bytes and SHA-256, in lower-case hexadecimal, of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything a host must know before it loads a bundle.
+
+    `files` has an entry for every file but the manifest itself, by path relative to the bundle.
+    `window_source` says whether the sliding window is the checkpoint's or the user's choice.
+    """
+
+    schema: int = SCHEMA
+    target: str
+    precision: str
+    activation: Dtype
+    model: ModelSpec
+    ring: RingSpec
+    window_source: Literal["checkpoint", "user"]
+    checkpoint: Mapping[str, str]  # name, format, fingerprint
+    versions: Mapping[str, str]  # of mistralc and of the libraries that made the bundle
+    passes: Mapping[str, int] = field(default_factory=dict)  # how often each graph pass fired
+    verification: Mapping[str, Any] | None = None
+    files: Mapping[str, FileEntry]
+
+    def to_text(self) -> str:
+        """Return the manifest as the JSON text that `read` takes."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_text(cls, text: str, where: str) -> Self:
+        """Read `to_text`'s form; `where` names the file in errors.
+
+        Raises MistralcError when it is damaged, or of a schema that this version does not know.
+        """
+        remedy = "Copy the bundle again from where it was built, or export it again."
+        try:
+            data = json.loads(text)
+            schema = data["schema"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise MistralcError(
+                f"{where} is not a bundle's manifest ({error}). {remedy}"
+            ) from error
+        if schema != SCHEMA:
+            age = "a newer" if isinstance(schema, int) and schema > SCHEMA else "another"
+            raise MistralcError(
+                f"{where} has schema {schema!r} and this mistralc reads schema {SCHEMA}: the "
+                f"bundle was written by {age} version. Install the version of mistralc that wrote "
+                "it, or export the checkpoint again with this one."
+            )
+        try:
+            data["model"] = ModelSpec.from_json(data["model"])
+            data["ring"] = RingSpec(**data["ring"])
+            data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
+            return cls(**data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise MistralcError(
+                f"{where} does not have the fields of schema {SCHEMA} ({error}). {remedy}"
+            ) from error
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read the manifest of the bundle in directory `bundle`, whatever files lie beside it."""
+    path = bundle / FILE_NAME
+    if not bundle.exists():
+        raise MistralcError(
+            f"There is no bundle at {bundle}. Make one with `mistralc export CHECKPOINT -o "
+            f"{bundle}`, or check the path."
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise MistralcError(
+            f"{bundle} is not a bundle: it has no {FILE_NAME}. A directory that `mistralc export` "
+            "wrote is expected; for a checkpoint, run `mistralc export` on it first."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise MistralcError(
+            f"{path} could not be read ({error}). Copy the bundle again from where it was built."
+        ) from error
+    return Manifest.from_text(text, str(path))

@@ -1,0 +1,31 @@
+"""Which passes run for which target, in which order. Read it aloud: it is the whole optimizer."""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from graphs.dead_code import DEAD_CODE
+from graphs.fold_constants import FOLD_CONSTANTS
+from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
+from graphs.rewrite import Pass
+from graphs.spec import ModelSpec
+from graphs.tie_embedding import TIE_EMBEDDING
+
+PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
+"""What every target begins with: after these the graph has standard operators only."""
+
+PASSES: Mapping[str, tuple[Pass, ...]] = {
+    "portable": PORTABLE,
+    "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
+}
+
+
+def lower(model: ir.Model, spec: ModelSpec, target: str) -> dict[str, int]:
+    """Run the passes of `target` on `model` in place; returns how often each fired.
+
+    Raises PassError when a pass that must fire does not.
+    """
+    fired: dict[str, int] = {}
+    for step in PASSES[target]:
+        fired[step.name] = fired.get(step.name, 0) + step(model, spec)
+    return fired

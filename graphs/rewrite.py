@@ -1,0 +1,76 @@
+"""The contract of a graph pass: pattern, check, rewrite. Knows no particular pass.
+
+A pass says beforehand how often it must fire on a given model. One that fires less often stops
+the export with the reasons its check gave: a rewrite that silently stops matching is how a graph
+gets slow, or wrong, without anyone noticing.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import onnx_ir as ir
+
+from graphs.spec import ModelSpec
+
+Match = TypeVar("Match")
+
+
+class Pass(Protocol):
+    """Anything that rewrites a model in place and says how often it did."""
+
+    @property
+    def name(self) -> str:
+        """Name in reports and errors."""
+
+    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
+        """Rewrite `model` in place; return how many times the pass fired."""
+
+
+class PassError(AssertionError):
+    """A pass did not do what it must on this model: a defect of the pipeline, not of the input."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule(Generic[Match]):
+    """A pass made of three functions and a promise.
+
+    `pattern` finds candidates, `check` gives the reason why one cannot be rewritten (naming the
+    dimension or value) or None, `rewrite` does it, `expected` is how often it must happen.
+    """
+
+    name: str
+    pattern: Callable[[ir.Graph], Iterator[Match]]
+    check: Callable[[Match], str | None]
+    rewrite: Callable[[ir.Graph, Match], None]
+    expected: Callable[[ModelSpec], int]
+
+    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
+        """Rewrite every match. Raises PassError unless it fired `expected(spec)` times."""
+        fired, reasons = 0, []
+        for match in list(self.pattern(model.graph)):
+            reason = self.check(match)
+            if reason is None:
+                self.rewrite(model.graph, match)
+                fired += 1
+            else:
+                reasons.append(reason)
+        if fired != self.expected(spec):
+            why = "; ".join(dict.fromkeys(reasons)) or "nothing in the graph had its pattern"
+            raise PassError(
+                f"pass {self.name} fired {fired} times where {self.expected(spec)} are expected: "
+                f"{why}"
+            )
+        return fired
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleanup:
+    """A pass that may find nothing to do: folding, dead code."""
+
+    name: str
+    run: Callable[[ir.Model], int]
+
+    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:  # noqa: ARG002
+        """Clean `model` in place; returns how many nodes that removed."""
+        return self.run(model)

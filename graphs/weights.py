@@ -1,0 +1,49 @@
+"""Weights by name: what stands in a graph where the numbers will be. Knows nothing about files.
+
+A `WeightRef` has a shape, a dtype and the names of the checkpoint tensors it is made of, and no
+numbers at all: a pass that tried to compute with one would fail loudly. So a 7B graph is
+rewritten in a few megabytes, and merging q, k and v means joining three names.
+"""
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import onnx_ir as ir
+
+from graphs.spec import Dtype
+
+ONNX_DTYPE: Mapping[Dtype, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
+
+
+class WeightRef(ir.LazyTensor):
+    """A weight that has not been read: rows of `parts`, one after another (axis 0).
+
+    `parts` are canonical checkpoint names (see ModelSpec.weight_shapes); `dtype` is the element
+    type in the bundle, which may differ from the checkpoint's. Asking for numbers is a TypeError.
+    """
+
+    def __init__(
+        self, name: str, parts: tuple[str, ...], shape: tuple[int, ...], dtype: ir.DataType
+    ) -> None:
+        super().__init__(self._refuse, dtype=dtype, shape=ir.Shape(shape), name=name)
+        self.parts, self.sizes = parts, shape  # `shape` with plain integers
+
+    def __repr__(self) -> str:
+        return f"WeightRef({'+'.join(self.parts)}, {self.dtype}, {self.shape})"
+
+    def _refuse(self) -> NoReturn:
+        raise TypeError(
+            f"{self!r} was asked for its numbers. Weights are streamed into the bundle after all "
+            "passes have run; a pass works on names and shapes only."
+        )
+
+
+def weight_of(value: ir.Value | None) -> WeightRef | None:
+    """Return the weight that `value` stands for, or None if it is computed or a small constant."""
+    tensor = None if value is None else value.const_value
+    return tensor if isinstance(tensor, WeightRef) else None

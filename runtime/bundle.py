@@ -1,0 +1,134 @@
+"""Opening a bundle: nothing is loaded before everything was checked. Knows no backend.
+
+Hashing 15 GB takes longer than loading it, so a file whose size, times and inode are as when it
+was last hashed is trusted; the cache is per user and can be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphs.errors import MistralcError
+from graphs.manifest import FILE_NAME, FileEntry, Manifest, read_manifest
+
+BLOCK = 1 << 22  # bytes read at once while hashing: 4 MiB
+
+Progress = Callable[[int], None]  # called with the number of bytes just hashed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A checked bundle: its directory and what its manifest says."""
+
+    path: Path
+    manifest: Manifest
+
+
+def open_bundle(path: Path, progress: Progress | None = None) -> Bundle:
+    """Open the bundle in directory `path` after checking every file against its manifest.
+
+    Raises MistralcError when a file is missing, truncated, changed, a link, or of a schema that
+    this version does not know; the message names the file.
+    """
+    manifest = read_manifest(path)
+    _check_names(path, manifest)
+    cache = _HashCache(_cache_file())
+    for name, entry in manifest.files.items():
+        _check_file(path / name, entry, cache, progress)
+    cache.save()
+    return Bundle(path=path, manifest=manifest)
+
+
+def sha256(path: Path, progress: Progress | None = None) -> str:
+    """Return the SHA-256 of a file in hexadecimal, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+            if progress is not None:
+                progress(len(block))
+    return digest.hexdigest()
+
+
+def _check_names(path: Path, manifest: Manifest) -> None:
+    """Refuse a manifest that names files outside its bundle."""
+    for name in manifest.files:
+        parts = Path(name).parts
+        if Path(name).is_absolute() or ".." in parts or not parts:
+            raise MistralcError(
+                f"{path / FILE_NAME} lists the file {name!r}, which is not inside the bundle. "
+                "Do not use this bundle; export it again."
+            )
+
+
+def _check_file(
+    path: Path, entry: FileEntry, cache: "_HashCache", progress: Progress | None
+) -> None:
+    remedy = "Copy the bundle again from where it was built, or export it again."
+    if path.is_symlink() or not path.is_file():
+        got = "a symbolic link, which backends refuse" if path.is_symlink() else "missing"
+        raise MistralcError(f"{path} is {got}; the manifest lists it as a file. {remedy}")
+    size = path.stat().st_size
+    if size != entry.size:
+        raise MistralcError(
+            f"{path} has {size:,} bytes; the manifest expects {entry.size:,}. {remedy}"
+        )
+    digest = cache.get(path)
+    if digest is None:
+        digest = sha256(path, progress)
+        cache.put(path, digest)
+    if digest != entry.sha256:
+        raise MistralcError(
+            f"{path} was changed after the bundle was written: its SHA-256 is {digest[:12]}…, the "
+            f"manifest expects {entry.sha256[:12]}…. {remedy}"
+        )
+
+
+def _cache_file() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(home) / "mistralc" / "hashes.json"
+
+
+class _HashCache:
+    """Digests of files that have not been touched since. Losing it costs time, never safety."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries: dict[str, Any] = {}
+        self._changed = False
+        with suppress(OSError, ValueError):
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(loaded, dict):
+                self._entries = loaded
+
+    def get(self, path: Path) -> str | None:
+        entry = self._entries.get(str(path.resolve()))
+        if isinstance(entry, list) and entry[:-1] == _identity(path):
+            return str(entry[-1])
+        return None
+
+    def put(self, path: Path, digest: str) -> None:
+        self._entries[str(path.resolve())] = [*_identity(path), digest]
+        self._changed = True
+
+    def save(self) -> None:
+        """Write the cache back, whole or not at all; a read-only home is no error."""
+        if not self._changed:
+            return
+        kept = {name: entry for name, entry in self._entries.items() if Path(name).exists()}
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+            partial.write_text(json.dumps(kept), encoding="utf-8")
+            partial.replace(self.path)
+
+
+def _identity(path: Path) -> list[int]:
+    """What changes when a file's bytes do: the change time cannot be set back by a program."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

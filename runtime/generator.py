@@ -1,0 +1,135 @@
+"""The loop: plan the pieces, run, sample. Knows token ids, not text, and no backend.
+
+One generator is one sequence on a live ring. What was said stays in the ring, so the next turn
+feeds only what is new, and going back a little costs nothing.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from graphs.errors import MistralcError
+from runtime.ring import Ring
+from runtime.sampling import Floats, Sampled, Sampler, SamplingParams
+from runtime.session import Ids, Session
+
+FinishReason = Literal["stop", "length"]
+Progress = Callable[[int], None]  # called with the number of prompt tokens just taken
+
+
+class Generator:
+    """One sequence: its tokens, its place in the ring, and the logits after its last token."""
+
+    def __init__(self, session: Session, ring: Ring, vocab_size: int) -> None:
+        self.session, self.ring, self.vocab_size = session, ring, vocab_size
+        self.tokens = array("i")  # what the ring has seen; four bytes a token
+        self.finish_reason: FinishReason | None = None
+        self._ids, self._positions, self._index = np.zeros((3, 1, 1), np.int64)
+        session.resize(ring.capacities)
+
+    @property
+    def position(self) -> int:
+        """The position of the next token."""
+        return self.ring.positions[0]
+
+    def feed(self, ids: Sequence[int], progress: Progress | None = None) -> Floats:
+        """Write `ids` into the ring; returns the logits [V] after the last of them.
+
+        The row is the session's buffer, valid until the next step. Raises ContextFullError before
+        anything is written when they do not fit.
+        """
+        if not ids:
+            raise MistralcError("No token was given; at least one is expected.")
+        row = np.asarray(ids, np.int64)[None]  # [1, n]
+        self._check_ids(row)
+        done = 0
+        for piece in self.ring.pieces(len(ids)):
+            logits = self._step(row[:, done : done + piece])
+            done += piece
+            if progress is not None:
+                progress(piece)
+        return logits
+
+    def feed_from_common_prefix(
+        self, ids: Sequence[int], progress: Progress | None = None
+    ) -> Floats:
+        """Make the sequence be `ids`, keeping what the ring already holds of them.
+
+        Goes back to where the two part, or starts over where the ring has forgotten too much.
+        """
+        common = 0
+        for old, new in zip(self.tokens, ids[:-1], strict=False):  # the last gives the logits
+            if old != new:
+                break
+            common += 1
+        if common < self.ring.oldest_rewind():
+            common = 0
+        self.rewind(common)
+        return self.feed(ids[common:], progress)
+
+    def rewind(self, position: int) -> None:
+        """Forget everything from `position` on; raises MistralcError beyond the ring's slack."""
+        self.ring.rewind(position)
+        del self.tokens[position:]
+
+    def generate(
+        self,
+        logits: Floats,
+        params: SamplingParams,
+        *,
+        max_new_tokens: int | None = None,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Iterator[Sampled]:
+        """Sample tokens, beginning with the `logits` that `feed` returned.
+
+        Ends with `finish_reason` "stop" at one of `stop_ids`, which is yielded too, and "length"
+        after `max_new_tokens` or at the end of the context.
+        The last token is yielded before it is written to the ring: `feed` it to go on from it.
+        """
+        sampler = Sampler(params, self.vocab_size, self.tokens)
+        room = self.ring.room()
+        limit = max_new_tokens
+        if room is not None:  # the token after the last position needs no place of its own
+            limit = room + 1 if limit is None else min(limit, room + 1)
+        self.finish_reason = None
+        count = 0
+        while True:
+            sampled = sampler.sample(logits)
+            count += 1
+            if sampled.token_id in stop_ids:
+                self.finish_reason = "stop"
+            elif count == limit:
+                self.finish_reason = "length"
+            yield sampled
+            if self.finish_reason is not None:
+                return
+            self._ids[0, 0] = sampled.token_id
+            logits = self._step(self._ids)
+
+    def _step(self, ids: Ids) -> Floats:
+        count = ids.shape[1]
+        if self.ring.grow(count):
+            self.session.resize(self.ring.capacities)
+        here = self.position
+        if count == 1:
+            self._positions[0, 0] = here
+            positions = self._positions
+        else:
+            positions = np.arange(here, here + count, dtype=np.int64)[None]
+        self._index[0, 0] = count - 1
+        logits = self.session.step(np.ascontiguousarray(ids), positions, self._index)
+        self.ring.advance(count)
+        self.tokens.extend(ids[0].tolist())
+        last: Floats = logits[0, -1]
+        return last
+
+    def _check_ids(self, row: Ids) -> None:
+        low, high = int(row.min()), int(row.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise MistralcError(
+                f"Token {wrong} was given; this model's tokens are 0 to {self.vocab_size - 1}. "
+                "Encode the text with the bundle's own tokenizer."
+            )

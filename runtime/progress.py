@@ -1,0 +1,34 @@
+"""Progress on a terminal, and silence elsewhere. Knows nothing about what is being done."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+Advance = Callable[[int], None]
+Stage = Callable[[str, int | None], AbstractContextManager[Advance]]
+"""`with stage("Hashing", total_bytes) as advance: advance(n)`; a total of None only spins."""
+
+
+@contextmanager
+def silent(title: str, total: int | None = None) -> Iterator[Advance]:  # noqa: ARG001
+    """Show nothing."""
+    yield lambda _count: None
+
+
+@contextmanager
+def bar(title: str, total: int | None = None) -> Iterator[Advance]:
+    """Show a bar with the time left on standard error while the block runs, then wipe it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def stage_for(*, quiet: bool) -> Stage:
+    """Pick `bar` on a terminal, `silent` when asked for or when nobody watches."""
+    return silent if quiet or not sys.stderr.isatty() else bar

@@ -1,0 +1,94 @@
+"""Where each sequence stands in the KV ring. Knows nothing about tensors, models or backends.
+
+The graph computes slots and masks from positions, so a row of the ring is one integer here: its
+next position. With window W=4 and chunk=3 (C=6), a row at position 5 is told to take a
+five-token prompt as 1 + 3 + 1 and can then be rewound from 10 to 7, not to 6: see `Ring.rewind`.
+"""
+
+from collections.abc import Iterator
+
+from graphs import window
+from graphs.errors import MistralcError
+from graphs.spec import ModelSpec, RingSpec
+
+Capacities = dict[int | None, int]  # by window: slots of the ring
+
+
+class ContextFullError(MistralcError):
+    """A model with a layer that never forgets has no room for another token."""
+
+
+class Ring:
+    """Positions of `rows` sequences, and how large the ring must be for them.
+
+    The ring starts at one chunk and grows towards its full capacity by copying its prefix: until
+    the first wrap slot equals position, so a short chat never pays for a full ring.
+    """
+
+    def __init__(self, spec: ModelSpec, ring: RingSpec, rows: int = 1) -> None:
+        self.spec, self.limits = spec, ring
+        self.positions = [0] * rows
+        self.full: Capacities = {size: ring.capacity(size) for size in spec.windows}
+        self.capacities: Capacities = {
+            size: min(ring.chunk, full) for size, full in self.full.items()
+        }
+
+    def room(self, row: int = 0) -> int | None:
+        """How many tokens the row can still take; None when every layer slides."""
+        return None if self.spec.slides else self.limits.context - self.positions[row]
+
+    def check_room(self, count: int, row: int = 0) -> None:
+        """Raise ContextFullError unless the row can take `count` more tokens."""
+        room = self.room(row)
+        if room is not None and count > room:
+            raise ContextFullError(
+                f"{count} tokens were given at position {self.positions[row]}, and this bundle "
+                f"holds {self.limits.context} in all. Shorten the text, or export the checkpoint "
+                "again with a larger --context, or with --window to let it slide."
+            )
+
+    def pieces(self, count: int, row: int = 0) -> Iterator[int]:
+        """Cut `count` tokens into steps of at most one chunk that cross no ring's end."""
+        self.check_room(count, row)
+        return window.pieces(
+            self.positions[row], count, self.limits.chunk, tuple(self.full.values())
+        )
+
+    def grow(self, count: int, row: int = 0) -> bool:
+        """Make room for a step of `count` tokens; True when `capacities` has changed."""
+        needed = self.positions[row] + count
+        grown = {
+            size: self.capacities[size] if needed <= self.capacities[size] else
+            min(full, max(needed, 2 * self.capacities[size]))
+            for size, full in self.full.items()
+        }  # fmt: skip
+        changed, self.capacities = grown != self.capacities, grown
+        return changed
+
+    def advance(self, count: int, row: int = 0) -> None:
+        """Note that a step of `count` tokens has run."""
+        self.positions[row] += count
+
+    def rewind(self, position: int, row: int = 0) -> None:
+        """Go back to `position`, so that the next token is written there.
+
+        Exact while the window before `position` is still in the ring, which is C - W + 1 tokens
+        of slack. Raises MistralcError beyond that: forgotten keys cannot be brought back.
+        """
+        here, oldest = self.positions[row], self.oldest_rewind(row)
+        if not 0 <= position <= here:
+            raise MistralcError(
+                f"Position {position} was asked for; the sequence has positions 0 to {here}."
+            )
+        if position != 0 and position < oldest:
+            raise MistralcError(
+                f"The sequence is at position {here} and can go back to {oldest} at the "
+                f"furthest, not to {position}: older keys have been overwritten by the sliding "
+                "window. Start over with the whole text instead."
+            )
+        self.positions[row] = position
+
+    def oldest_rewind(self, row: int = 0) -> int:
+        """The earliest position that `rewind` accepts (beside 0, which starts over)."""
+        here = self.positions[row]
+        return max(window.oldest_rewind(here, size, full) for size, full in self.full.items())

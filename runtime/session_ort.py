@@ -1,0 +1,90 @@
+"""A session on ONNX Runtime CPU, with the ring updated in place. Knows nothing about text.
+
+Every cache is one NumPy array bound as `past_*` and as `present_*`: the graph writes one slot
+and nothing is copied. A one-token step runs on a binding made once, with buffers that live as
+long as the ring, so decoding allocates nothing.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from graphs.errors import MistralcError
+from graphs.spec import ModelSpec
+from runtime.session import Ids, Logits
+
+
+class OrtSession:
+    """`model.onnx` loaded on ONNX Runtime CPU with a ring of `batch` rows."""
+
+    def __init__(
+        self, model: Path, spec: ModelSpec, *, batch: int = 1, threads: int | None = None
+    ) -> None:
+        self.spec, self.batch = spec, batch
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0  # 0 lets ONNX Runtime take the physical cores
+        options.inter_op_num_threads = 1
+        try:
+            self._session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise MistralcError(
+                f"ONNX Runtime {ort.__version__} could not load {model}: {error}. Export the "
+                "bundle again with this version of mistralc, or install the version of ONNX "
+                "Runtime that its manifest names."
+            ) from error
+        self._caches: dict[str, NDArray[np.float32]] = {}
+        self._ids, self._positions, self._indices = np.zeros((3, batch, 1), np.int64)
+        self._logits = np.zeros((batch, 1, spec.vocab_size), np.float32)
+        self._decode = self._session.io_binding()
+        self._prefill = self._session.io_binding()
+
+    def resize(self, capacities: Mapping[int | None, int]) -> None:
+        """Give the ring these capacities, by window, keeping the prefix that it holds."""
+        heads, head_dim = self.spec.num_key_value_heads, self.spec.head_dim
+        for i, size in enumerate(self.spec.layer_windows):
+            for kind in ("key", "value"):
+                cache = np.zeros((self.batch, heads, capacities[size], head_dim), np.float32)
+                old = self._caches.get(f"{kind}.{i}")
+                if old is not None:
+                    kept = min(old.shape[2], cache.shape[2])
+                    cache[:, :, :kept] = old[:, :, :kept]
+                self._caches[f"{kind}.{i}"] = cache
+        self._bind_caches(self._decode)
+        self._bind_step(self._decode, self._ids, self._positions, self._indices, self._logits)
+        self._bind_caches(self._prefill)
+
+    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
+        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+
+        The result is the session's own buffer, valid until the next step.
+        """
+        if input_ids.shape[1] == 1 and logits_indices.shape[1] == 1:
+            self._ids[:], self._positions[:] = input_ids, position_ids
+            self._session.run_with_iobinding(self._decode)
+            return self._logits
+        wanted = logits_indices.shape[1]
+        logits = np.empty((self.batch, wanted, self.spec.vocab_size), np.float32)
+        self._bind_step(self._prefill, input_ids, position_ids, logits_indices, logits)
+        self._session.run_with_iobinding(self._prefill)
+        return logits
+
+    def _bind_caches(self, binding: ort.IOBinding) -> None:
+        for name, cache in self._caches.items():
+            value = ort.OrtValue.ortvalue_from_numpy(cache)  # shares the array's memory
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+
+    @staticmethod
+    def _bind_step(
+        binding: ort.IOBinding, ids: Ids, positions: Ids, indices: Ids, logits: Logits
+    ) -> None:
+        for name, array in (
+            ("input_ids", ids),
+            ("position_ids", positions),
+            ("logits_indices", indices),
+        ):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
