@@ -1,0 +1,90 @@
+"""How other checkpoint layouts name and order the canonical weights. Knows nothing about files.
+
+Canonical is Hugging Face's layout: rotary embedding turns the pair (j, j + D/2) of a head, the
+*half-split* order. Mistral's own files and GGUF's `llama` turn the pair (2j, 2j + 1), the
+*interleaved* order (mistral-inference `rope.py`; Su et al. 2021, arXiv:2104.09864). With D=6 a
+head's rows of q_proj and k_proj are kept as
+
+    half-split     0 1 2 3 4 5
+    interleaved    0 3 1 4 2 5
+
+Values and outputs are not rotated, so only these two projections differ.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from graphs.spec import ModelSpec
+
+_MISTRAL: Mapping[str, str] = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+}
+_GGUF: Mapping[str, str] = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+def mistral_name(name: str) -> str:
+    """The name in `consolidated.safetensors` of a weight's Hugging Face name."""
+    return _renamed(name, _MISTRAL, "layers")
+
+
+def gguf_name(name: str) -> str:
+    """The name in GGUF of a weight's Hugging Face name."""
+    return _renamed(name, _GGUF, "blk")
+
+
+def rotated_heads(spec: ModelSpec, name: str) -> int | None:
+    """How many heads the rows of this weight hold if rotary embedding turns them, else None."""
+    if name.endswith("self_attn.q_proj.weight"):
+        return spec.num_attention_heads
+    if name.endswith("self_attn.k_proj.weight"):
+        return spec.num_key_value_heads
+    return None
+
+
+def to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of [heads*D, E] from interleaved to half-split order; a new tensor."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # heads, D/2, 2, E
+    return pairs.transpose(1, 2).reshape(rows, columns)
+
+
+def to_interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of [heads*D, E] from half-split to interleaved order; undoes `to_half_split`."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)  # heads, 2, D/2, E
+    return halves.transpose(1, 2).reshape(rows, columns)
+
+
+def _renamed(name: str, names: Mapping[str, str], layers: str) -> str:
+    stem = name.removesuffix(".weight")
+    match = _LAYER.fullmatch(stem)
+    if match is None:
+        return f"{names[stem]}.weight"
+    return f"{layers}.{match[1]}.{names[match[2]]}.weight"
