@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from graphs.errors import MistralcError
+
 FLOATS: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -45,13 +47,15 @@ def map_bytes(where: ByteRange) -> torch.Tensor:
     The mapping is private and copy-on-write, so changing the tensor never changes the file.
     """
     start = where.offset - where.offset % mmap.ALLOCATIONGRANULARITY
-    with where.path.open("rb") as file:
-        mapped = mmap.mmap(
-            file.fileno(),
-            where.offset + where.length - start,
-            access=mmap.ACCESS_COPY,
-            offset=start,
-        )
+    length = where.offset + where.length - start
+    try:
+        with where.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+    except (OSError, ValueError) as error:
+        raise MistralcError(
+            f"{where.path} changed while it was being read ({error}); the file that was there at "
+            "the start is expected. Start again once nothing writes to it."
+        ) from error
     return torch.frombuffer(
         mapped, dtype=torch.uint8, count=where.length, offset=where.offset - start
     )

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from numpy.typing import NDArray
 
+from exporter.checkpoint import open_checkpoint
 from exporter.model import Decoder
 from exporter.weights import FILE_NAME
 from graphs.errors import MistralcError
@@ -168,6 +169,19 @@ def bundle_weights(bundle: Path, spec: ModelSpec) -> Callable[[str], torch.Tenso
             "Compare with the checkpoint itself: add --against CHECKPOINT."
         )
     return lambda name: file.get_tensor(name)
+
+
+def checkpoint_weights(source: str, manifest: Manifest) -> Callable[[str], torch.Tensor]:
+    """Read weights from the checkpoint `source`, which must be the one the bundle was made of."""
+    checkpoint = open_checkpoint(source)
+    found, expected = checkpoint.fingerprint(), manifest.checkpoint["fingerprint"]
+    if found != expected:
+        raise MistralcError(
+            f"The bundle was made of {manifest.checkpoint['name']} (fingerprint {expected[:12]}…), "
+            f"and {source} is another checkpoint (fingerprint {found[:12]}…). Give the one it was "
+            "made of, or leave --against out to compare with the bundle's own weights."
+        )
+    return checkpoint.tensor
 
 
 def _reference_logits(

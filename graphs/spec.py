@@ -109,6 +109,11 @@ class ModelSpec:
         """Weights of the model, a tied embedding counted once."""
         return sum(_product(shape) for shape in self.weight_shapes().values())
 
+    def kv_bytes_per_token(self, activation: Dtype) -> int:
+        """Bytes that one position takes in all layers' caches together: 2 L K D times the type."""
+        values = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+        return values * ITEM_SIZE[activation]
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight by its Hugging Face name, with its shape: linears are [out, in].
 
@@ -180,6 +185,13 @@ class RingSpec:
         if window_size is None:
             return -(-self.context // self.chunk) * self.chunk
         return window.capacity(window_size, self.chunk)
+
+
+def ring_bytes(spec: ModelSpec, ring: RingSpec, activation: Dtype) -> int:
+    """Bytes of the full ring, all rows and layers: what decoding needs however long it runs."""
+    slots = sum(ring.capacity(size) for size in spec.layer_windows)
+    per_slot = spec.kv_bytes_per_token(activation) // spec.num_hidden_layers
+    return ring.max_batch * slots * per_slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

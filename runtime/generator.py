@@ -26,6 +26,7 @@ class Generator:
         self.session, self.ring, self.vocab_size = session, ring, vocab_size
         self.tokens = array("i")  # what the ring has seen; four bytes a token
         self.finish_reason: FinishReason | None = None
+        self.fed_from = 0  # how many tokens the last `feed_from_common_prefix` found in the ring
         self._ids, self._positions, self._index = np.zeros((3, 1, 1), np.int64)
         session.resize(ring.capacities)
 
@@ -67,6 +68,7 @@ class Generator:
         if common < self.ring.oldest_rewind():
             common = 0
         self.rewind(common)
+        self.fed_from = common
         return self.feed(ids[common:], progress)
 
     def rewind(self, position: int) -> None:

@@ -3,14 +3,20 @@
 The backend is imported here, when it is needed, and nowhere else.
 """
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator
+from runtime.progress import Stage, silent
 from runtime.ring import Ring
 from runtime.session import Session
+from runtime.tokenizer import Tokenizer
 
 
 def load_session(
@@ -32,9 +38,32 @@ def load_session(
     return OrtSession(directory / "model.onnx", manifest.model, batch=batch, threads=threads)
 
 
-def load_generator(bundle: Bundle, *, threads: int | None = None) -> Generator:
-    """Load a bundle for one sequence."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A bundle ready to generate. `defaults` is the checkpoint's `generation_config`."""
+
+    bundle: Bundle
+    generator: Generator
+    tokenizer: Tokenizer
+    defaults: dict[str, Any]
+    seconds: float  # it took to check and load
+
+
+def load(path: Path, *, threads: int | None = None, stage: Stage = silent) -> Loaded:
+    """Check the bundle at `path` and load it for one sequence."""
+    began = perf_counter()
+    with stage("Checking the bundle", None):
+        bundle = open_bundle(path)
     manifest = bundle.manifest
-    session = load_session(bundle.path, manifest, threads=threads)
-    ring = Ring(manifest.model, manifest.ring)
-    return Generator(session, ring, manifest.model.vocab_size)
+    with stage("Loading the model", None):
+        tokenizer = Tokenizer.load(path)
+        session = load_session(path, manifest, threads=threads)
+        ring = Ring(manifest.model, manifest.ring)
+        generator = Generator(session, ring, manifest.model.vocab_size)
+    return Loaded(
+        bundle=bundle,
+        generator=generator,
+        tokenizer=tokenizer,
+        defaults=json.loads((path / "generation_config.json").read_text(encoding="utf-8")),
+        seconds=perf_counter() - began,
+    )

@@ -154,7 +154,8 @@ class Tokenizer:
     def _read_added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """The added tokens; what begins or ends a text is special, whatever the file says."""
         added = self._backend.get_added_tokens_decoder()
-        for i in (self.stop_ids | {self.bos_id}) & added.keys():
+        ends = self.stop_ids if self.bos_id is None else self.stop_ids | {self.bos_id}
+        for i in ends & added.keys():
             if not added[i].special:
                 added[i].special = True
                 self._backend.add_special_tokens([added[i]])
@@ -166,9 +167,11 @@ class Tokenizer:
 
         Differs only where Metaspace puts a space before the first word of all (`first`).
         """
-        document = json.loads(self._backend.to_str())
-        if not _never_prepend(document["pre_tokenizer"]):
+        pre_tokenizer = self._backend.pre_tokenizer
+        if not pre_tokenizer or not _never_prepend(json.loads(pre_tokenizer.__getstate__())):
             return self._backend
+        document = json.loads(self._backend.to_str())
+        _never_prepend(document["pre_tokenizer"])
         backend = tokenizers.Tokenizer.from_str(json.dumps(document))
         backend.encode_special_tokens = True
         return backend
@@ -211,8 +214,6 @@ def _parse_object(text: str, path: Path) -> dict[str, Any]:
 
 def _never_prepend(pre_tokenizer: Any) -> bool:
     """Turn `first` into `never` in every Metaspace; whether there was one."""
-    if not pre_tokenizer:
-        return False
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     first = [step for step in steps if step.get("prepend_scheme") == "first"]
     for step in first:

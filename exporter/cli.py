@@ -1,0 +1,108 @@
+"""The commands of a build host: export, verify. Knows only the command line."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphs.errors import MistralcError
+from runtime import options
+from runtime.progress import stage_for
+
+
+def register(app: typer.Typer) -> None:
+    """Add this package's commands to `app`."""
+    app.command()(export)
+    app.command()(verify)
+
+
+def export(
+    *,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Directory, .gguf file, or `smollm2`.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="BUNDLE",
+                     help="Where to write; build/NAME-TARGET-PRECISION if left out."),
+    ] = None,
+    target: Annotated[str, typer.Option(help="What runs the bundle: cpu.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="What it computes in: fp32.")] = "fp32",
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Make every layer see N tokens: text without end.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens of a model without a window.")
+    ] = None,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Most prompt tokens per step.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:  # fmt: skip
+    """Compile a checkpoint into a bundle, verify it, and publish it whole or not at all."""
+    from exporter.export import ExportOptions
+    from exporter.export import export as run
+
+    chosen = ExportOptions(
+        target=target, precision=precision, window=window, context=context, chunk=chunk,
+        max_batch=max_batch, force=force,
+    )  # fmt: skip
+    name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
+    path = output or Path("build") / f"{name}-{target}-{precision}"
+    manifest = run(checkpoint, path, chosen, stage_for(quiet=quiet or as_json))
+    if as_json:
+        print(json.dumps({"bundle": str(path), "manifest": json.loads(manifest.to_text())}))
+        return
+    size = sum(entry.size for entry in manifest.files.values())
+    print(f"{path}: {size / 1e6:,.0f} MB, {manifest.target}, {manifest.precision}, verified.")
+    print("Next:")
+    print(f'  mistralc generate {path} --chat "What is the capital of France?"')
+
+
+def verify(
+    *,
+    bundle: options.BundlePath,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="CHECKPOINT", help="Compare with it, not with the bundle's weights."),
+    ] = None,
+    short: Annotated[bool, typer.Option("--short", help="Only the quick cases of export.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare a bundle with the PyTorch decoder, and record the result in the bundle."""
+    from exporter import verify as verification
+    from exporter.bundle import write_manifest
+    from exporter.export import record
+    from exporter.model import load_decoder
+    from runtime.bundle import open_bundle
+    from runtime.load import load_session
+
+    stage = stage_for(quiet=quiet or as_json)
+    with stage("Checking the bundle", None):
+        opened = open_bundle(bundle)
+    manifest = opened.manifest
+    weight = verification.bundle_weights(bundle, manifest.model)
+    if against is not None:
+        weight = verification.checkpoint_weights(against, manifest)
+    with stage("Loading both", None):
+        reference = load_decoder(manifest.model, weight)
+        session = load_session(bundle, manifest)
+    tokens = sum(case.tokens for case in verification.cases(manifest, short=short))
+    with stage("Comparing", tokens) as advance:
+        agreements = verification.verify(
+            session, manifest, reference, short=short, progress=advance
+        )
+    source = "its own weights" if against is None else "the checkpoint"
+    manifest = record(manifest, bundle, agreements, source)
+    try:
+        write_manifest(manifest, bundle)
+    except OSError as error:
+        raise MistralcError(
+            f"The result could not be written into {bundle} ({error}). Make it writable."
+        ) from error
+    result = verification.to_json(agreements, source)
+    print(json.dumps(result) if as_json else verification.to_markdown(result))
+    verification.require(agreements)

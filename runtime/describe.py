@@ -1,0 +1,63 @@
+"""What a bundle is, for people and for machines. Knows nothing about loading one."""
+
+import json
+from typing import Any
+
+from graphs.spec import ring_bytes
+from runtime.bundle import Bundle
+
+
+def facts(bundle: Bundle) -> dict[str, Any]:
+    """The manifest, and what follows from it."""
+    manifest = bundle.manifest
+    model, ring, activation = manifest.model, manifest.ring, manifest.activation
+    derived = {
+        "parameters": model.num_parameters,
+        "capacities": {str(size): ring.capacity(size) for size in model.windows},
+        "kv_bytes_per_token": model.kv_bytes_per_token(activation),
+        "ring_bytes": ring_bytes(model, ring, activation),
+        "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
+        "endless": model.slides,
+    }
+    return {"path": str(bundle.path), "manifest": json.loads(manifest.to_text()), **derived}
+
+
+def show(bundle: Bundle) -> None:
+    """Print the facts as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    manifest, derived = bundle.manifest, facts(bundle)
+    model, ring = manifest.model, manifest.ring
+    by_user = " (chosen at export)" if manifest.window_source == "user" else ""
+    windows = ", ".join("none" if size is None else f"{size:,}" for size in model.windows)
+    end = "none: the text may run on" if model.slides else f"at {ring.context:,} tokens"
+    slots = ", ".join(f"{slots:,}" for slots in derived["capacities"].values())
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "checkpoint": f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})",
+        "runs on": f"{manifest.target}, {manifest.precision}, activations {manifest.activation}",
+        "parameters": f"{derived['parameters']:,}",
+        "layers": f"{model.num_hidden_layers}, hidden {model.hidden_size:,}, "
+        f"heads {model.num_attention_heads}:{model.num_key_value_heads} of {model.head_dim}",
+        "window": windows + by_user,
+        "end of context": end,
+        "ring": f"{slots} slots, chunk {ring.chunk:,}, "
+        f"{derived['ring_bytes'] / 1e6:,.1f} MB when full, "
+        f"{derived['kv_bytes_per_token']:,} bytes a token",
+        "size": f"{derived['bundle_bytes'] / 1e6:,.1f} MB in {len(manifest.files)} intact files",
+        "verified": _verdict(bundle),
+        "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console(highlight=False, soft_wrap=True).print(table)
+
+
+def _verdict(bundle: Bundle) -> str:
+    record = bundle.manifest.verification
+    if record is None:
+        return "never; run `mistralc verify`"
+    worst = max(record["cases"], key=lambda case: case["max_rel"])
+    outcome = "passed" if record["passed"] else "FAILED"
+    return f"{outcome} against {record['against']}, logits within {worst['max_rel']:.1e}"

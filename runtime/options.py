@@ -1,0 +1,86 @@
+"""Command-line options that several commands share. Knows no command.
+
+Each is declared once, with its help, so that `generate` and `chat` cannot drift apart.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from graphs.errors import UsageError
+from runtime.sampling import SamplingParams
+
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A directory that export wrote.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for machines.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads of the backend; one per physical core if left out."),
+]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
+System = Annotated[str | None, typer.Option(help="System message before the chat.")]
+
+_SAMPLING = "Sampling"
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", "-t", help="0 is greedy.", rich_help_panel=_SAMPLING),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Keep the K likeliest; 0 is off.", rich_help_panel=_SAMPLING)
+]
+TopP = Annotated[
+    float | None, typer.Option(help="Keep the likeliest that reach P.", rich_help_panel=_SAMPLING)
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Keep what has P times the best's chance.", rich_help_panel=_SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 discourages all seen.", rich_help_panel=_SAMPLING)
+]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Subtracted once generated.", rich_help_panel=_SAMPLING)
+]
+FrequencyPenalty = Annotated[
+    float | None, typer.Option(help="Subtracted per time generated.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=_SAMPLING)]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ID=BIAS", help="Add to a token's logit; repeatable.",
+                 rich_help_panel=_SAMPLING),
+]  # fmt: skip
+LogProbs = Annotated[
+    int | None,
+    typer.Option("--logprobs", help="Report N likeliest per token; needs --json.",
+                 rich_help_panel=_SAMPLING),
+]  # fmt: skip
+
+DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+"""What a checkpoint's `generation_config.json` may say; without a word of it, greedy."""
+
+
+def sampling_params(
+    defaults: dict[str, Any], logit_bias: list[str] | None = None, **given: Any
+) -> SamplingParams:
+    """Join what the user gave (not None) with the checkpoint's defaults."""
+    values: dict[str, Any] = {"temperature": 0.0}
+    values |= {name: defaults[name] for name in DEFAULTS if name in defaults}
+    values |= {name: value for name, value in given.items() if value is not None}
+    return SamplingParams(**values, logit_bias=dict(map(_bias, logit_bias or [])))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError as error:
+        raise UsageError(
+            f"--logit-bias is {text!r}; TOKEN_ID=BIAS is expected, for example 42=-100."
+        ) from error
