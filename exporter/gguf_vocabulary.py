@@ -42,7 +42,12 @@ def to_document(metadata: Metadata, path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _from_llama(metadata: Metadata, path: Path) -> dict[str, Any]:  # noqa: ARG001
+def _from_llama(metadata: Metadata, path: Path) -> dict[str, Any]:
+    if len(metadata.get("ggml.precompiled_charsmap", ())):
+        raise MistralcError(
+            f"The tokenizer of {path} replaces characters (`precompiled_charsmap`); one that "
+            "leaves them as they are is expected. Export from the original checkpoint instead."
+        )
     columns = ("ggml.tokens", "ggml.scores", "ggml.token_type")
     rows = zip(*(metadata[column] for column in columns), strict=True)
     return sentencepiece.to_document(
@@ -54,14 +59,13 @@ def _from_llama(metadata: Metadata, path: Path) -> dict[str, Any]:  # noqa: ARG0
             eos_id=metadata["ggml.eos_token_id"],
             add_dummy_prefix=metadata.get("ggml.add_space_prefix", True),
             remove_extra_whitespaces=metadata.get("ggml.remove_extra_whitespaces", False),
-            precompiled_charsmap=bytes(metadata.get("ggml.precompiled_charsmap", b"")),
         )
     )
 
 
 def _from_gpt2(metadata: Metadata, path: Path) -> dict[str, Any]:
-    pre = str(metadata.get("ggml.pre"))
-    if pre not in _PRE_TOKENIZERS:
+    pre = metadata.get("ggml.pre")
+    if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         known = ", ".join(f"`{name}`" for name in _PRE_TOKENIZERS)
         raise MistralcError(
             f"The byte-pair tokenizer of {path} splits text by the rules named {pre!r}; {known} "

@@ -90,7 +90,8 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
     a little program over symbolic dimensions in every layer; likewise `merge_heads`.
     """
     batch, tokens, width = x.shape
-    return x.view(batch, tokens, width // head_dim, head_dim).transpose(1, 2).contiguous()
+    heads = x.view(batch, tokens, width // head_dim, head_dim).transpose(1, 2)
+    return heads.clone(memory_format=torch.contiguous_format)  # an operator may not return a view
 
 
 @split_heads.register_fake
@@ -101,7 +102,7 @@ def _(x: Tensor, head_dim: int) -> Tensor:
 @torch.library.custom_op("mistralc::merge_heads", mutates_args=())
 def merge_heads(x: Tensor) -> Tensor:
     """`Transpose` and `Reshape`: [B, heads, S, D] to [B, S, heads * D]."""
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
 
 
 @merge_heads.register_fake
@@ -122,7 +123,7 @@ def _to_tensor_scatter(past: Any, update: Any, write_indices: Any) -> Any:
 
 
 def _to_attention(query: Any, key: Any, value: Any, mask: Any) -> Any:
-    return op.Attention(query, key, value, mask, softmax_precision=1)[0]
+    return op.Attention(query, key, value, mask)[0]  # TensorRT refuses softmax_precision
 
 
 def _to_gather_rows(x: Any, indices: Any) -> Any:

@@ -4,7 +4,6 @@ The pieces come from a model file (Mistral's `tokenizer.model*`) or from a GGUF,
 the same table. Scores of SentencePiece's BPE are minus the order in which pieces were learned.
 """
 
-import base64
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from exporter.bpe import AddedToken, document, merges_from_ranks
@@ -51,7 +50,6 @@ class Vocabulary:
     eos_id: int
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
-    precompiled_charsmap: bytes = b""
 
     def version(self) -> str:
         """Mistral's tokenizer version, told by the control tokens that each version added."""
@@ -78,15 +76,15 @@ def read_model(path: Path) -> Vocabulary:
         "unescaped whitespace": not normalizer.escape_whitespaces,
         "unused pieces": any(piece.type == PieceType.UNUSED for piece in proto.pieces),
         "a denormalizer": bool(proto.denormalizer_spec.precompiled_charsmap),
-        f"the normalizer {normalizer.name!r} without its table": (
-            normalizer.name not in {"", "identity"} and not normalizer.precompiled_charsmap
-        ),
+        # `tokenizers` replaces by grapheme where SentencePiece takes the longest match: é in two
+        # code points and CR LF come out differently. Mistral's and Llama's models replace nothing.
+        f"the normalizer {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
     }
     for what, found in refused.items():
         if found:
             raise MistralcError(
-                f"The SentencePiece model {path} has {what}; a BPE model with escaped leading "
-                "spaces, as Mistral's and Llama's are, is expected. Use a checkpoint that "
+                f"The SentencePiece model {path} has {what}; a BPE model that leaves characters "
+                "as they are, like Mistral's and Llama's, is expected. Use a checkpoint that "
                 "carries a tokenizer.json instead."
             )
     return Vocabulary(
@@ -98,7 +96,6 @@ def read_model(path: Path) -> Vocabulary:
         eos_id=trainer.eos_id,
         add_dummy_prefix=normalizer.add_dummy_prefix,
         remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
-        precompiled_charsmap=normalizer.precompiled_charsmap,
     )
 
 
@@ -153,17 +150,15 @@ def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _normalizers(vocabulary: Vocabulary, user_defined: Sequence[str]) -> list[dict[str, Any]]:
-    """The steps of SentencePiece's normalizer, in its order: table, extra spaces, prefix, spaces.
+    """The steps of SentencePiece's normalizer, in its order: extra spaces, prefix, spaces.
 
     A user-defined piece is looked for in normalized text, and `tokenizers` normalizes the piece
     too: the prefix must leave it alone, or it would be found only after a space.
     """
     steps: list[dict[str, Any]] = []
-    if vocabulary.precompiled_charsmap:
-        table = base64.b64encode(vocabulary.precompiled_charsmap).decode()
-        steps.append({"type": "Precompiled", "precompiled_charsmap": table})
-    if vocabulary.remove_extra_whitespaces:
-        steps += [_replace({"Regex": r"\A +| +\z"}, ""), _replace({"Regex": " +"}, " ")]
+    if vocabulary.remove_extra_whitespaces:  # at the end, a literal U+2581 is a space as well
+        ends, runs = rf"\A +|[ {SPACE}]+\z", " +"
+        steps += [_replace({"Regex": ends}, ""), _replace({"Regex": runs}, " ")]
     if vocabulary.add_dummy_prefix and user_defined:
         alone = "|".join(map(re.escape, user_defined))
         steps.append(_replace({"Regex": rf"\A(?!(?:{alone})\z)"}, SPACE))

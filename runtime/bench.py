@@ -2,6 +2,7 @@
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -20,13 +21,11 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def machine() -> dict[str, Any]:
     """What this ran on: processor, cores this process may use, Python, backend."""
-    import onnxruntime
-
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": version("onnxruntime"),
     }
 
 

@@ -86,10 +86,11 @@ class ChatTemplate:
         """The chat, cut at the control tokens that the template wrote."""
         written = [*provenance.strings_in(messages), *provenance.strings_in(tools)]
         mask = Mask(self._alphabet, written)
+        masked = [_masked(message, mask) for message in messages]
         try:
             text = self._template.render(
                 **self._variables,
-                messages=[_masked(message, mask) for message in messages],
+                messages=masked,
                 tools=None if tools is None else mask.hide(list(tools)),
                 documents=None,
                 add_generation_prompt=add_generation_prompt,

@@ -108,7 +108,7 @@ def test_the_millionth_token_costs_what_the_first_costs() -> None:
 
 
 def test_a_decoder_of_another_family_is_refused() -> None:
-    backend = Backend(models.WordLevel({"a": 0}, unk_token="a"))
+    backend = Backend(models.WordLevel({"a": 0}, "a"))
     with pytest.raises(MistralcError, match="decoder is null"):
         Tokenizer(backend, {}, {})
     backend.decoder = decoders.WordPiece()

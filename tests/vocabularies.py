@@ -3,6 +3,7 @@
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -37,6 +38,14 @@ def files(path: Path) -> TokenizerFiles:
 @cache
 def opened(path: Path) -> Tokenizer:
     return open_files(files(path))
+
+
+@cache
+def transformers_smollm2() -> Any:
+    """transformers' own reading of the GGUF."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(SMOLLM2.parent), gguf_file=SMOLLM2.name)
 
 
 def open_files(converted: TokenizerFiles) -> Tokenizer:
