@@ -8,11 +8,13 @@ leaves its sibling unlocked, and the next export beside it sweeps it away.
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from graphs.manifest import FILE_NAME, FileEntry, Manifest
 from runtime.bundle import sha256
 
 PARTIAL = ".mistralc-partial-"
+REPORT = "report/verify.md"
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
@@ -74,17 +77,23 @@ def staged(destination: Path) -> Iterator[Path]:
     """
     destination = destination.absolute()
     staging = destination.parent / f"{PARTIAL}{destination.name}-{os.getpid()}"
+    missing = [parent for parent in destination.parents if not parent.exists()]
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         _sweep(destination.parent)
         staging.mkdir()
-        with _locked(staging):
-            yield staging
-            _publish(staging, destination)
+        try:
+            with _locked(staging):
+                yield staging
+                _publish(staging, destination)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise _explained(error, destination) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # not empty: the bundle is in it
+                parent.rmdir()
 
 
 def write_model(model: ir.Model, directory: Path) -> None:
@@ -116,11 +125,28 @@ def list_files(directory: Path) -> dict[str, FileEntry]:
     }
 
 
-def write_manifest(manifest: Manifest, directory: Path) -> None:
-    """Write the manifest, replacing an old one in a single step."""
-    partial = directory / f"{FILE_NAME}.partial"
-    partial.write_text(manifest.to_text(), encoding="utf-8")
-    partial.replace(directory / FILE_NAME)
+def write_record(manifest: Manifest, report: str, directory: Path) -> Manifest:
+    """Write a verification's report and the manifest that lists it, which is returned.
+
+    Nothing is replaced before both are on the disk: when that is full, an old bundle stays whole.
+    """
+    data = report.encode()
+    entry = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest = replace(manifest, files=dict(sorted({**manifest.files, REPORT: entry}.items())))
+    partials = {
+        directory / f"{REPORT}.partial": data,
+        directory / f"{FILE_NAME}.partial": manifest.to_text().encode(),
+    }
+    (directory / REPORT).parent.mkdir(exist_ok=True)
+    try:
+        for partial, contents in partials.items():
+            partial.write_bytes(contents)
+        for partial in partials:
+            partial.replace(partial.with_suffix(""))
+    finally:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+    return manifest
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """The commands of a build host: export, verify. Knows only the command line."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +61,7 @@ def export(
     size = sum(entry.size for entry in manifest.files.values())
     print(f"{path}: {size / 1e6:,.0f} MB, {manifest.target}, {manifest.precision}, verified.")
     print("Next:")
-    print(f'  mistralc generate {path} --chat "What is the capital of France?"')
+    print(f'  {program()} generate {path} --chat "What is the capital of France?"')
 
 
 def verify(
@@ -74,7 +77,6 @@ def verify(
 ) -> None:
     """Compare a bundle with the PyTorch decoder, and record the result in the bundle."""
     from exporter import verify as verification
-    from exporter.bundle import write_manifest
     from exporter.export import record
     from exporter.model import load_decoder
     from runtime.bundle import open_bundle
@@ -96,13 +98,21 @@ def verify(
             session, manifest, reference, short=short, progress=advance
         )
     source = "its own weights" if against is None else "the checkpoint"
-    manifest = record(manifest, bundle, agreements, source)
-    try:
-        write_manifest(manifest, bundle)
-    except OSError as error:
-        raise MistralcError(
-            f"The result could not be written into {bundle} ({error}). Make it writable."
-        ) from error
     result = verification.to_json(agreements, source)
     print(json.dumps(result) if as_json else verification.to_markdown(result))
+    try:
+        record(manifest, bundle, agreements, source)
+    except OSError as error:
+        raise MistralcError(
+            f"The result could not be written into {bundle} ({error}). Make it writable, and "
+            "verify again."
+        ) from error
     verification.require(agreements)
+
+
+def program() -> str:
+    """How this command was called, so that what we tell people to type works as it stands."""
+    called = Path(sys.argv[0])
+    if shutil.which(called.name) == str(called.absolute()):
+        return called.name
+    return os.path.relpath(called)

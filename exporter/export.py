@@ -20,7 +20,7 @@ from exporter.weights import total_bytes, write_weights
 from graphs.errors import UsageError
 from graphs.manifest import Manifest
 from graphs.pipeline import lower
-from graphs.spec import Dtype, ModelSpec, RingSpec
+from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec
 from runtime.load import load_session
 from runtime.progress import Stage, silent
 
@@ -80,15 +80,14 @@ def export(
     ring = ring_spec(spec, options)
     activation = ACTIVATION[options.target][options.precision]
     tokenizer = read_tokenizer(checkpoint.path)
+    bundle.check_space(destination, spec.num_parameters * ITEM_SIZE[activation] + SPARE)
     with stage("Tracing the decoder", None):
         model = trace(spec, activation)
         passes = lower(model, spec, options.target)
-    needed = total_bytes(model)
-    bundle.check_space(destination, needed + SPARE)
     with stage("Hashing the checkpoint", None):
         fingerprint = checkpoint.fingerprint()
     with bundle.staged(destination) as directory:
-        with stage("Writing weights", needed) as advance:
+        with stage("Writing weights", total_bytes(model)) as advance:
             write_weights(model, checkpoint, directory, advance)
         bundle.write_model(model, directory)
         bundle.write_tokenizer(tokenizer, directory)
@@ -110,9 +109,8 @@ def export(
         )
         agreements = _check(directory, manifest, checkpoint, stage)
         with stage("Hashing the bundle", None):
-            manifest = record(manifest, directory, agreements, "the checkpoint")
-        bundle.write_manifest(manifest, directory)
-    return manifest
+            manifest = replace(manifest, files=bundle.list_files(directory))
+        return record(manifest, directory, agreements, "the checkpoint")
 
 
 def ring_spec(spec: ModelSpec, options: ExportOptions) -> RingSpec:
@@ -136,12 +134,11 @@ def ring_spec(spec: ModelSpec, options: ExportOptions) -> RingSpec:
 def record(
     manifest: Manifest, directory: Path, agreements: list[Agreement], against: str
 ) -> Manifest:
-    """Write the verification into `report/` and return the manifest with it and all files."""
+    """Write the verification into the bundle's `report/` and manifest, which is returned."""
     result = to_json(agreements, against)
-    report = directory / "report"
-    report.mkdir(exist_ok=True)
-    (report / "verify.md").write_text(to_markdown(result), encoding="utf-8")
-    return replace(manifest, verification=result, files=bundle.list_files(directory))
+    return bundle.write_record(
+        replace(manifest, verification=result), to_markdown(result), directory
+    )
 
 
 def versions() -> dict[str, str]:

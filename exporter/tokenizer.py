@@ -81,7 +81,7 @@ def _find(directory: Path) -> Path:
 
 def _convert(path: Path) -> _Source:
     try:
-        if path.suffix == ".gguf":
+        if path.suffix == ".gguf" or _begins_with(path, b"GGUF"):
             return _from_gguf(path)
         if path.suffix == ".json" and "tekken" in path.name:
             return _from_tekken(path)
@@ -257,6 +257,11 @@ def _spelled(settings: Mapping[str, Any], name: str) -> str | None:
     """A token in `tokenizer_config.json`: a string, or an object with the string in it."""
     token = settings.get(name)
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _version_in(name: str) -> str | None:

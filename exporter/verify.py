@@ -28,7 +28,7 @@ Logits = NDArray[np.float32]
 Progress = Callable[[int], None]  # called with the number of tokens just run
 
 COMPARED = 256  # positions whose logits are compared, evenly spread: 256 x 32,000 are 33 MB
-SHORT = 96  # tokens of the longest case in a short verification
+SHORT = 160  # tokens of the longest case in a short verification: two turns of a 64-slot ring
 TOLERANCE = 1e-4
 """Largest logit difference accepted in float32, as a share of the largest logit (at least 1).
 
@@ -76,7 +76,7 @@ class Case:
 def cases(manifest: Manifest, *, short: bool) -> list[Case]:
     """The lengths at which a window or a ring can go wrong: W-1, W, W+1, 2W+3, and turns.
 
-    Without a window the chunk takes its place. `short` keeps texts to 96 tokens, for export.
+    Without a window the chunk takes its place. `short` keeps texts to 160 tokens, for export.
     """
     window = next((size for size in manifest.model.windows if size is not None), None)
     unit = manifest.ring.chunk if window is None else window

@@ -2,8 +2,10 @@
 
 Plain data and the standard library only, because both the build host and the production host
 read it. It holds no time, no host name and no absolute path: the same input gives the same bytes.
+Its last field is the SHA-256 of all others, so that damage to the manifest itself is noticed too.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +17,7 @@ from graphs.spec import Dtype, ModelSpec, RingSpec
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
+CHECKSUM = "manifest_sha256"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +50,9 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     def to_text(self) -> str:
-        """Return the manifest as the JSON text that `read` takes."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        """Return the manifest as the JSON text that `from_text` takes."""
+        data = asdict(self)
+        return json.dumps(data | {CHECKSUM: _checksum(data)}, indent=2) + "\n"
 
     @classmethod
     def from_text(cls, text: str, where: str) -> Self:
@@ -60,7 +64,7 @@ class Manifest:
         try:
             data = json.loads(text)
             schema = data["schema"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise MistralcError(
                 f"{where} is not a bundle's manifest ({error}). {remedy}"
             ) from error
@@ -71,6 +75,11 @@ class Manifest:
                 f"bundle was written by {age} version. Install the version of mistralc that wrote "
                 "it, or export the checkpoint again with this one."
             )
+        if data.pop(CHECKSUM, None) != _checksum(data):
+            raise MistralcError(
+                f"{where} was changed after the bundle was written: its {CHECKSUM} is not that "
+                f"of its contents. {remedy}"
+            )
         try:
             data["model"] = ModelSpec.from_json(data["model"])
             data["ring"] = RingSpec(**data["ring"])
@@ -80,6 +89,11 @@ class Manifest:
             raise MistralcError(
                 f"{where} does not have the fields of schema {SCHEMA} ({error}). {remedy}"
             ) from error
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's fields, however their JSON is laid out."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(bundle: Path) -> Manifest:

@@ -1,5 +1,6 @@
 """How fast a bundle is, and on what. Knows nothing about peers or correctness."""
 
+import importlib.util
 import os
 import platform
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from graphs.errors import MistralcError
+from graphs.errors import MistralcError, UsageError
 from runtime.generator import Generator
 from runtime.load import Loaded
 from runtime.progress import Stage
@@ -66,10 +67,7 @@ def measure_positions(
         for i in range(positions):
             began = perf_counter()
             if next(steps, None) is None:
-                raise MistralcError(
-                    f"The text ended at {i} tokens of {positions}: this bundle has no room for "
-                    "more. Export it with --window to let it slide, or ask for fewer."
-                )
+                raise _ended(i, positions)
             latency[i] = perf_counter() - began
             resident[i] = _resident()
             advance(1)
@@ -100,6 +98,25 @@ def to_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def check_plot(path: Path) -> None:
+    """Raise unless a plot can be drawn and written to `path`; before the measurement, not after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MistralcError(
+            "--plot needs matplotlib, which is not installed: pip install 'mistralc[report]'."
+        )
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"--plot is {path}; the name of a file in an existing directory is expected."
+        )
+
+
+def _ended(made: int, wanted: int) -> MistralcError:
+    return MistralcError(
+        f"The text ended at {made} tokens of {wanted}: this bundle has no room for more. Export "
+        "it with --window to let it slide, or ask for fewer."
+    )
+
+
 def _prompt(generator: Generator, count: int) -> list[int]:
     """Pseudo-random tokens, the same every time."""
     bits = np.random.Generator(np.random.PCG64(0))
@@ -115,8 +132,9 @@ def _round(generator: Generator, prompt_tokens: int, new_tokens: int) -> tuple[f
     )
     next(steps)
     first = perf_counter()
-    for _ in steps:
-        pass
+    made = 1 + sum(1 for _ in steps)
+    if made < new_tokens:
+        raise _ended(made, new_tokens)
     return first - began, perf_counter() - first
 
 
@@ -133,12 +151,8 @@ def _processor() -> str:
 
 
 def _draw(path: Path, latency: Any, resident: Any, result: dict[str, Any]) -> None:
-    try:
-        import matplotlib as mpl
-    except ModuleNotFoundError as error:
-        raise MistralcError(
-            "--plot needs matplotlib, which is not installed: pip install 'mistralc[report]'."
-        ) from error
+    import matplotlib as mpl
+
     mpl.use("Agg")
     from matplotlib import pyplot
 
@@ -156,5 +170,9 @@ def _draw(path: Path, latency: Any, resident: Any, result: dict[str, Any]) -> No
     bottom.set(xlabel="position (tokens)", ylabel="resident memory (MB)", ylim=(0, None))
     top.set_title(f"{result['machine']['processor']}, {result['machine']['cores']} cores")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise MistralcError(f"The plot could not be written to {path} ({error}).") from error
+    finally:
+        pyplot.close(figure)

@@ -39,7 +39,13 @@ def open_bundle(path: Path, progress: Progress | None = None) -> Bundle:
     _check_names(path, manifest)
     cache = _HashCache(_cache_file())
     for name, entry in manifest.files.items():
-        _check_file(path / name, entry, cache, progress)
+        try:
+            _check_file(path / name, entry, cache, progress)
+        except OSError as error:
+            raise MistralcError(
+                f"{path / name} could not be read ({error}); a file that this user may read is "
+                "expected. Check its permissions and the disk."
+            ) from error
     cache.save()
     return Bundle(path=path, manifest=manifest)
 
@@ -78,10 +84,11 @@ def _check_file(
         raise MistralcError(
             f"{path} has {size:,} bytes; the manifest expects {entry.size:,}. {remedy}"
         )
-    digest = cache.get(path)
+    identity = _identity(path)  # taken first: what changes while it is hashed is hashed again
+    digest = cache.get(path, identity)
     if digest is None:
         digest = sha256(path, progress)
-        cache.put(path, digest)
+        cache.put(path, identity, digest)
     if digest != entry.sha256:
         raise MistralcError(
             f"{path} was changed after the bundle was written: its SHA-256 is {digest[:12]}…, the "
@@ -89,39 +96,44 @@ def _check_file(
         )
 
 
-def _cache_file() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "mistralc" / "hashes.json"
+def _cache_file() -> Path | None:
+    """Where digests are kept; None for a user without a home, as containers have them."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):
+        home = home or str(Path.home() / ".cache")
+    return Path(home) / "mistralc" / "hashes.json" if home else None
 
 
 class _HashCache:
     """Digests of files that have not been touched since. Losing it costs time, never safety."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         self._entries: dict[str, Any] = {}
         self._changed = False
+        if path is None:
+            return
         with suppress(OSError, ValueError):
             loaded = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(loaded, dict):
                 self._entries = loaded
 
-    def get(self, path: Path) -> str | None:
+    def get(self, path: Path, identity: list[int]) -> str | None:
         entry = self._entries.get(str(path.resolve()))
-        if isinstance(entry, list) and entry[:-1] == _identity(path):
+        if isinstance(entry, list) and entry[:-1] == identity:
             return str(entry[-1])
         return None
 
-    def put(self, path: Path, digest: str) -> None:
-        self._entries[str(path.resolve())] = [*_identity(path), digest]
+    def put(self, path: Path, identity: list[int], digest: str) -> None:
+        self._entries[str(path.resolve())] = [*identity, digest]
         self._changed = True
 
     def save(self) -> None:
         """Write the cache back, whole or not at all; a read-only home is no error."""
-        if not self._changed:
+        if self.path is None or not self._changed:
             return
-        kept = {name: entry for name, entry in self._entries.items() if Path(name).exists()}
         with suppress(OSError):
+            kept = {name: entry for name, entry in self._entries.items() if Path(name).exists()}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
             partial.write_text(json.dumps(kept), encoding="utf-8")

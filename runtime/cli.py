@@ -64,20 +64,19 @@ def generate(
         raise UsageError("--system belongs to a chat; add --chat, or put it into the prompt.")
     if logprobs is not None and not as_json:
         raise UsageError("--logprobs are reported as JSON; add --json.")
-    text = _prompt(prompt, file)
-    stage = stage_for(quiet=quiet or as_json)
-    loaded = load(bundle, threads=threads, stage=stage)
-    params = options.sampling_params(
-        loaded.defaults, logit_bias,
+    given = options.chosen(
+        logit_bias,
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, seed=seed, logprobs=logprobs,
     )  # fmt: skip
+    limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()))
+    text = _prompt(prompt, file)
+    stage = stage_for(quiet=quiet or as_json)
+    loaded = load(bundle, threads=threads, stage=stage)
+    params = options.sampling_params(loaded.defaults, given)
     ids = _encode(loaded, text, system, as_chat=as_chat)
-    completion = Completion(
-        loaded.generator, loaded.tokenizer, ids, params,
-        Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ())), chat=as_chat,
-    )  # fmt: skip
+    completion = Completion(loaded.generator, loaded.tokenizer, ids, params, limits, chat=as_chat)
     with stage("Reading the prompt", len(ids)) as advance:
         completion.prefill(advance)
     for piece in completion:
@@ -113,14 +112,14 @@ def chat(
     from runtime.completion import Limits
     from runtime.load import load
 
-    loaded = load(bundle, threads=threads, stage=stage_for(quiet=quiet))
-    params = options.sampling_params(
-        loaded.defaults,
+    given = options.chosen(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, seed=seed,
     )  # fmt: skip
     limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()))
+    loaded = load(bundle, threads=threads, stage=stage_for(quiet=quiet))
+    params = options.sampling_params(loaded.defaults, given)
     Chat(loaded, params, limits, system).run()
 
 
@@ -156,6 +155,8 @@ def bench(
 
     if plot is not None and positions is None:
         raise UsageError("--plot draws latency against position; add --positions N.")
+    if plot is not None:
+        benchmark.check_plot(plot)
     stage = stage_for(quiet=as_json)
     loaded = load(bundle, threads=threads, stage=stage)
     result: dict[str, Any]

@@ -60,6 +60,9 @@ class Limits:
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        StopStrings(self.stop)  # raises UsageError where one of them cannot be
+
 
 class Completion:
     """One answer in the making. Iterate for its text; then read how it ended.

@@ -66,14 +66,21 @@ DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 """What a checkpoint's `generation_config.json` may say; without a word of it, greedy."""
 
 
-def sampling_params(
-    defaults: dict[str, Any], logit_bias: list[str] | None = None, **given: Any
-) -> SamplingParams:
-    """Join what the user gave (not None) with the checkpoint's defaults."""
+def chosen(logit_bias: list[str] | None = None, **given: Any) -> dict[str, Any]:
+    """What the user gave (not None), checked, so that a wrong value is refused before loading."""
+    values = {name: value for name, value in given.items() if value is not None}
+    values["logit_bias"] = dict(map(_bias, logit_bias or []))
+    SamplingParams(**values)
+    return values
+
+
+def sampling_params(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingParams:
+    """Join what the user gave with the checkpoint's defaults."""
     values: dict[str, Any] = {"temperature": 0.0}
     values |= {name: defaults[name] for name in DEFAULTS if name in defaults}
-    values |= {name: value for name, value in given.items() if value is not None}
-    return SamplingParams(**values, logit_bias=dict(map(_bias, logit_bias or [])))
+    if defaults.get("do_sample") is False:
+        values["temperature"] = 0.0
+    return SamplingParams(**values | given)
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -198,7 +198,10 @@ def test_without_injection_ids_equal_transformers_whatever_the_template_does(
     converted = files(SENTENCEPIECE["v3"])
     reference = fast(converted, scheme and {**METASPACE, "prepend_scheme": scheme})
     backend = tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str())
-    for name, template in TEMPLATES.items():
+    # Where a first word's space goes does not depend on how a template writes: three are enough.
+    names = TEMPLATES if scheme is None else ("trimmed", "macro", "prompt")
+    for name in names:
+        template = TEMPLATES[name]
         config = {**converted.tokenizer_config, "chat_template": template}
         tokenizer = Tokenizer(backend, config, converted.generation_config)
         for content in INNOCENT:
@@ -239,6 +242,7 @@ def test_tools_reach_the_template() -> None:
 # Injection
 
 
+@cache
 def with_template(template: str) -> Tokenizer:
     converted = files(SENTENCEPIECE["v3"])
     backend = tokenizers.Tokenizer.from_str(converted.tokenizer_json)
@@ -293,14 +297,11 @@ def test_no_template_can_make_a_control_token_of_a_callers_text(
 @settings(max_examples=200, deadline=None)
 def test_control_tokens_are_those_of_the_template_alone(contents: list[str]) -> None:
     template = "<s>{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
-    tokenizer = cached_with_template(template)
+    tokenizer = with_template(template)
     chat = [user(content) for content in contents]
     ids = tokenizer.encode_chat(chat)
     assert special_in(tokenizer, ids) == [1, *[3, 4] * len(contents)]
     assert tokenizer.render_chat(chat) == "<s>" + "".join(f"[INST]{c}[/INST]" for c in contents)
-
-
-cached_with_template = cache(with_template)
 
 
 def test_a_role_that_is_no_word_is_an_error() -> None:

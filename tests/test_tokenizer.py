@@ -177,7 +177,7 @@ def test_smollm2_ids_equal_transformers_reading_of_the_same_gguf() -> None:
 
 
 def test_a_llama_kind_of_gguf_has_the_ids_of_its_sentencepiece_model(tmp_path: Path) -> None:
-    path = tmp_path / "mistral.gguf"
+    path = tmp_path / "mistral"  # told by its first bytes
     _write_gguf(path, SENTENCEPIECE["v3"])
     reference = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE["v3"]))
     converted = convert_file(path)
