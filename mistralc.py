@@ -25,6 +25,8 @@ exporter.cli.register(app)
 runtime.cli.register(app)
 
 DEBUG = "--debug"
+BUILD_TOOLS = {"gguf", "google", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece",
+               "torch"}  # fmt: skip
 
 
 def _version(*, asked: bool) -> None:
@@ -58,6 +60,15 @@ def main() -> None:
             raise
         typer.echo(f"mistralc: {error}", err=True)
         raise SystemExit(error.exit_code) from error
+    except ModuleNotFoundError as error:
+        if debug or str(error.name).partition(".")[0] not in BUILD_TOOLS:
+            raise
+        typer.echo(
+            f"mistralc: This command makes or checks bundles and needs the package {error.name}, "
+            "which is not installed here. Install the build tools: pip install 'mistralc[export]'.",
+            err=True,
+        )
+        raise SystemExit(1) from error
     except KeyboardInterrupt:
         typer.echo("mistralc: stopped.", err=True)
         raise SystemExit(130) from None
