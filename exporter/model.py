@@ -152,15 +152,16 @@ class Decoder(nn.Module):
     def prepare(self, position_ids: Tensor, past: Caches, dtype: torch.dtype) -> Step:
         """Rotary angles, ring slots and masks from position_ids [B, S], consecutive in a row."""
         first, last = position_ids.select(1, 0), position_ids.select(1, -1)  # [B]
-        queries = position_ids.unsqueeze(-1)  # [B, S, 1]
-        angles = queries.float() * self.inv_freq  # [B, S, D/2]
+        angles = position_ids.unsqueeze(-1).float() * self.inv_freq  # [B, S, D/2]
+        # Positions take the mask's four axes before they are compared: TensorRT-RTX 1.7 fails to
+        # compile (a duplicate "iota") when several layers share a mask that got its axes later.
+        queries = position_ids.unsqueeze(1).unsqueeze(-1)  # [B, 1, S, 1]
         write_indices, masks = {}, {}
         for size in self.spec.windows:
             capacity = past[2 * self.spec.layer_windows.index(size)].shape[2]  # C
             slots = torch.arange(capacity, device=position_ids.device)  # [C]
-            keys = window.slot_position(last.unsqueeze(-1), slots, capacity)  # [B, C]
-            seen = window.visible(queries, keys.unsqueeze(1), size)  # [B, S, C]
-            masks[size] = seen.unsqueeze(1)  # [B, 1, S, C]
+            keys = window.slot_position(last.view(-1, 1, 1, 1), slots, capacity)  # [B, 1, 1, C]
+            masks[size] = window.visible(queries, keys, size)  # [B, 1, S, C]
             write_indices[size] = first % capacity  # [B]
         return Step(angles.cos().to(dtype), angles.sin().to(dtype), write_indices, masks)
 

@@ -1,6 +1,0 @@
-def test_a(mistralc, sliding_bundle, plain_bundle, capsys, tmp_path):
-    o=open('/tmp/cli_probe.txt','w')
-    for args in (["--version"], [], ["generate",sliding_bundle,"hello","-n","20"],["generate",sliding_bundle,"hello","-n","30","--json","--logprobs","2"],["generate", sliding_bundle],["generate",sliding_bundle,"x","--temperature","-1"],["generate",sliding_bundle,"x","--foo"],["export"],["generate", plain_bundle, "x"*160], ["inspect", plain_bundle], ["verify", plain_bundle],["bench",plain_bundle,"--prompt-tokens","5","--new-tokens","5","--repeat","1"],["bench",plain_bundle,"--prompt-tokens","90","--new-tokens","20","--repeat","1"],["bench",sliding_bundle,"--positions","30","--json"],["generate",sliding_bundle,"x","--top-k","z"],["generate",sliding_bundle,"x","--stop",""],["generate",sliding_bundle,"a\udcffb"],["generate",sliding_bundle,"x","--logit-bias","9999=1"],["bench",sliding_bundle,"--positions","30","--plot","/nonexist/x.png"],["export","/nonexist"],["generate",sliding_bundle,"hello","-n","20","--debug","--file","/nonexist"],["generate",sliding_bundle,"--file","/tmp"]):
-        r=mistralc(*args); 
-        print(args[:1],r.code,file=o); print(r.out[:1500],file=o); print("ERR",r.err[:1500],file=o)
-    r=mistralc("chat",plain_bundle,"-n","4",stdin=b"hi\n/stats\nagain\n/stats\n/undo\n/new\nx\n/stats\n/quit\nx\n"); print(r.out, r.err,file=o)
