@@ -25,6 +25,7 @@ exporter.cli.register(app)
 runtime.cli.register(app)
 
 DEBUG = "--debug"
+INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt: 128 + SIGINT
 BUILD_TOOLS = {"gguf", "google", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece",
                "torch"}  # fmt: skip
 
@@ -50,7 +51,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage."""
+    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
     arguments = sys.argv[1:]
     debug = DEBUG in arguments
     try:
@@ -69,9 +70,10 @@ def main() -> None:
             err=True,
         )
         raise SystemExit(1) from error
-    except KeyboardInterrupt:
-        typer.echo("mistralc: stopped.", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            typer.echo("mistralc: stopped.", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def open_bundle(path: Path, progress: Progress | None = None) -> Bundle:
     """
     manifest = read_manifest(path)
     _check_names(path, manifest)
-    cache = _HashCache(_cache_file())
+    cache = _HashCache(cache_file())
     for name, entry in manifest.files.items():
         try:
             _check_file(path / name, entry, cache, progress)
@@ -96,7 +96,7 @@ def _check_file(
         )
 
 
-def _cache_file() -> Path | None:
+def cache_file() -> Path | None:
     """Where digests are kept; None for a user without a home, as containers have them."""
     home = os.environ.get("XDG_CACHE_HOME")
     with suppress(RuntimeError):

@@ -28,10 +28,10 @@ from tests.make_checkpoint import hf_config, tiny_spec, write_checkpoint
 
 TARGETS = ("portable", "cpu")
 
-TOLERANCE = 2e-5
-"""Logits of these models are spread by about 1, and float32 sums of up to 128 terms in another
-order were seen to move them by up to 3e-6. A wrong mask, slot or angle moves them by 1e-2 and more
-(see the tests that say so), so a tenth of the 2e-4 that is promised tells the two well apart.
+TOLERANCE = 5e-5
+"""Logits of these models reach 4, and float32 sums in another order were seen to move them by up
+to 7e-6. The smallest mistake tried below moves them by 1.5e-2. The 2e-4 that is promised lies
+between; a quarter of it leaves room for other processors' order of summation and no more.
 """
 
 HEADS, HIDDEN, SQUARE, WIDE = 8, 64, 8, 12  # SQUARE * HEADS = HIDDEN, WIDE * HEADS does not
@@ -94,7 +94,7 @@ def transformers_logits(
 
 def difference(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
     assert got.shape == expected.shape
-    d = float(np.abs(got - expected).max()); open("/tmp/x/diffs","a").write(f"{d} {np.abs(expected).max()}\n"); return d
+    return float(np.abs(got - expected).max())
 
 
 # The grid

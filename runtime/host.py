@@ -1,0 +1,167 @@
+"""What this host has: memory, NVIDIA GPUs, libraries. Knows nothing about bundles or verdicts.
+
+Linux's own files and the CUDA driver's C interface, so that nothing need be installed to be told
+what is missing.
+"""
+
+import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+DRIVER_VERSION = Path("/sys/module/nvidia/version")
+
+# cuda.h: CUdevice_attribute
+_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One GPU, as the driver describes it."""
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cuda:
+    """The NVIDIA driver and its GPUs. `problem` says why there are none; None if there are.
+
+    `version` is the newest CUDA that the driver can run, such as (13, 0); `driver` is the
+    driver's own number, where the kernel tells.
+    """
+
+    version: tuple[int, int] | None = None
+    driver: str | None = None
+    devices: tuple[Device, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """A Python package by import name. `problem` says why an installed one does not import."""
+
+    name: str
+    version: str | None  # None: not installed
+    problem: str | None = None
+
+
+def memory_total() -> int | None:
+    """Bytes of this host's memory; None where /proc does not tell."""
+    return _meminfo("MemTotal")
+
+
+def memory_available() -> int | None:
+    """Bytes that may still be allocated: the kernel's estimate, or what a container's limit leaves.
+
+    None where neither is told.
+    """
+    known = [value for value in (_meminfo("MemAvailable"), _cgroup_left()) if value is not None]
+    return min(known, default=None)
+
+
+def cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Cuda:
+    """Ask the CUDA driver library for its version and GPUs. Initializes CUDA in this process."""
+    try:
+        library = load("libcuda.so.1")
+    except OSError:
+        return Cuda(problem="no NVIDIA driver is installed (libcuda.so.1 is missing)")
+    number = ctypes.c_int()
+    version = None
+    if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
+        version = number.value // 1000, number.value % 1000 // 10
+    driver = None
+    with suppress(OSError):
+        driver = DRIVER_VERSION.read_text(encoding="ascii").strip()
+    code = library.cuInit(0)
+    if code == 0:
+        code = library.cuDeviceGetCount(ctypes.byref(number))
+    if code != 0 or number.value == 0:
+        problem = f"the NVIDIA driver does not start (CUDA error {code})"
+        if code in (0, _NO_DEVICE):
+            problem = "the NVIDIA driver is installed and sees no GPU"
+        return Cuda(version=version, driver=driver, problem=problem)
+    devices = tuple(_device(library, index) for index in range(number.value))
+    return Cuda(version=version, driver=driver, devices=devices)
+
+
+def library(name: str, distributions: tuple[str, ...], *, load: bool) -> Library:
+    """Look a library up by import name and by the names of the packages that may carry it.
+
+    With `load` it is imported, which shows a broken installation; else it is only found.
+    """
+    version = next(filter(None, map(_version, distributions)), None)
+    try:
+        if load:
+            module: ModuleType = importlib.import_module(name)
+            version = version or getattr(module, "__version__", None)
+        elif importlib.util.find_spec(name) is None:
+            return Library(name=name, version=None)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return Library(name=name, version=None)
+        return Library(name=name, version=version or "?", problem=str(error))
+    except Exception as error:  # a library that lacks its own libraries raises what it likes
+        return Library(name=name, version=version or "?", problem=str(error))
+    return Library(name=name, version=version or "?")
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The leading numbers of a version, which compare as they should: "1.31.1rc1" is (1, 31, 1)."""
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def _meminfo(field: str) -> int | None:
+    with suppress(OSError, ValueError):
+        for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name == field:
+                return int(value.split()[0]) * 1024
+    return None
+
+
+def _cgroup_left() -> int | None:
+    """What the limit of a container (cgroup 2) leaves; the page cache counts as free."""
+    with suppress(OSError, ValueError, KeyError):
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        if limit == "max":
+            return None
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        lines = (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines()
+        stat = {name: int(value) for name, value in (line.split() for line in lines)}
+        return max(0, int(limit) - used + stat["inactive_file"] + stat["active_file"])
+    return None
+
+
+def _device(library: Any, index: int) -> Device:
+    handle, number, size = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    library.cuDeviceGet(ctypes.byref(handle), index)
+    library.cuDeviceGetName(name, len(name), handle)
+    library.cuDeviceTotalMem_v2(ctypes.byref(size), handle)
+    capability = []
+    for attribute in (_CAPABILITY_MAJOR, _CAPABILITY_MINOR):
+        library.cuDeviceGetAttribute(ctypes.byref(number), attribute, handle)
+        capability.append(str(number.value))
+    return Device(
+        name=name.value.decode(errors="replace"),
+        compute_capability=".".join(capability),
+        memory_bytes=size.value,
+    )
+
+
+def _version(distribution: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None

@@ -1,0 +1,267 @@
+"""Graph passes: each fires as often as it promises, and the numbers are the same afterwards."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnxscript import optimizer
+
+from graphs.dead_code import DEAD_CODE
+from graphs.fold_constants import FOLD_CONSTANTS
+from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
+from graphs.pipeline import PASSES, PORTABLE, lower
+from graphs.rewrite import Pass, PassError
+from graphs.spec import ModelSpec, RingSpec
+from graphs.tie_embedding import TIE_EMBEDDING
+from graphs.weights import WeightRef, weight_of
+from runtime.ring import Ring
+from tests import tiny
+from tests.make_checkpoint import tiny_spec
+
+SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # its trace is shared with other tests
+TIED = replace(SPEC, tie_word_embeddings=True)
+LAYERS = SPEC.num_hidden_layers
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def operators(model: ir.Model) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph)
+
+
+def weights(model: ir.Model) -> dict[str, WeightRef]:
+    found = {name: weight_of(value) for name, value in model.graph.initializers.items()}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
+def node_reading(model: ir.Model, name: str) -> ir.Node:
+    """The one node that reads the weight `name`."""
+    (node,) = model.graph.initializers[name].consumers()
+    return node
+
+
+def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
+    """Logits of 40 tokens in chunks and single steps; `model` is filled with numbers."""
+    data = ir.to_proto(tiny.fill(model, spec)).SerializeToString()
+    ring = Ring(spec, RingSpec(chunk=3, context=1))
+    return tiny.in_turns(tiny.load(data, spec), ring, tiny.tokens(spec, 40), [17, 1, 1, 1, 20])
+
+
+# Fires, and the numbers stay
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [(SPEC, {"tie_embedding": 0}), (TIED, {"tie_embedding": 1})],
+    ids=["untied", "tied"],
+)
+def test_every_pass_fires_as_often_as_it_promises(spec: ModelSpec, expected: dict[str, int]):
+    fired = lower(tiny.traced(spec), spec, "cpu")
+    counts = {"merge_qkv": LAYERS, "merge_gate_up": LAYERS, **expected}
+    assert {name: fired[name] for name in counts} == counts
+    assert fired["fold_constants"] > 0
+    assert fired["dead_code"] > 0
+    assert fired.keys() == {step.name for step in PASSES["cpu"]}
+
+
+def test_every_target_begins_with_the_portable_passes():
+    for target, steps in PASSES.items():
+        assert steps[: len(PORTABLE)] == PORTABLE, target
+
+
+@pytest.mark.parametrize("spec", [SPEC, TIED], ids=["untied", "tied"])
+def test_after_each_pass_the_numbers_are_those_of_the_untouched_trace(spec: ModelSpec):
+    expected = logits_of(tiny.traced(spec), spec)
+    assert float(np.abs(expected).max()) > 1, "logits of nothing would agree with anything"
+    model = tiny.traced(spec)
+    for step in PASSES["cpu"]:
+        step(model, spec)
+        got = logits_of(model.clone(), spec)
+        # A merged product may add up its 64 terms in another order: 2e-6 were seen on logits of
+        # 4. A swapped or shifted row is a different logit altogether, 1e-1 and more away.
+        assert np.abs(got - expected).max() <= 2e-5, f"after {step.name}"
+
+
+# One by one
+
+
+def test_a_tied_embedding_becomes_one_initializer_read_by_lookup_and_head():
+    model = tiny.traced(TIED)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights(model).keys()
+    TIE_EMBEDDING(model, TIED)
+    assert "lm_head.weight" not in model.graph.initializers
+    readers = model.graph.initializers["model.embed_tokens.weight"].consumers()
+    assert sorted(node.op_type for node in readers) == ["Gather", "Transpose"]
+
+
+def test_an_untied_head_is_left_alone():
+    model = tiny.traced(SPEC)
+    assert TIE_EMBEDDING(model, SPEC) == 0
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights(model).keys()
+
+
+@pytest.mark.parametrize(
+    ("step", "merged", "parts"),
+    [
+        (MERGE_QKV, "self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj",
+                                           "self_attn.v_proj")),
+        (MERGE_GATE_UP, "mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+    ],
+    ids=["qkv", "gate_up"],
+)  # fmt: skip
+def test_siblings_become_one_product_and_a_split(step: Pass, merged: str, parts: tuple[str, ...]):
+    model = tiny.lowered(SPEC, "portable")
+    before = operators(model)
+    step(model, SPEC)
+    change = {op: operators(model)[op] - before[op] for op in ("MatMul", "Split")}
+    assert change == {"MatMul": LAYERS * (1 - len(parts)), "Split": LAYERS}
+    shapes = SPEC.weight_shapes()
+    for i in range(LAYERS):
+        names = tuple(f"model.layers.{i}.{part}.weight" for part in parts)
+        weight = weights(model)[f"model.layers.{i}.{merged}.weight"]
+        assert weight.parts == names
+        assert weight.sizes == (sum(shapes[name][0] for name in names), SPEC.hidden_size)
+
+
+def test_after_all_passes_every_checkpoint_tensor_is_in_the_graph_exactly_once():
+    for spec in (SPEC, TIED):
+        for target in PASSES:
+            found = weights(tiny.lowered(spec, target)).values()
+            parts = Counter(part for weight in found for part in weight.parts)
+            assert parts == Counter(spec.weight_shapes().keys()), f"{target}: {parts}"
+
+
+def test_dead_code_takes_the_unused_outputs_of_attention_and_nothing_that_is_read():
+    model = tiny.traced(SPEC)
+    outputs = [value.name for value in model.graph.outputs]
+    DEAD_CODE(model, SPEC)
+    assert [value.name for value in model.graph.outputs] == outputs
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    assert len(attentions) == LAYERS
+    for node in attentions:
+        assert len([value for value in node.outputs if value.name]) == 1
+    assert DEAD_CODE(model, SPEC) == 0, "a second time there is nothing left to take"
+
+
+# Constants and weights
+
+
+def test_folding_leaves_every_weight_and_its_readers_as_they_were():
+    model = tiny.traced(SPEC)
+
+    def readers() -> set[tuple[str, str]]:
+        return {(name, node_reading(model, name).op_type) for name in weights(model)}
+
+    before = readers()
+    assert FOLD_CONSTANTS(model, SPEC) > 0
+    assert readers() == before
+    assert ("model.layers.0.self_attn.q_proj.weight", "Transpose") in before
+
+
+def test_the_folder_would_take_such_weights_if_it_were_let():
+    """So that the test above means that they were spared, not that they were too large."""
+    model = tiny.fill(tiny.traced(SPEC), SPEC)
+    transposes = operators(model)["Transpose"]
+    optimizer.fold_constants(
+        model, onnx_shape_inference=False, input_size_limit=65_536, output_size_limit=65_536
+    )
+    assert operators(model)["Transpose"] < transposes
+
+
+def test_a_weight_that_was_not_read_refuses_to_give_numbers():
+    weight = weights(tiny.traced(SPEC))["model.layers.1.mlp.down_proj.weight"]
+    assert tuple(weight.shape) == (64, 96)
+    with pytest.raises(TypeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*names and sha"):
+        weight.numpy()
+    with pytest.raises(TypeError, match="asked for its numbers"):
+        weight.tobytes()
+
+
+# A pass that does not fire says why
+
+
+def wrong_type(model: ir.Model) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    old = weights(model)[name]
+    model.graph.initializers[name].const_value = WeightRef(
+        name, old.parts, old.sizes, ir.DataType.FLOAT16
+    )
+
+
+def wrong_size(model: ir.Model) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    old = weights(model)[name]
+    model.graph.initializers[name].const_value = WeightRef(name, old.parts, (96, 63), old.dtype)
+
+
+def other_operator(model: ir.Model) -> None:
+    matmul = node_reading(model, "model.layers.0.self_attn.v_proj.weight").outputs[0].consumers()[0]
+    matmul.op_type = "Gemm"
+
+
+def other_head(model: ir.Model) -> None:
+    head = weights(model)["lm_head.weight"]
+    model.graph.initializers["lm_head.weight"].const_value = WeightRef(
+        "lm_head.weight", ("lm_head.weight",), head.sizes, head.dtype
+    )
+
+
+def wider_head(model: ir.Model) -> None:
+    head = weights(model)["lm_head.weight"]
+    value = model.graph.initializers["lm_head.weight"]
+    value.const_value = WeightRef("lm_head.weight", head.parts, (65, 64), head.dtype)
+    value.shape = ir.Shape([65, 64])
+
+
+@pytest.mark.parametrize(
+    ("step", "damage", "message"),
+    [
+        (MERGE_QKV, wrong_type, r"merge_qkv fired 1 times where 2 .*layers\.1.*dtypes differ"),
+        (MERGE_GATE_UP, wrong_size, r"merge_gate_up fired 1 .*input sizes differ, \[64, 63\]"),
+        (MERGE_QKV, other_operator, "merge_qkv fired 1 times where 2 are expected: nothing in"),
+        (TIE_EMBEDDING, other_head, "tie_embedding fired 0 times where 1 are expected: nothing"),
+        (TIE_EMBEDDING, wider_head, r"tie_embedding fired 0 .*lm_head.* is \[65,64\]"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_pass_that_does_not_fire_stops_the_export_with_the_reason(
+    step: Pass, damage: Callable[[ir.Model], None], message: str
+):
+    model = tiny.traced(TIED)
+    damage(model)
+    with pytest.raises(PassError, match=message):
+        step(model, TIED)
+
+
+# What is written
+
+
+@pytest.mark.parametrize("spec", [SPEC, TIED], ids=["untied", "tied"])
+def test_the_portable_graph_is_valid_onnx_of_standard_operators_only(spec: ModelSpec):
+    model = ir.to_proto(tiny.fill(tiny.lowered(spec, "portable"), spec))
+    onnx.checker.check_model(model, full_check=True)
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
+    assert not model.functions, "a function would be a custom operator by another name"
+
+
+@pytest.mark.parametrize("target", PASSES)
+def test_the_file_says_nothing_of_the_machine_it_was_made_on(target: str):
+    forbidden = (b".py", b"site-packages", b"Traceback", b"stack_trace", str(ROOT).encode())
+    model = ir.to_proto(tiny.fill(tiny.lowered(SPEC, target), SPEC))
+    for initializer in model.graph.initializer:
+        initializer.ClearField("raw_data")  # random bytes may spell anything
+    data = model.SerializeToString()
+    assert [word for word in forbidden if word in data] == []
+    described = (model, model.graph, *model.graph.node, *model.graph.value_info)
+    assert not any(part.metadata_props or part.doc_string for part in described)
+
+
+def test_the_trace_does_say_it_before_the_passes():
+    """So that silence above is the passes' doing."""
+    model = ir.to_proto(tiny.fill(tiny.traced(SPEC), SPEC))
+    assert b".py" in model.SerializeToString()
