@@ -1,7 +1,7 @@
 """What a model will need, worked out from its shape alone. Knows no file and no graph.
 
 Every figure is arithmetic on `ModelSpec` and `RingSpec`; where a rate enters, it was measured on
-2 cores of a 2.x GHz server with 24 GiB, and the constant says on what. Bytes are bytes; GB is 10^9.
+2 cores with 24 GiB, and the constant says on what. GB is 10^9 bytes.
 """
 
 import shutil

@@ -94,9 +94,10 @@ def cases(manifest: Manifest, *, short: bool) -> list[Case]:
     if short:
         wanted = [case for case in wanted if case.tokens <= SHORT]
     wanted = [case for case in wanted if case.tokens > 0]
-    shortest = min(limit or SHORT, SHORT) - 6
-    if not any(case.name == "turns" for case in wanted) and shortest > 0:
-        wanted.append(Case(name="turns", turns=(shortest - shortest // 3, 1, 1, shortest // 3)))
+    if not any(case.name == "turns" for case in wanted):
+        room = min(limit or SHORT, SHORT)
+        turns = (room // 2, 1, 1, room // 4) if room > 5 else (1,) * room
+        wanted.append(Case(name="turns", turns=turns))
     return wanted
 
 
@@ -229,6 +230,11 @@ def _bundle_logits(
 
 
 def _compare(case: Case, got: Logits, expected: Logits) -> Agreement:
+    if not np.isfinite(got).all():
+        raise MistralcError(
+            f"The bundle's logits hold NaN or infinity in case {case.name} ({case.tokens} tokens); "
+            "finite numbers are expected. Please report this with the bundle's manifest."
+        )
     difference = float(np.abs(got - expected).max())
     largest = max(1.0, float(np.abs(expected).max()))
     ours, theirs = _log_softmax(got), _log_softmax(expected)

@@ -73,7 +73,6 @@ def measure_positions(
             advance(1)
     full = max(generator.ring.full.values())
     first, last = latency[full : full + 1000], latency[-1000:]
-    at = min(1000, positions - 1)
     result = {
         "machine": machine(),
         "bundle": str(loaded.bundle.path),
@@ -81,7 +80,7 @@ def measure_positions(
         "ring_full_at": full,
         "median_step_ms_after_full": 1e3 * float(np.median(first)) if first.size else None,
         "median_step_ms_at_end": 1e3 * float(np.median(last)),
-        "resident_bytes_at_1000": int(resident[at]),
+        "resident_bytes_at_1000": int(resident[999]) if positions >= 1000 else None,
         "resident_bytes_at_end": int(resident[-1]),
     }
     if plot is not None:

@@ -65,7 +65,8 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     """Refuse a manifest that names files outside its bundle."""
     for name in manifest.files:
         parts = Path(name).parts
-        if Path(name).is_absolute() or ".." in parts or not parts:
+        outside = Path(name).is_absolute() or ".." in parts or not parts
+        if outside or any((path / folder).is_symlink() for folder in Path(name).parents[:-1]):
             raise MistralcError(
                 f"{path / FILE_NAME} lists the file {name!r}, which is not inside the bundle. "
                 "Do not use this bundle; export it again."

@@ -60,6 +60,7 @@ class Generator:
 
         Goes back to where the two part, or starts over where the ring has forgotten too much.
         """
+        self.rewind(min(len(self.tokens), self.position))  # an interrupted step may part the two
         common = 0
         for old, new in zip(self.tokens, ids[:-1], strict=False):  # the last gives the logits
             if old != new:

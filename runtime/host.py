@@ -9,15 +9,21 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
+
+BACKENDS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+}
+"""By import name: the packages that carry it."""
 
 # cuda.h: CUdevice_attribute
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -49,10 +55,14 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """A Python package by import name. `problem` says why an installed one does not import."""
+    """A Python package by import name. `problem` says why an installed one does not import.
+
+    `version` is None where it is not installed, and "?" where nobody says which it is.
+    """
 
     name: str
-    version: str | None  # None: not installed
+    version: str | None
+    distribution: str | None = None  # the name under which it was installed
     problem: str | None = None
 
 
@@ -95,25 +105,26 @@ def cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Cuda:
     return Cuda(version=version, driver=driver, devices=devices)
 
 
-def library(name: str, distributions: tuple[str, ...], *, load: bool) -> Library:
+def find_library(name: str, distributions: tuple[str, ...], *, load: bool) -> Library:
     """Look a library up by import name and by the names of the packages that may carry it.
 
     With `load` it is imported, which shows a broken installation; else it is only found.
     """
-    version = next(filter(None, map(_version, distributions)), None)
+    carrier = next((each for each in distributions if _version(each)), None)
+    version = (_version(carrier) if carrier else None) or "?"
+    missing = Library(name=name, version=None)
     try:
         if load:
-            module: ModuleType = importlib.import_module(name)
-            version = version or getattr(module, "__version__", None)
+            importlib.import_module(name)
         elif importlib.util.find_spec(name) is None:
-            return Library(name=name, version=None)
+            return missing
     except ModuleNotFoundError as error:
         if error.name == name:
-            return Library(name=name, version=None)
-        return Library(name=name, version=version or "?", problem=str(error))
-    except Exception as error:  # a library that lacks its own libraries raises what it likes
-        return Library(name=name, version=version or "?", problem=str(error))
-    return Library(name=name, version=version or "?")
+            return missing
+        return Library(name=name, version=version, distribution=carrier, problem=_line(error))
+    except Exception as error:  # a library without its own libraries raises what it likes
+        return Library(name=name, version=version, distribution=carrier, problem=_line(error))
+    return Library(name=name, version=version, distribution=carrier)
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -165,3 +176,7 @@ def _version(distribution: str) -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
     return None
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
