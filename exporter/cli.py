@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from exporter.plan_cli import plan
 from graphs.errors import MistralcError
 from runtime import options
 from runtime.progress import stage_for
@@ -18,6 +19,7 @@ def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
     app.command()(export)
     app.command()(verify)
+    app.command()(plan)
 
 
 def export(

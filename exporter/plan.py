@@ -32,7 +32,9 @@ RUNTIME_RESERVE = 2**30
 """Bytes kept free for CUDA's context, kernels and driver. An allowance, not a measurement."""
 
 TRACE_MEMORY = 490_000_000  # bytes; a 7B on fake tensors
-PLAN_MEMORY = 210_000_000  # bytes beyond the weights: TensorRT-RTX, plans of 0.27 to 2.1 GB
+PLAN_COPIES, PLAN_MEMORY = 1.012, 200_000_000
+"""Anonymous bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan:
+0.47, 1.28, 2.36 and 4.55 GB at the most for plans of 0.27, 1.07, 2.15 and 4.29 GB, one profile."""
 SESSION_COPIES = 1.2  # ONNX Runtime CPU's bytes per weight byte while verifying, 0.5 and 1.5 GB
 VERIFIED_ROWS = 256  # positions of which the verification compares all logits
 SPARE = 64 << 20  # bytes on disk beside the weights: graph, tokenizer, report
@@ -90,6 +92,7 @@ class Plan:
 class Fit:
     """How a plan does on one GPU. `refusal` says why it cannot run there whatever its size."""
 
+    plan: Plan
     gpu: Gpu
     left_bytes: int  # negative: it lacks as many
     tokens_per_s: float  # of all rows; no kernel reads memory faster
@@ -185,7 +188,7 @@ def host_needs(spec: ModelSpec, target: str, weights: int) -> HostNeeds:
     }
     if engine:
         seconds["building the plan"] = weights / PLAN_RATE
-        memory = max(TRACE_MEMORY, weights + PLAN_MEMORY)
+        memory = max(TRACE_MEMORY, round(PLAN_COPIES * weights) + PLAN_MEMORY)
     else:
         seconds["verifying"] = spec.num_parameters / VERIFY_RATE
         memory = TRACE_MEMORY + _verification_memory(spec, weights)
@@ -202,11 +205,15 @@ def fit(needed: Plan, gpu: Gpu) -> Fit:
     """Set a plan against a GPU's memory and bandwidth."""
     refusal = None
     if needed.target == "rtx" and not gpu.runs_rtx:
-        refusal = "TensorRT-RTX does not support it; use --target tensorrt"
+        refusal = (
+            f"TensorRT-RTX does not support compute capability {gpu.compute_capability}; use "
+            "--target tensorrt"
+        )
     elif needed.precision == "fp8" and not gpu.runs_fp8:
-        refusal = "it has no FP8; use --precision int8"
+        refusal = "FP8 needs compute capability 8.9 or later; use --precision int8"
     steps_per_s = gpu.bandwidth_bytes_per_s / needed.read_bytes_per_step
     return Fit(
+        plan=needed,
         gpu=gpu,
         left_bytes=gpu.memory_bytes - RUNTIME_RESERVE - needed.run_bytes,
         tokens_per_s=needed.ring.max_batch * steps_per_s,

@@ -16,6 +16,8 @@ from runtime import options
 if TYPE_CHECKING:
     from exporter.plan import Fit, Plan
 
+LEFT = ("--gpu", "--target", "fits")  # columns of words
+
 
 def plan(
     *,
@@ -46,8 +48,6 @@ def plan(
 ) -> None:  # fmt: skip
     """Say what a checkpoint will need, and on which GPU it fits, before anything is loaded."""
     chosen = None if gpu is None else find_gpu(gpu)
-    if target is None:
-        target = "rtx" if chosen is None or chosen.runs_rtx else "tensorrt"
     if target == "cpu" and chosen is not None:
         raise UsageError("--gpu belongs to a GPU's target; leave it out with --target cpu.")
     from exporter.checkpoint import read_spec
@@ -57,20 +57,25 @@ def plan(
     from exporter.plan import plan as work_out
 
     precision = precision or ("fp32" if target == "cpu" else "fp16")
-    activation_of(target, precision)  # refuses a wrong pair before anything is read
+    activation_of(target or "rtx", precision)  # refuses a wrong pair before anything is read
     asked = ExportOptions(window=window, context=context, chunk=chunk, max_batch=batch)
     spec = read_spec(checkpoint)
     if window is not None:
         spec = override_window(spec, window)
-    needed = work_out(spec, ring_spec(spec, asked), target, precision)
+    ring = ring_spec(spec, asked)
     gpus = [] if target == "cpu" else [chosen] if chosen else list(GPUS.values())
-    fits = [fit(needed, each) for each in gpus]
+    fits = [fit(work_out(spec, ring, target or _engine(each), precision), each) for each in gpus]
+    needed = fits[0].plan if fits else work_out(spec, ring, target or "rtx", precision)
     if as_json:
         print(
             json.dumps({"checkpoint": checkpoint, **facts(needed), "gpus": list(map(_fit, fits))})
         )
     else:
         _show(checkpoint, needed, fits)
+
+
+def _engine(gpu: Gpu) -> str:
+    return "rtx" if gpu.runs_rtx else "tensorrt"
 
 
 def facts(needed: "Plan") -> dict[str, Any]:
@@ -88,7 +93,9 @@ def facts(needed: "Plan") -> dict[str, Any]:
 
 
 def _fit(one: "Fit") -> dict[str, Any]:
-    return asdict(one) | {"fits": one.fits}
+    data = asdict(one) | {"target": one.plan.target, "fits": one.fits}
+    del data["plan"]
+    return data
 
 
 def _show(checkpoint: str, needed: "Plan", fits: list["Fit"]) -> None:
@@ -97,6 +104,8 @@ def _show(checkpoint: str, needed: "Plan", fits: list["Fit"]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(overflow="fold")  # a long path stays whole
     for name, value in (_rows(checkpoint, needed) | _host_rows(needed)).items():
         table.add_row(name, value)
     if len(fits) == 1:
@@ -106,7 +115,9 @@ def _show(checkpoint: str, needed: "Plan", fits: list["Fit"]) -> None:
     if len(fits) > 1:
         console.print()
         console.print(_gpu_table(fits))
-        console.print(f"\n{_how(needed)}")
+        refusals = {one.refusal for one in fits if one.refusal}
+        notes = [f"refused: {text}." for text in sorted(refusals)]
+        console.print("\n".join(["", *notes, f"{_how(needed)}."]))
 
 
 def _rows(checkpoint: str, needed: "Plan") -> dict[str, str]:
@@ -187,10 +198,11 @@ def _gpu_rows(needed: "Plan", one: "Fit") -> dict[str, str]:
 def _how(needed: "Plan") -> str:
     from exporter.plan import RUNTIME_RESERVE
 
+    rows = needed.ring.max_batch
     return (
         f"{_size(RUNTIME_RESERVE)} are kept free for CUDA's context and kernels (assumed); a step "
         f"reads {_size(needed.read_bytes_per_step)}, weights and full ring, for "
-        f"{needed.ring.max_batch} tokens"
+        f"{rows} token{'s' if rows > 1 else ''}"
     )
 
 
@@ -198,17 +210,18 @@ def _gpu_table(fits: list["Fit"]) -> Any:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("--gpu", "memory", "bandwidth", "fits", "left", "at most"):
-        table.add_column(title, justify="left" if title in ("--gpu", "fits") else "right")
+    for title in ("--gpu", "--target", "memory", "bandwidth", "fits", "left", "most tokens/s"):
+        table.add_column(title, justify="left" if title in LEFT else "right")
     names = {gpu.name: key for key, gpu in GPUS.items()}
     for one in fits:
         table.add_row(
             names[one.gpu.name],
+            one.plan.target,
             _size(one.gpu.memory_bytes),
             f"{one.gpu.bandwidth_bytes_per_s / 1e9:,.0f} GB/s",
-            one.refusal or ("yes" if one.fits else "no"),
+            "refused" if one.refusal else "yes" if one.fits else "no",
             _size(one.left_bytes),
-            f"{one.tokens_per_s:,.0f} tokens/s",
+            f"{one.tokens_per_s:,.0f}",
         )
     return table
 

@@ -58,14 +58,18 @@ def find_gpu(name: str) -> Gpu:
 
     Raises UsageError with the names that there are.
     """
-    plain = name.lower().replace(" ", "").replace("_", "-").removeprefix("geforce")
-    key = ALIASES.get(plain, plain)
-    if key not in GPUS:
+    keys = {_plain(key): key for key in (*GPUS, *ALIASES)}
+    key = keys.get(_plain(name).removeprefix("geforce"))
+    if key is None:
         raise UsageError(
             f"--gpu is {name!r}, which is not in the table; one of {', '.join(GPUS)} is expected. "
             "For another GPU, take the one in the list with its memory and bandwidth."
         )
-    return GPUS[key]
+    return GPUS[ALIASES.get(key, key)]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _gpu(name: str, capability: str, memory: int, bandwidth: int, source: str) -> Gpu:
@@ -99,4 +103,4 @@ GPUS: Mapping[str, Gpu] = {
 }  # fmt: skip
 """By the name that `--gpu` takes."""
 
-ALIASES: Mapping[str, str] = {"a100": "a100-80gb", "rtx-6000-ada": "rtx6000ada"}
+ALIASES: Mapping[str, str] = {"a100": "a100-80gb"}

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from graphs.dead_code import DEAD_CODE
 from graphs.fold_constants import FOLD_CONSTANTS
+from graphs.fold_query_groups import FOLD_QUERY_GROUPS
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
 from graphs.rewrite import Pass
 from graphs.spec import ModelSpec
@@ -17,6 +18,7 @@ PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
 PASSES: Mapping[str, tuple[Pass, ...]] = {
     "portable": PORTABLE,
     "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
+    "rtx": (*PORTABLE, FOLD_QUERY_GROUPS),
 }
 
 

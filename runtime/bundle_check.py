@@ -71,8 +71,8 @@ def check_backend(manifest: Manifest, library: Library, providers: tuple[str, ..
     if library.version is None:
         return failed(name, f"the target {target} needs {library.name}; not installed", install)
     if library.problem is not None:
-        broken = _broken(library)
-        return failed(name, f"{library.name} {broken.found}", str(broken.remedy))
+        fault = broken(library)
+        return failed(name, f"{library.name} {fault.found}", str(fault.remedy))
     found = f"{library.distribution or library.name} {library.version}"
     if library.name != "onnxruntime":
         return ok(name, found)  # a plan's check of the version is stricter
@@ -133,10 +133,16 @@ def rebuild_command(path: Path, manifest: Manifest) -> str:
     return " ".join(map(str, [*words, "--force"]))
 
 
-def _broken(library: Library) -> Check:
+def broken(library: Library) -> Check:
+    """Report a library that is installed and does not import."""
     name = library.distribution or library.name
     return warning(
         library.name,
         f"{library.version} is installed and does not import: {library.problem}",
         f"pip install --force-reinstall {name}",
     )
+
+
+def _recorded(manifest: Manifest, carriers: tuple[str, ...]) -> str | None:
+    """The version of a backend that made the bundle."""
+    return next((manifest.versions[name] for name in carriers if name in manifest.versions), None)

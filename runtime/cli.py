@@ -12,6 +12,7 @@ import typer
 
 from graphs.errors import MistralcError, UsageError
 from runtime import options
+from runtime.doctor_cli import doctor
 from runtime.progress import stage_for
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
     app.command()(inspect)
     app.command()(bench)
+    app.command()(doctor)
 
 
 def generate(

@@ -218,7 +218,9 @@ def test_a_sliding_model_has_no_end():
 @pytest.mark.xfail(reason="generate(max_new_tokens=0) never ends: `count == limit` is never true")
 def test_no_new_token_is_no_token_without_end():
     subject, _ = generator()
-    assert len(ids_of(islice(subject.generate(subject.feed([7]), GREEDY, max_new_tokens=0), 20))) <= 1
+    assert (
+        len(ids_of(islice(subject.generate(subject.feed([7]), GREEDY, max_new_tokens=0), 20))) <= 1
+    )
 
 
 def test_a_caller_that_stops_listening_leaves_a_sequence_that_goes_on():

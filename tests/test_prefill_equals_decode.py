@@ -56,7 +56,9 @@ def splits(draw: st.DrawFn) -> list[int]:
 
 # 80 examples of at most 64 steps take 3 s; the seeds are few so that the yardstick is kept.
 @settings(max_examples=80, deadline=None)
-@given(spec=st.sampled_from(SPECS), chunk=st.integers(1, 24), turns=splits(), seed=st.integers(0, 3))
+@given(
+    spec=st.sampled_from(SPECS), chunk=st.integers(1, 24), turns=splits(), seed=st.integers(0, 3)
+)
 def test_any_split_into_turns_with_any_chunk_gives_the_logits_of_one_token_steps(
     spec: ModelSpec, chunk: int, turns: list[int], seed: int
 ):
@@ -209,7 +211,9 @@ def test_two_rows_working_at_once_give_what_each_gives_alone():
         if position == 0:  # row 0 catches its lead up while row 1 idles at its first place
             for early in range(lead):
                 session.step(
-                    np.array([[texts[0][early]], [0]]), np.array([[early], [0]]), np.zeros((2, 1), int)
+                    np.array([[texts[0][early]], [0]]),
+                    np.array([[early], [0]]),
+                    np.zeros((2, 1), int),
                 )
         logits = session.step(ids, np.array(ring.positions)[:, None], np.zeros((2, 1), int))
         for row in (0, 1):

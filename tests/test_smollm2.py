@@ -4,12 +4,14 @@ transformers has its own reader for GGUF (its own names, its own un-permuting of
 nothing of ours stands between the file and the reference. Deselect with `-m "not smollm2"`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -31,22 +33,29 @@ from tests import tiny
 
 pytestmark = pytest.mark.smollm2
 
-WINDOW, CHUNK, NEW_TOKENS = 64, 32, 400
+WINDOW, CHUNK, NEW_TOKENS = 64, 8, 400
 
-PROMPT = """<|im_start|>system
-You are a patient teacher. You answer at length and in plain words.<|im_end|>
-<|im_start|>user
-Tell me about the rivers of Europe: where the Danube, the Rhine, the Loire, the Vistula and the Po
-rise, which countries and cities they pass, what was carried on them in the Middle Ages, and which
-of them a small boat can still travel today from beginning to end. Then compare two of them as you
-would for a child who has never seen a river: how wide they are, how fast the water runs in spring,
-what lives in it, and what people on their banks are afraid of.<|im_end|>
-<|im_start|>assistant
-"""
+STORY = """Once upon a time, in a small village at the edge of a great forest, there lived an old \
+clockmaker and his daughter. """
+
+PROMPT = STORY + "One morning"
+
+TEXT = (
+    STORY
+    + """He had built the clock in the tower of the church, and the clock of the town hall, and a \
+little clock with a bird for every child in the village. His daughter learned the trade from him, \
+and her hands were even steadier than his own. People came from far away to see what the two had \
+made. One morning, when the snow lay high and the road was closed, a stranger knocked at the \
+door, and the bird had been told. The bird had been told"""
+    + ", and the bird had been told" * 50  # this is how the model itself goes on
+)
 
 TOLERANCE = 2e-4
-"""What is promised. Logits reach 30 here, of which float32 keeps 2e-6, and 30 layers of sums in
-another order were seen to move them by up to 7e-5.
+"""What is promised, in logits, which reach 35 here. On TEXT 7e-5 were seen.
+
+It cannot hold on every text. SmolLM2 was not trained to forget its first token, and where a window
+makes it, it may amplify rounding: there transformers in float32 is 1e-3 and more away from itself
+in float64. `test_where_float32_is_not_enough…` measures ours on such a text with that yardstick.
 """
 
 
@@ -61,6 +70,12 @@ class Run:
     def text(self) -> tiny.Ids:
         """What was written to the ring: all but the last token, which nothing follows."""
         return np.array(self.prompt + self.generated[:-1])
+
+    def differing(self, logits: tiny.Logits) -> list[int]:
+        """The generated tokens that `logits` of the whole text would have chosen otherwise."""
+        choices = logits[len(self.prompt) - 1 :].argmax(-1).tolist()
+        pairs = zip(self.generated, choices, strict=True)
+        return [at for at, (ours, theirs) in enumerate(pairs) if ours != theirs]
 
 
 @pytest.fixture(scope="session")
@@ -89,20 +104,25 @@ def session(
 
 
 @pytest.fixture(scope="session")
-def run(session: OrtSession, spec: ModelSpec, checkpoint: Checkpoint) -> Run:
-    """400 tokens, greedily, from a prompt longer than two windows that is fed in chunks."""
+def encode(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
     tokenizer = Tokenizer.from_str(read_tokenizer(checkpoint.path).tokenizer_json)
-    prompt = tokenizer.encode(PROMPT, add_special_tokens=False).ids
-    assert len(prompt) > 2 * WINDOW, "the prompt is to slide and to take several chunks"
-    generator = Generator(session, sliding_ring(spec), spec.vocab_size)
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.fixture(scope="session")
+def run(session: OrtSession, spec: ModelSpec, encode: Callable[[str], list[int]]) -> Run:
+    """400 tokens, greedily, from a prompt that is fed in chunks."""
+    prompt = encode(PROMPT)
+    assert len(prompt) > 3 * CHUNK
+    generator = Generator(session, ring_of(spec, CHUNK), spec.vocab_size)
     logits = generator.feed(prompt)
     greedy = SamplingParams(temperature=0)
     steps = generator.generate(logits, greedy, max_new_tokens=NEW_TOKENS)
     return Run(prompt=prompt, generated=[step.token_id for step in steps])
 
 
-def sliding_ring(spec: ModelSpec) -> Ring:
-    return Ring(spec, RingSpec(chunk=CHUNK, context=1))
+def ring_of(spec: ModelSpec, chunk: int) -> Ring:
+    return Ring(spec, RingSpec(chunk=chunk, context=1))
 
 
 @pytest.fixture(scope="session")
@@ -123,60 +143,81 @@ def reference(checkpoint: Checkpoint) -> MistralForCausalLM:
     return model.eval()
 
 
-@pytest.fixture(scope="session")
-def expected(reference: MistralForCausalLM, run: Run) -> tiny.Logits:
-    """The reference's logits at every position of the text that our runtime wrote."""
+def logits_of(model: MistralForCausalLM, ids: tiny.Ids) -> NDArray[np.floating]:
+    """transformers' logits [n, V] of the whole text in one pass, without a cache."""
     with torch.inference_mode():
-        ids = torch.from_numpy(run.text)[None]
-        return reference(ids, use_cache=False).logits[0].numpy()
+        logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
+    return logits[0].numpy()
 
 
-def test_greedy_text_is_identical_token_by_token_for_400_tokens(run: Run, expected: tiny.Logits):
+def furthest(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
+    assert got.shape == expected.shape
+    return float(np.abs(got - expected).max())
+
+
+# Text
+
+
+def test_greedy_text_is_identical_token_by_token_for_400_tokens(
+    run: Run, reference: MistralForCausalLM
+):
     """By induction: after the same text the reference, too, takes the token that was taken.
 
     One pass over the finished text asks it for its choice at all 400 places. That is the text it
     would write itself, and cheaper than letting it.
     """
     assert len(run.generated) == NEW_TOKENS
-    choices = expected[len(run.prompt) - 1 :].argmax(-1).tolist()
-    parted = [at for at, (a, b) in enumerate(zip(run.generated, choices, strict=True)) if a != b]
+    expected = logits_of(reference, run.text)
+    parted = run.differing(expected)
     assert not parted, f"the texts part after {parted[0]} of {NEW_TOKENS} tokens"
-    assert len(set(run.generated)) > 40, "a text of a few words again and again shows little"
+    assert len(set(run.generated)) > 30, "a few words again and again would show little"
+    best = np.sort(expected[len(run.prompt) - 1 :], axis=-1)[:, -2:]
+    # Two backends agree only where rounding (5e-4 on this text) does not decide; 2.5e-2 were seen.
+    assert (best[:, 1] - best[:, 0]).min() > 1e-2, "the prompt is to be one without a near tie"
 
 
-def test_the_window_has_its_say_in_the_text(
-    run: Run, expected: tiny.Logits, reference: MistralForCausalLM
-):
+def test_the_window_has_its_say_in_the_text(run: Run, reference: MistralForCausalLM):
     """Else the same text could have come from a model without a window."""
+    ids = run.text[: 3 * WINDOW]
+    sliding = logits_of(reference, ids)
     reference.model.config.sliding_window = 10**6
     try:
-        with torch.inference_mode():
-            ids = torch.from_numpy(run.text[: 3 * WINDOW])[None]
-            full = reference(ids, use_cache=False).logits[0].numpy()
+        full = logits_of(reference, ids)
     finally:
         reference.model.config.sliding_window = WINDOW
-    differences = np.abs(full - expected[: 3 * WINDOW]).max(-1)
+    differences = np.abs(full - sliding).max(-1)
     assert (differences[:WINDOW] <= TOLERANCE).all(), "nothing is forgotten yet"
     assert (differences[WINDOW:] > 100 * TOLERANCE).all(), "the reference does not slide"
 
 
-def test_our_graph_agrees_with_transformers_at_every_position(
-    run: Run, expected: tiny.Logits, session: OrtSession, spec: ModelSpec
-):
-    steps = [len(run.prompt), *[1] * 60]
-    ids = run.text[: sum(steps)]
-    got = tiny.in_turns(session, sliding_ring(spec), ids, steps)
-    rest = len(run.text) - len(ids)
-    difference = float(np.abs(got - expected[: len(ids)]).max())
-    print("ONNX", difference, np.abs(expected).max(), rest)
-    assert difference <= TOLERANCE
+# Logits
 
 
-def test_our_decoder_agrees_with_transformers_at_every_position(
-    run: Run, expected: tiny.Logits, checkpoint: Checkpoint, spec: ModelSpec
-):
+def test_graph_and_decoder_agree_with_transformers_at_every_position(
+    reference: MistralForCausalLM, checkpoint: Checkpoint, session: OrtSession, spec: ModelSpec,
+    encode: Callable[[str], list[int]],
+):  # fmt: skip
+    ids = np.array(encode(TEXT))
+    assert len(ids) > 5 * WINDOW
+    expected = logits_of(reference, ids)
     decoder = load_decoder(spec, checkpoint.tensor)
-    ids = run.text[: 4 * WINDOW]
-    difference = float(np.abs(tiny.at_once(decoder, ids) - expected[: len(ids)]).max())
-    print("DEC", difference)
-    assert difference <= TOLERANCE
+    found = furthest(tiny.at_once(decoder, ids), expected)
+    assert found <= TOLERANCE, "the PyTorch decoder disagrees"
+    turns = [len(ids) - 100, *[1] * 30, 70]
+    found = furthest(tiny.in_turns(session, ring_of(spec, 32), ids, turns), expected)
+    assert found <= TOLERANCE, "the graph disagrees"
+
+
+def test_where_float32_is_not_enough_we_are_as_close_to_float64_as_transformers_is(
+    run: Run, reference: MistralForCausalLM, session: OrtSession, spec: ModelSpec
+):
+    """The text of the run, now fed in chunks of 32: it was written one token at a time."""
+    theirs = logits_of(reference, run.text)
+    try:
+        exact = logits_of(reference.double(), run.text)
+    finally:
+        reference.float()
+    ours = tiny.in_turns(session, ring_of(spec, 32), run.text, [len(run.text)])
+    assert run.differing(ours) == [], "chunks choose other tokens than steps did"
+    # Both are float32; which of two roundings is amplified more is chance, a factor of 4 is not.
+    assert furthest(ours, exact) <= max(TOLERANCE, 4 * furthest(theirs, exact))

@@ -1,0 +1,234 @@
+"""From an ONNX graph to a TensorRT plan on disk. Knows nothing about checkpoints or bundles.
+
+TensorRT 11 takes types and quantization from the graph, so there is little to configure: the
+shapes that a step may have, and the GPUs to build for. TensorRT-RTX builds without a GPU, for every
+one that it supports. The plan is streamed to disk as it is made; asked for as bytes, that of a 7B
+needs more memory than a build host has.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, BinaryIO
+
+from exporter.memory import PeakMemory
+from graphs.errors import MistralcError, UsageError
+from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, capacity_letter, graph_inputs
+from runtime import tensorrt
+
+Progress = Callable[[int], None]  # called with the number of builder steps just done
+
+KEPT_WARNINGS = 50  # of different text; a builder can repeat one for every layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """How to build. `gpus` are such as `sm89`; none means every one that the library supports.
+
+    `two_profiles` adds one for a single token, tuned apart from prompts: same plan size, but the
+    builder needs the weights' memory twice. `weight_streaming` lets a GPU smaller than the model
+    run the plan, at the speed of its host link.
+    """
+
+    gpus: tuple[str, ...] = ()
+    two_profiles: bool = False
+    weight_streaming: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A finished plan: its size and SHA-256, and what building it took and said.
+
+    `layers` is TensorRT's own list of the engine's layers, one line each.
+    """
+
+    nbytes: int
+    sha256: str
+    seconds: float
+    peak_memory: int  # anonymous bytes of the whole process
+    version: str
+    warnings: tuple[str, ...]
+    layers: tuple[str, ...]
+    inputs: Mapping[str, tuple[int, ...]]
+    outputs: Mapping[str, tuple[int, ...]]
+
+
+def build_engine(
+    graph: Path,
+    plan: Path,
+    spec: ModelSpec,
+    ring: RingSpec,
+    activation: Dtype,
+    target: str,
+    options: EngineOptions,
+    progress: Progress | None = None,
+) -> Plan:
+    """Compile `graph` (an ONNX file with the ring's capacity fixed in it) into the file `plan`.
+
+    Raises MistralcError with TensorRT's own words when it cannot.
+    """
+    trt = tensorrt.load(target)
+    log = _log(trt)
+    began = perf_counter()
+    with PeakMemory() as memory, plan.open("wb") as file:
+        builder = trt.Builder(log)
+        network = builder.create_network()
+        parser = trt.OnnxParser(network, log)
+        if not parser.parse_from_file(str(graph)):
+            reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise _failed("read the graph", reasons or log.errors, target)
+        config = _config(trt, builder, options, target)
+        for least, best, most in profile_shapes(ring, two=options.two_profiles):
+            profile = builder.create_optimization_profile()
+            for row in graph_inputs(spec, activation):
+                sizes = [_sized(row, letters, spec, ring) for letters in (least, best, most)]
+                profile.set_shape(row.name, *sizes)
+            config.add_optimization_profile(profile)
+        config.progress_monitor = monitor = _monitor(trt, progress)
+        writer = _writer(trt, file)
+        if not builder.build_serialized_network_to_stream(network, config, writer):
+            raise _failed("build the engine", log.errors, target)
+        del monitor  # it had to outlive the build
+        tensors = [
+            {t.name: tuple(t.shape) for t in map(get, range(count))}
+            for get, count in (
+                (network.get_input, network.num_inputs),
+                (network.get_output, network.num_outputs),
+            )
+        ]
+    return Plan(
+        nbytes=writer.nbytes,
+        sha256=writer.digest.hexdigest(),
+        seconds=perf_counter() - began,
+        peak_memory=memory.peak,
+        version=str(trt.__version__),
+        warnings=tuple(log.warnings),
+        layers=tuple(log.layers),
+        inputs=tensors[0],
+        outputs=tensors[1],
+    )
+
+
+def profile_shapes(ring: RingSpec, *, two: bool) -> list[tuple[Mapping[str, int], ...]]:
+    """The least, best and most of each letter, for each optimization profile.
+
+    One profile covers everything from one token to a chunk and is tuned for one token, which is
+    what most steps have.
+    """
+    least = {"B": 1, "S": 1, "T": 1}
+    most = {"B": ring.max_batch, "S": ring.chunk, "T": ring.chunk}
+    if not two:
+        return [(least, least, most)]
+    decode = {"B": ring.max_batch, "S": 1, "T": 1}
+    return [(least, least, decode), (least, {**least, "S": ring.chunk}, most)]
+
+
+def _sized(
+    row: TensorSpec, letters: Mapping[str, int], spec: ModelSpec, ring: RingSpec
+) -> tuple[int, ...]:
+    known = {**letters, **capacities(spec, ring)}
+    return tuple(known[dim] if isinstance(dim, str) else dim for dim in row.shape)
+
+
+def capacities(spec: ModelSpec, ring: RingSpec) -> dict[str, int]:
+    """The full capacity of each ring by its letter: what a TensorRT graph has fixed in it."""
+    return {capacity_letter(spec, size): ring.capacity(size) for size in spec.windows}
+
+
+def _config(trt: Any, builder: Any, options: EngineOptions, target: str) -> Any:
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names layers, for the audit
+    if options.weight_streaming:
+        config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
+    if options.gpus:
+        if target != "rtx":
+            raise UsageError(
+                "--gpu narrows what a TensorRT-RTX engine runs on; with --target tensorrt an "
+                "engine is always for the GPU it is built on. Leave it out."
+            )
+        config.num_compute_capabilities = len(options.gpus)
+        for i, name in enumerate(options.gpus):
+            config.set_compute_capability(_capability(trt, name), i)
+    return config
+
+
+def _capability(trt: Any, name: str) -> Any:
+    known = {k.lower(): v for k, v in trt.ComputeCapability.__members__.items() if k[:2] == "SM"}
+    if name.lower() not in known:
+        raise UsageError(
+            f"--gpu is {name!r}; TensorRT-RTX {trt.__version__} builds for {', '.join(known)}."
+        )
+    return known[name.lower()]
+
+
+def _failed(doing: str, errors: list[str], target: str) -> MistralcError:
+    words = re.sub(r"\s+", " ", " ".join(errors) or "it gave no reason").strip()
+    package = tensorrt.DISTRIBUTION[target]
+    return MistralcError(
+        f"TensorRT could not {doing}: {words[:600]}. Nothing was left behind. If memory ran out, "
+        f"build on a host with more; else report this with the version of {package}."
+    )
+
+
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps what a person must know of the thousands of lines that a build says."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.warnings: dict[str, None] = {}
+            self.errors: list[str] = []
+            self.layers: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            """Take one message."""
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING and len(self.warnings) < KEPT_WARNINGS:
+                self.warnings[message] = None
+            elif message.startswith("Layers:\n"):
+                self.layers = message.splitlines()[1:]
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress | None) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Passes the builder's steps on; TensorRT calls it from its own threads."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            """Begin a phase; only its steps count."""
+
+        def phase_finish(self, phase_name: str) -> None:
+            """End a phase."""
+
+        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002
+            """Count one step; True lets the builder go on."""
+            if progress is not None:
+                progress(1)
+            return True
+
+    return Monitor()
+
+
+def _writer(trt: Any, file: BinaryIO) -> Any:
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        """Writes and hashes the plan as it comes."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.nbytes, self.digest = 0, hashlib.sha256()
+
+        def write(self, data: bytes) -> int:
+            """Take the next bytes of the plan."""
+            self.digest.update(data)
+            self.nbytes += len(data)
+            return file.write(data)
+
+    return Writer()
