@@ -57,17 +57,6 @@ def check_destination(destination: Path, *, force: bool) -> None:
             )
 
 
-def check_space(destination: Path, needed: int) -> None:
-    """Raise unless the file system of `destination` has `needed` bytes free."""
-    existing = next(p for p in destination.absolute().parents if p.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise MistralcError(
-            f"The bundle needs about {needed / 1e6:,.0f} MB and {existing} has "
-            f"{free / 1e6:,.0f} MB free. Free some space, or choose a directory on another disk."
-        )
-
-
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
     """Give a directory to write to, which becomes `destination` if the block does not raise.

@@ -14,6 +14,8 @@ from graphs.errors import MistralcError
 from runtime import options
 from runtime.progress import stage_for
 
+_ENGINE = "Engines (--target rtx, tensorrt)"
+
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
@@ -32,8 +34,13 @@ def export(
         typer.Option("--output", "-o", metavar="BUNDLE",
                      help="Where to write; build/NAME-TARGET-PRECISION if left out."),
     ] = None,
-    target: Annotated[str, typer.Option(help="What runs the bundle: cpu.")] = "cpu",
-    precision: Annotated[str, typer.Option(help="What it computes in: fp32.")] = "fp32",
+    target: Annotated[
+        str, typer.Option(help="What runs it: cpu, cuda (ONNX Runtime), rtx or tensorrt.")
+    ] = "cpu",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32 for cpu; fp16 or bf16 for the others, as the checkpoint is."),
+    ] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="Make every layer see N tokens: text without end.")
     ] = None,
@@ -42,26 +49,53 @@ def export(
     ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Most prompt tokens per step.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 1,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="sm89,…", help="Only these GPUs; all that TensorRT-RTX supports.",
+                     rich_help_panel=_ENGINE),
+    ] = None,
+    two_profiles: Annotated[
+        bool,
+        typer.Option("--two-profiles", help="Tune single tokens and prompts apart.",
+                     rich_help_panel=_ENGINE),
+    ] = False,
+    weight_streaming: Annotated[
+        bool,
+        typer.Option("--weight-streaming", help="Let a GPU smaller than the model run it.",
+                     rich_help_panel=_ENGINE),
+    ] = False,
+    allow_unfused: Annotated[
+        bool,
+        typer.Option("--allow-unfused", help="Keep an engine that fails its audit.",
+                     rich_help_panel=_ENGINE),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
     """Compile a checkpoint into a bundle, verify it, and publish it whole or not at all."""
+    from exporter.engine import EngineOptions
     from exporter.export import ExportOptions
     from exporter.export import export as run
 
+    engine = EngineOptions(
+        gpus=tuple(name.strip() for name in gpu.split(",")) if gpu else (),
+        two_profiles=two_profiles,
+        weight_streaming=weight_streaming,
+    )
     chosen = ExportOptions(
         target=target, precision=precision, window=window, context=context, chunk=chunk,
-        max_batch=max_batch, force=force,
+        max_batch=max_batch, force=force, engine=engine, allow_unfused=allow_unfused,
     )  # fmt: skip
     name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
-    path = output or Path("build") / f"{name}-{target}-{precision}"
+    path = output or Path("build") / "-".join([name, target, chosen.precision_or_default])
     manifest = run(checkpoint, path, chosen, stage_for(quiet=quiet or as_json))
     if as_json:
         print(json.dumps({"bundle": str(path), "manifest": json.loads(manifest.to_text())}))
         return
     size = sum(entry.size for entry in manifest.files.values())
-    print(f"{path}: {size / 1e6:,.0f} MB, {manifest.target}, {manifest.precision}, verified.")
+    state = "verified" if manifest.verification else "to be verified where its GPU is"
+    print(f"{path}: {size / 1e6:,.0f} MB, {manifest.target}, {manifest.precision}, {state}.")
     print("Next:")
     print(f'  {program()} generate {path} --chat "What is the capital of France?"')
 
@@ -88,8 +122,9 @@ def verify(
     with stage("Checking the bundle", None):
         opened = open_bundle(bundle)
     manifest = opened.manifest
-    weight = verification.bundle_weights(bundle, manifest.model)
-    if against is not None:
+    if against is None:
+        weight = verification.bundle_weights(bundle, manifest.model)
+    else:
         weight = verification.checkpoint_weights(against, manifest)
     with stage("Loading both", None):
         reference = load_decoder(manifest.model, weight)

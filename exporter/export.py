@@ -1,55 +1,79 @@
 """The way from a checkpoint to a bundle, in the order it happens. Knows no command line.
 
-Read, trace, lower, write, verify, publish. Nothing appears at the destination before the last
-step, and nothing is traced before the cheap refusals: bad options, no space, a bad tokenizer.
+Read, trace, lower, write, compile, verify, publish. Nothing appears at the destination before the
+last step, and nothing is begun before the cheap refusals: bad options, a host without the memory
+or the space, a bad tokenizer.
 """
 
 import platform
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
+from typing import Any
 
-from exporter import bundle
+import onnx_ir as ir
+
+from exporter import audit, bundle
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import override_window
-from exporter.model import load_decoder
-from exporter.tokenizer import read_tokenizer
+from exporter.engine import EngineOptions, build_engine, capacities
+from exporter.golden import golden
+from exporter.model import Decoder, load_decoder
+from exporter.plan import plan, require_host
+from exporter.tokenizer import TokenizerFiles, read_tokenizer
 from exporter.trace import trace
 from exporter.verify import Agreement, cases, require, to_json, to_markdown, verify
-from exporter.weights import total_bytes, write_weights
+from exporter.weights import Layout, link_weights, stream_weights
 from graphs.errors import UsageError
 from graphs.manifest import Manifest
 from graphs.pipeline import lower
-from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec
+from graphs.spec import Dtype, ModelSpec, RingSpec
+from graphs.specialize import specialize
+from runtime import tensorrt
 from runtime.load import load_session
 from runtime.progress import Stage, silent
+from runtime.tokenizer import Tokenizer, parse_tokenizer
 
-ACTIVATION: dict[str, dict[str, Dtype]] = {"cpu": {"fp32": "float32"}}
+HALF: Mapping[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
+ACTIVATION: Mapping[str, Mapping[str, Dtype]] = {
+    "cpu": {"fp32": "float32"},
+    "cuda": HALF,
+    "rtx": HALF,
+    "tensorrt": HALF,
+}
 """By target and precision: what the graph computes in. A pair that is not here is not built."""
 
+ENGINES = ("rtx", "tensorrt")
 LARGEST_CHUNK, LARGEST_CONTEXT = 512, 4096  # defaults; tokens
-TOOLS = ("mistralc", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers")
-SPARE = 64 << 20  # bytes beside the weights: graph, tokenizer, report
+ENGINE_CHUNK = 16  # tokens; with fewer, 32 query rows and less, it ends in a duplicate "iota"
+TOOLS = ("mistralc", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+         "tensorrt", "tensorrt-rtx-cu13", "tokenizers")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOptions:
-    """What the user may choose. None leaves the choice to the checkpoint."""
+    """What the user may choose. None leaves the choice to the checkpoint and the target."""
 
     target: str = "cpu"
-    precision: str = "fp32"
+    precision: str | None = None
     window: int | None = None
     context: int | None = None
     chunk: int | None = None
     max_batch: int = 1
     force: bool = False
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    allow_unfused: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in ACTIVATION:
             raise UsageError(
-                f"--target is {self.target!r}; this version builds {' and '.join(ACTIVATION)}."
+                f"--target is {self.target!r}; one of {', '.join(ACTIVATION)} is expected."
             )
-        if self.precision not in ACTIVATION[self.target]:
+        if self.precision is not None and self.precision not in ACTIVATION[self.target]:
             known = ", ".join(ACTIVATION[self.target])
             raise UsageError(
                 f"--precision is {self.precision!r}; the target {self.target} is built in {known}."
@@ -64,6 +88,16 @@ class ExportOptions:
                 "--window and --context exclude each other: a model that slides everywhere has no "
                 "end of context. Give one of them."
             )
+        if self.target not in ENGINES and self.engine != EngineOptions():
+            raise UsageError(
+                f"Options of an engine were given for --target {self.target}, which has none. "
+                "Leave them out, or choose --target rtx or tensorrt."
+            )
+
+    @property
+    def precision_or_default(self) -> str:
+        """What to call the result before the checkpoint has been looked at."""
+        return self.precision or ("fp32" if self.target == "cpu" else "half")
 
 
 def export(
@@ -72,42 +106,41 @@ def export(
     """Export the checkpoint `source` to a bundle at `destination`; returns its manifest.
 
     Raises MistralcError, and leaves nothing behind, when anything is not as it must be: the
-    options, the checkpoint, the space on disk, or the numbers of the finished bundle.
+    options, the checkpoint, the host, or the numbers of the finished bundle.
     """
     bundle.check_destination(destination, force=options.force)
+    if options.target in ENGINES:
+        tensorrt.load(options.target)
     checkpoint = open_checkpoint(source)
     spec = _windowed(checkpoint.spec, options)
     ring = ring_spec(spec, options)
-    activation = ACTIVATION[options.target][options.precision]
+    precision = options.precision or _default_precision(options.target, checkpoint)
     tokenizer = read_tokenizer(checkpoint.path)
-    bundle.check_space(destination, spec.num_parameters * ITEM_SIZE[activation] + SPARE)
-    with stage("Tracing the decoder", None):
-        model = trace(spec, activation)
-        passes = lower(model, spec, options.target)
-    with stage("Hashing the checkpoint", None):
-        fingerprint = checkpoint.fingerprint()
+    require_host(plan(spec, ring, options.target, precision), destination)
+    manifest = Manifest(
+        target=options.target,
+        precision=precision,
+        activation=ACTIVATION[options.target][precision],
+        model=spec,
+        ring=ring,
+        window_source="checkpoint" if options.window is None else "user",
+        checkpoint={"name": Path(checkpoint.source).name, "format": checkpoint.format},
+        versions=versions(),
+        files={},
+    )
     with bundle.staged(destination) as directory:
-        with stage("Writing weights", total_bytes(model)) as advance:
-            write_weights(model, checkpoint, directory, advance)
-        bundle.write_model(model, directory)
+        graph = directory / "graph" if options.target in ENGINES else directory
+        graph.mkdir(exist_ok=True)
+        model, manifest = _write_graph(checkpoint, manifest, graph, stage)
         bundle.write_tokenizer(tokenizer, directory)
-        manifest = Manifest(
-            target=options.target,
-            precision=options.precision,
-            activation=activation,
-            model=spec,
-            ring=ring,
-            window_source="checkpoint" if options.window is None else "user",
-            checkpoint={
-                "name": Path(checkpoint.source).name,
-                "format": checkpoint.format,
-                "fingerprint": fingerprint,
-            },
-            versions=versions(),
-            passes=passes,
-            files={},
-        )
-        agreements = _check(directory, manifest, checkpoint, stage)
+        reference = load_decoder(spec, checkpoint.tensor)
+        texts = golden(reference, _encoder(tokenizer), manifest.activation)
+        manifest = replace(manifest, golden=texts)
+        if options.target in ENGINES:
+            manifest = _compile(model, manifest, options, directory, stage)
+        agreements = None
+        if options.target == "cpu":  # the others need a GPU: `mistralc verify` there
+            agreements = _check(directory, manifest, reference, stage)
         with stage("Hashing the bundle", None):
             manifest = replace(manifest, files=bundle.list_files(directory))
         return record(manifest, directory, agreements, "the checkpoint")
@@ -127,18 +160,28 @@ def ring_spec(spec: ModelSpec, options: ExportOptions) -> RingSpec:
             "positions. Give at most that, or --window to let the text slide."
         )
     smallest = min((size for size in spec.windows if size is not None), default=context)
-    chunk = options.chunk or min(LARGEST_CHUNK, smallest)
+    least = ENGINE_CHUNK if options.target in ENGINES else 1
+    chunk = options.chunk or max(least, min(LARGEST_CHUNK, smallest))
+    if chunk < least:
+        raise UsageError(
+            f"--chunk is {chunk}; an engine needs at least {least}: TensorRT-RTX 1.7 fails to "
+            "compile shorter steps. Leave it out, or give a larger one."
+        )
     return RingSpec(chunk=chunk, context=context, max_batch=options.max_batch)
 
 
 def record(
-    manifest: Manifest, directory: Path, agreements: list[Agreement], against: str
+    manifest: Manifest, directory: Path, agreements: list[Agreement] | None, against: str
 ) -> Manifest:
-    """Write the verification into the bundle's `report/` and manifest, which is returned."""
-    result = to_json(agreements, against)
-    return bundle.write_record(
-        replace(manifest, verification=result), to_markdown(result), directory
-    )
+    """Write what is known of the bundle into its `report/` and manifest, which is returned."""
+    if agreements is not None:
+        manifest = replace(manifest, verification=to_json(agreements, against))
+    parts = []
+    if manifest.verification is not None:
+        parts.append(to_markdown(manifest.verification))
+    if manifest.engine is not None:
+        parts.append(audit.to_markdown(manifest.engine))
+    return bundle.write_record(manifest, "\n".join(parts), directory)
 
 
 def versions() -> dict[str, str]:
@@ -156,13 +199,76 @@ def _windowed(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
     return spec if options.window is None else override_window(spec, options.window)
 
 
+def _default_precision(target: str, checkpoint: Checkpoint) -> str:
+    """Take the checkpoint's own bfloat16 where that is a choice: no bit is lost in it."""
+    known = list(ACTIVATION[target])
+    stored = set(checkpoint.dtypes.values())
+    return "bf16" if stored == {"bfloat16"} and "bf16" in known else known[0]
+
+
+def _encoder(tokenizer: TokenizerFiles) -> Callable[[str], list[int]]:
+    backend = parse_tokenizer(tokenizer.tokenizer_json, "tokenizer.json")
+    return Tokenizer(backend, tokenizer.tokenizer_config, tokenizer.generation_config).encode
+
+
+def _write_graph(
+    checkpoint: Checkpoint, manifest: Manifest, directory: Path, stage: Stage
+) -> tuple[ir.Model, Manifest]:
+    """Write `model.onnx` and `weights.safetensors`, tracing the one while the other is streamed."""
+    spec, activation = manifest.model, manifest.activation
+    stopped = Event()
+    total = Layout.of(spec, activation).nbytes
+    with stage("Tracing the decoder and writing weights", total) as advance:
+
+        def step(count: int) -> None:
+            if stopped.is_set():
+                raise InterruptedError("the tracer failed, or was interrupted")
+            advance(count)
+
+        def stream() -> str:
+            stream_weights(checkpoint, spec, activation, directory, step)
+            return checkpoint.fingerprint()
+
+        with ThreadPoolExecutor(1) as pool:
+            fingerprint = pool.submit(stream)
+            try:
+                model = trace(spec, activation)
+                if manifest.target in ENGINES:
+                    specialize(model, capacities(spec, manifest.ring))
+                passes = lower(model, spec, manifest.target)
+            except BaseException:
+                stopped.set()
+                raise
+            named = {**manifest.checkpoint, "fingerprint": fingerprint.result()}
+    link_weights(model, spec, activation, directory)
+    bundle.write_model(model, directory)
+    return model, replace(manifest, checkpoint=named, passes=passes)
+
+
+def _compile(
+    model: ir.Model, manifest: Manifest, options: ExportOptions, directory: Path, stage: Stage
+) -> Manifest:
+    """Turn the graph in `directory`/graph into `engine.plan`, audit it, and drop the graph."""
+    spec, ring, activation = manifest.model, manifest.ring, manifest.activation
+    with stage("Building the engine", None) as advance:
+        built = build_engine(
+            directory / "graph" / "model.onnx", directory / "engine.plan", spec, ring, activation,
+            options.target, options.engine, advance,
+        )  # fmt: skip
+    weights = plan(spec, ring, options.target, manifest.precision).weight_bytes
+    found = audit.audit(built, model.graph, spec, ring, activation, weights)
+    audit.require(found, allow=options.allow_unfused)
+    shutil.rmtree(directory / "graph")
+    facts: dict[str, Any] = {**found.to_json(), "gpus": list(options.engine.gpus)}
+    return replace(manifest, engine=facts)
+
+
 def _check(
-    directory: Path, manifest: Manifest, checkpoint: Checkpoint, stage: Stage
+    directory: Path, manifest: Manifest, reference: Decoder, stage: Stage
 ) -> list[Agreement]:
     """Verify the finished files before anyone can see them."""
     tokens = sum(case.tokens for case in cases(manifest, short=True))
     with stage("Verifying", tokens) as advance:
-        reference = load_decoder(manifest.model, checkpoint.tensor)
         session = load_session(directory, manifest)
         agreements = verify(session, manifest, reference, short=True, progress=advance)
     require(agreements)

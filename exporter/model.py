@@ -191,16 +191,45 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def load_decoder(spec: ModelSpec, weight: Callable[[str], Tensor]) -> Decoder:
-    """Build the decoder with the weights that `weight(name)` returns, in float32, for eager use.
+class StoredLinear(nn.Module):
+    """A linear layer in float32 whose weight stays as it is stored, mapped from a file, say."""
 
-    Costs the whole model in memory; tracing and exporting never need it.
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight  # [N, K] of any float type
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [..., K], converting a block of the weight's rows at a time."""
+        blocks = self.weight.split(max(1, STORED_BLOCK // self.weight.shape[1]))
+        return torch.cat([F.linear(x, rows.float()) for rows in blocks], dim=-1)
+
+
+class StoredEmbedding(StoredLinear):
+    """An embedding that is stored likewise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up x [B, S]; returns float32."""
+        return F.embedding(x, self.weight).float()
+
+
+STORED_BLOCK = 1 << 24  # numbers converted at once: 64 MiB in float32
+
+
+def load_decoder(spec: ModelSpec, weight: Callable[[str], Tensor]) -> Decoder:
+    """Build the reference: float32 arithmetic on the weights that `weight(name)` returns.
+
+    Weights that are mapped from a checkpoint stay in it, so a 7B runs in a few hundred megabytes.
     """
     with torch.device("meta"):
         decoder = Decoder(spec)
-    state = {name: weight(name).float() for name in spec.weight_shapes()}
-    if spec.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    decoder.load_state_dict(state, assign=True)
+    head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.Linear):
+            stored = weight(f"{head if name == 'lm_head' else name}.weight")
+            decoder.set_submodule(name, StoredLinear(stored))
+        elif isinstance(module, nn.Embedding):
+            decoder.set_submodule(name, StoredEmbedding(weight(f"{name}.weight")))
+        elif isinstance(module, RMSNorm):
+            module.weight = nn.Parameter(weight(f"{name}.weight").float(), requires_grad=False)
     decoder.inv_freq = inverse_frequencies(spec)
-    return decoder.requires_grad_(requires_grad=False).eval()
+    return decoder.eval()

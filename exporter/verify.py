@@ -21,7 +21,7 @@ from exporter.weights import FILE_NAME
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.spec import ModelSpec
-from runtime.ring import Ring
+from runtime.load import make_ring
 from runtime.session import Session
 
 Logits = NDArray[np.float32]
@@ -163,6 +163,11 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 def bundle_weights(bundle: Path, spec: ModelSpec) -> Callable[[str], torch.Tensor]:
     """Read weights by canonical name out of a bundle's own `weights.safetensors`."""
+    if not (bundle / FILE_NAME).exists():
+        raise MistralcError(
+            f"{bundle} holds an engine, whose weights cannot be read back. Compare it with the "
+            "checkpoint that it was made of: add --against CHECKPOINT."
+        )
     file = safetensors.safe_open(bundle / FILE_NAME, framework="pt")
     missing = spec.weight_shapes().keys() - set(file.keys())
     if missing:
@@ -209,7 +214,7 @@ def _bundle_logits(
     wanted: NDArray[np.int64],
     progress: Progress | None,
 ) -> Iterator[Logits]:
-    ring = Ring(manifest.model, manifest.ring)
+    ring = make_ring(manifest)
     session.resize(ring.capacities)
     for turn in case.turns:
         for count in ring.pieces(turn):

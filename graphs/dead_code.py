@@ -21,6 +21,8 @@ def _remove(model: ir.Model) -> int:
         common.TopologicalSortPass(),
         common.ClearMetadataAndDocStringPass(),  # the tracer's stack traces, with its paths
     )(model)
+    for value in model.graph.initializers.values():  # the pass above leaves these out
+        value.metadata_props.clear()
     return before - len(model.graph)
 
 

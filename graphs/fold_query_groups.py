@@ -3,8 +3,8 @@
 TensorRT-RTX 1.7 computes `Attention` with fewer key/value heads than query heads by repeating the
 keys and values to the query's heads: at every token, in every layer, the whole ring is read and
 written out H/K times wider. For Mistral-7B's ring of 4,608 slots that is 2.4 GB written and read
-again per token, next to 14.5 GB of weights, and it undoes what grouped queries are for. With H = G K
-heads, query head g of group k attends to key head k, so the same numbers come from
+again per token, next to 14.5 GB of weights, and it undoes what grouped queries are for. Of
+H = G K query heads, those of group k attend to key head k, so the same numbers come from
 
     query [B, H, S, D]  seen as  [B, K, G S, D]          (no data moves: a reshape)
     mask  [B, 1, S, C]  stacked G times, once for all layers, to [B, 1, G S, C]

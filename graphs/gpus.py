@@ -1,6 +1,7 @@
 """NVIDIA GPUs, as their vendor's documents describe them. Knows nothing about the GPU at hand.
 
-Only figures that the named document states. The B200 is left out on purpose: its documents
+`source` names the document that a figure is published in; most were checked against pages that
+quote it, not against the document itself. The B200 is left out on purpose: published figures
 differ in memory (180 and 192 GB) and bandwidth (7.7 and 8 TB/s).
 """
 

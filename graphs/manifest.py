@@ -7,7 +7,7 @@ Its last field is the SHA-256 of all others, so that damage to the manifest itse
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -46,7 +46,9 @@ class Manifest:
     checkpoint: Mapping[str, str]  # name, format, fingerprint
     versions: Mapping[str, str]  # of mistralc and of the libraries that made the bundle
     passes: Mapping[str, int] = field(default_factory=dict)  # how often each graph pass fired
+    golden: Sequence[Mapping[str, Any]] = ()  # texts and clear preferences: runtime/golden.py
     verification: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = None  # the audit of a TensorRT plan
     files: Mapping[str, FileEntry]
 
     def to_text(self) -> str:

@@ -18,7 +18,9 @@ PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
 PASSES: Mapping[str, tuple[Pass, ...]] = {
     "portable": PORTABLE,
     "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
+    "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
     "rtx": (*PORTABLE, FOLD_QUERY_GROUPS),
+    "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS),
 }
 
 

@@ -166,7 +166,8 @@ def _draw(path: Path, latency: Any, resident: Any, result: dict[str, Any]) -> No
     top.set(ylabel="inter-token latency (ms)", ylim=(0, None))
     top.legend(loc="lower right")
     bottom.plot(np.arange(len(resident)), resident / 1e6)
-    bottom.set(xlabel="position (tokens)", ylabel="resident memory (MB)", ylim=(0, None))
+    room = (0, 1.1e-6 * resident.max())
+    bottom.set(xlabel="position (tokens)", ylabel="resident memory (MB)", ylim=room)
     top.set_title(f"{result['machine']['processor']}, {result['machine']['cores']} cores")
     figure.tight_layout()
     try:

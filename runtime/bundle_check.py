@@ -57,10 +57,12 @@ def engine_of(path: Path, manifest: Manifest) -> Engine | None:
     if manifest.target not in ENGINES:
         return None
     carriers = BACKENDS[BACKEND_OF[manifest.target]]
+    gpus = () if manifest.engine is None else manifest.engine["gpus"]
     return Engine(
         plan=path / "engine.plan",
         target=manifest.target,
         version=_recorded(manifest, carriers),
+        compute_capabilities=tuple(f"{gpu[2:-1]}.{gpu[-1]}" for gpu in gpus),  # sm89 is 8.9
     )
 
 

@@ -55,6 +55,7 @@ def generate(
     logit_bias: options.LogitBias = None,
     logprobs: options.LogProbs = None,
     threads: options.Threads = None,
+    no_check: options.NoCheck = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -75,7 +76,7 @@ def generate(
     limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()))
     text = _prompt(prompt, file)
     stage = stage_for(quiet=quiet or as_json)
-    loaded = load(bundle, threads=threads, stage=stage)
+    loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
     params = options.sampling_params(loaded.defaults, given)
     ids = _encode(loaded, text, system, as_chat=as_chat)
     completion = Completion(loaded.generator, loaded.tokenizer, ids, params, limits, chat=as_chat)
@@ -107,6 +108,7 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     threads: options.Threads = None,
+    no_check: options.NoCheck = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk to a bundle; what was said stays in the ring, so each turn costs only its own tokens."""
@@ -120,7 +122,7 @@ def chat(
         frequency_penalty=frequency_penalty, seed=seed,
     )  # fmt: skip
     limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()))
-    loaded = load(bundle, threads=threads, stage=stage_for(quiet=quiet))
+    loaded = load(bundle, threads=threads, check=not no_check, stage=stage_for(quiet=quiet))
     params = options.sampling_params(loaded.defaults, given)
     Chat(loaded, params, limits, system).run()
 
@@ -149,6 +151,7 @@ def bench(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG of --positions; needs [report].")] = None,
     threads: options.Threads = None,
+    no_check: options.NoCheck = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure a bundle on this machine, and say which machine that was."""
@@ -160,7 +163,7 @@ def bench(
     if plot is not None:
         benchmark.check_plot(plot)
     stage = stage_for(quiet=as_json)
-    loaded = load(bundle, threads=threads, stage=stage)
+    loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
     result: dict[str, Any]
     if positions is not None:
         result = benchmark.measure_positions(loaded, positions, plot, stage)

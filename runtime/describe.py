@@ -1,6 +1,7 @@
 """What a bundle is, for people and for machines. Knows nothing about loading one."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from graphs.spec import ring_bytes
@@ -47,6 +48,7 @@ def show(bundle: Bundle) -> None:
         f"{derived['kv_bytes_per_token']:,} bytes a token",
         "size": f"{derived['bundle_bytes'] / 1e6:,.1f} MB in {len(manifest.files)} intact files",
         "verified": _verdict(bundle),
+        **_engine(manifest.engine),
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
     for name, value in rows.items():
@@ -54,10 +56,25 @@ def show(bundle: Bundle) -> None:
     Console(highlight=False, soft_wrap=True).print(table)
 
 
+def _engine(record: Mapping[str, Any] | None) -> dict[str, str]:
+    """The audit of a plan in a few words; empty for a bundle that holds a graph."""
+    if record is None:
+        return {}
+    ratio = record["plan_bytes"] / record["weight_bytes"]
+    facts = (
+        f"{record['attention_fused']} of {record['attention']} attention layers fused",
+        f"{record['caches_in_place']} of {record['caches']} caches in place",
+        f"plan {ratio:.3f} times the weights",
+        f"built by TensorRT {record['tensorrt']} for "
+        + (", ".join(record["gpus"]) or "every GPU that it supports"),
+    )
+    return {"engine": ", ".join(facts), "faults": "; ".join(record["faults"]) or "none"}
+
+
 def _verdict(bundle: Bundle) -> str:
     record = bundle.manifest.verification
     if record is None:
-        return "never; run `mistralc verify`"
+        return "not yet; run `mistralc verify`"
     worst = max(record["cases"], key=lambda case: case["max_rel"])
     outcome = "passed" if record["passed"] else "FAILED"
     return f"{outcome} against {record['against']}, logits within {worst['max_rel']:.1e}"

@@ -68,6 +68,8 @@ class Generator:
             common += 1
         if common < self.ring.oldest_rewind():
             common = 0
+        self.ring.check_room_from(common, len(ids) - common)  # before anything is forgotten
+        self._check_ids(np.asarray(ids, np.int64)[None])
         self.rewind(common)
         self.fed_from = common
         return self.feed(ids[common:], progress)
@@ -97,6 +99,9 @@ class Generator:
         if room is not None:  # the token after the last position needs no place of its own
             limit = room + 1 if limit is None else min(limit, room + 1)
         self.finish_reason = None
+        if limit is not None and limit < 1:
+            self.finish_reason = "length"
+            return
         count = 0
         while True:
             sampled = sampler.sample(logits)

@@ -13,6 +13,7 @@ from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator
+from runtime.golden import replay
 from runtime.progress import Stage, silent
 from runtime.ring import Ring
 from runtime.session import Session
@@ -22,20 +23,32 @@ from runtime.tokenizer import Tokenizer
 def load_session(
     directory: Path, manifest: Manifest, *, batch: int = 1, threads: int | None = None
 ) -> Session:
-    """Load the graph in `directory` on the backend that the manifest's target names."""
-    if manifest.target != "cpu":
-        raise MistralcError(
-            f"{directory} was built for the target {manifest.target!r}, which this version of "
-            "mistralc cannot run. Install the version that wrote it, or export it for cpu."
-        )
+    """Load the graph or plan in `directory` on the backend that the manifest's target names."""
+    spec, ring, activation = manifest.model, manifest.ring, manifest.activation
     try:
-        from runtime.session_ort import OrtSession
+        if manifest.target == "cpu":
+            from runtime.session_ort import OrtSession
+
+            return OrtSession(directory / "model.onnx", spec, batch=batch, threads=threads)
+        if manifest.target == "cuda":
+            from runtime.session_cuda import CudaOrtSession
+
+            return CudaOrtSession(directory / "model.onnx", spec, ring, activation, batch=batch)
+        from runtime.session_trt import TrtSession
+
+        return TrtSession(
+            directory / "engine.plan", spec, ring, activation, manifest.target, batch=batch
+        )
     except ModuleNotFoundError as error:
         raise MistralcError(
-            "This bundle runs on ONNX Runtime, which is not installed. Install it: "
-            "pip install 'mistralc[cpu]'."
+            f"This bundle was built for the target {manifest.target} and needs {error.name}, which "
+            f"is not installed here. Install it: pip install 'mistralc[{manifest.target}]'."
         ) from error
-    return OrtSession(directory / "model.onnx", manifest.model, batch=batch, threads=threads)
+
+
+def make_ring(manifest: Manifest, rows: int = 1) -> Ring:
+    """Make the ring that a session of this bundle starts with; only ONNX Runtime CPU's grows."""
+    return Ring(manifest.model, manifest.ring, rows, grows=manifest.target == "cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +62,14 @@ class Loaded:
     seconds: float  # it took to check and load
 
 
-def load(path: Path, *, threads: int | None = None, stage: Stage = silent) -> Loaded:
-    """Check the bundle at `path` and load it for one sequence."""
+def load(
+    path: Path, *, threads: int | None = None, check: bool = True, stage: Stage = silent
+) -> Loaded:
+    """Check the bundle at `path` and load it for one sequence.
+
+    `check` replays a known text first, and raises MistralcError where the answers are not those
+    that the checkpoint gives.
+    """
     began = perf_counter()
     with stage("Checking the bundle", None):
         bundle = open_bundle(path)
@@ -58,8 +77,10 @@ def load(path: Path, *, threads: int | None = None, stage: Stage = silent) -> Lo
     with stage("Loading the model", None):
         tokenizer = Tokenizer.load(path)
         session = load_session(path, manifest, threads=threads)
-        ring = Ring(manifest.model, manifest.ring)
+        ring = make_ring(manifest)
         generator = Generator(session, ring, manifest.model.vocab_size)
+        if check:
+            replay(session, ring, manifest.golden[:1], manifest.target)
     return Loaded(
         bundle=bundle,
         generator=generator,

@@ -20,6 +20,9 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads of the backend; one per physical core if left out."),
 ]
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="Load without replaying the known text of the bundle.")
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")
 ]

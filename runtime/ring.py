@@ -22,15 +22,19 @@ class Ring:
     """Positions of `rows` sequences, and how large the ring must be for them.
 
     The ring starts at one chunk and grows towards its full capacity by copying its prefix: until
-    the first wrap slot equals position, so a short chat never pays for a full ring.
+    the first wrap slot equals position, so a short chat never pays for a full ring. Where `grows`
+    is false, because the graph has the capacity fixed in it, it is full from the start.
     """
 
-    def __init__(self, spec: ModelSpec, ring: RingSpec, rows: int = 1) -> None:
+    def __init__(
+        self, spec: ModelSpec, ring: RingSpec, rows: int = 1, *, grows: bool = True
+    ) -> None:
         self.spec, self.limits = spec, ring
         self.positions = [0] * rows
+        self.written = [0] * rows  # one past the last position that was ever written
         self.full: Capacities = {size: ring.capacity(size) for size in spec.windows}
         self.capacities: Capacities = {
-            size: min(ring.chunk, full) for size, full in self.full.items()
+            size: min(ring.chunk, full) if grows else full for size, full in self.full.items()
         }
 
     def room(self, row: int = 0) -> int | None:
@@ -39,12 +43,15 @@ class Ring:
 
     def check_room(self, count: int, row: int = 0) -> None:
         """Raise ContextFullError unless the row can take `count` more tokens."""
-        room = self.room(row)
-        if room is not None and count > room:
+        self.check_room_from(self.positions[row], count)
+
+    def check_room_from(self, position: int, count: int) -> None:
+        """Raise ContextFullError unless `count` tokens fit from `position` on."""
+        if not self.spec.slides and position + count > self.limits.context:
             raise ContextFullError(
-                f"{count} tokens were given at position {self.positions[row]}, and this bundle "
-                f"holds {self.limits.context} in all. Shorten the text, or export the checkpoint "
-                "again with a larger --context, or with --window to let it slide."
+                f"{count} tokens were given at position {position}, and this bundle holds "
+                f"{self.limits.context} in all. Shorten the text, or export the checkpoint again "
+                "with a larger --context, or with --window to let it slide."
             )
 
     def pieces(self, count: int, row: int = 0) -> Iterator[int]:
@@ -68,6 +75,7 @@ class Ring:
     def advance(self, count: int, row: int = 0) -> None:
         """Note that a step of `count` tokens has run."""
         self.positions[row] += count
+        self.written[row] = max(self.written[row], self.positions[row])
 
     def rewind(self, position: int, row: int = 0) -> None:
         """Go back to `position`, so that the next token is written there.
@@ -87,8 +95,10 @@ class Ring:
                 "window. Start over with the whole text instead."
             )
         self.positions[row] = position
+        if position == 0:  # over again: nothing written so far will be looked at
+            self.written[row] = 0
 
     def oldest_rewind(self, row: int = 0) -> int:
         """The earliest position that `rewind` accepts (beside 0, which starts over)."""
-        here = self.positions[row]
-        return max(window.oldest_rewind(here, size, full) for size, full in self.full.items())
+        end = self.written[row]  # going back does not bring back what was overwritten
+        return max(window.oldest_rewind(end, size, full) for size, full in self.full.items())

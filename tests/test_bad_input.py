@@ -354,7 +354,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(
     monkeypatch.setattr(exporting, "trace", never)
     disk = tmpfs(300)
     ended = mistralc("export", sliding_checkpoint, "-o", disk / "bundle")
-    refused(ended, str(disk), "MB free", "another disk")
+    refused(ended, str(disk), "bytes free", "another disk")
     assert list(disk.iterdir()) == []
 
 
@@ -371,7 +371,7 @@ def test_a_disk_that_fills_up_during_an_export(
 ) -> None:
     monkeypatch.setattr(exporting, "trace", traced)
     # Another program takes the space after it was looked at.
-    monkeypatch.setattr(writing, "check_space", lambda _destination, _needed: None)
+    monkeypatch.setattr(exporting, "require_host", lambda _plan, _destination: None)
     written: list[set[str]] = []
     explained = writing._explained
 
@@ -468,13 +468,13 @@ def test_ctrl_c_during_an_export_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(exporting, "trace", traced)
-    real = exporting.write_weights
+    real = exporting.stream_weights
 
     def interrupted(*arguments: Any) -> None:
         real(*arguments)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(exporting, "write_weights", interrupted)
+    monkeypatch.setattr(exporting, "stream_weights", interrupted)
     ended = mistralc("export", sliding_checkpoint, "-o", tmp_path / "made" / "bundle")
     assert ended.code == 130
     assert ended.out == ""

@@ -4,7 +4,7 @@ Tracing is what costs (about 2 s a model, none of it arithmetic), so traces are 
 caller gets a copy. Weights are those that `write_checkpoint` writes for the same spec and seed.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -72,12 +72,16 @@ def lowered(spec: ModelSpec, target: str, activation: Dtype = "float32") -> ir.M
 
 
 def fill(model: ir.Model, spec: ModelSpec, seed: int = 0) -> ir.Model:
-    """Put the numbers in place of the names, in `model` itself, which is returned."""
-    found = weights(spec, seed)
+    """Put the random numbers in place of the names, in `model` itself, which is returned."""
+    return fill_from(model, weights(spec, seed).__getitem__)
+
+
+def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
+    """Put the numbers that `read(name)` gives, float32, in place of the names."""
     for value in model.graph.initializers.values():
         weight = weight_of(value)
         if weight is not None:
-            numbers = torch.cat([found[part] for part in weight.parts]).numpy()
+            numbers = torch.cat([read(part) for part in weight.parts]).numpy()
             dtype = weight.dtype
             value.const_value = ir.Tensor(
                 numbers.astype(dtype.numpy()), dtype=dtype, name=weight.name

@@ -1,0 +1,21 @@
+"""Numbers as backends give them, as float32. Knows bytes, not devices.
+
+NumPy has no bfloat16, and needs none: a bfloat16 is the upper half of the float32 of equal value.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphs.spec import Dtype
+
+
+def to_float32(raw: NDArray[np.uint8], activation: Dtype, out: NDArray[np.float32]) -> None:
+    """Write the numbers in `raw`, little-endian `activation`, to the one-dimensional `out`.
+
+    Exact: every float16 and bfloat16 is a float32. Allocates nothing.
+    """
+    if activation == "bfloat16":
+        bits = raw.view("<u2")
+        np.left_shift(bits, 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        np.copyto(out, raw.view("<f2" if activation == "float16" else "<f4"))
