@@ -135,7 +135,7 @@ def require(found: Audit, *, allow: bool) -> None:
     if found.faults and not allow:
         raise MistralcError(
             f"TensorRT {found.tensorrt} built an engine that is not fit to ship: "
-            f"{'; '.join(found.faults)}. Add --allow-unfused to keep it all the same, or try "
+            f"{'; '.join(found.faults)}. Add --allow-faults to keep it all the same, or try "
             "another version of TensorRT."
         )
 

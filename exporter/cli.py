@@ -64,9 +64,9 @@ def export(
         typer.Option("--weight-streaming", help="Let a GPU smaller than the model run it.",
                      rich_help_panel=_ENGINE),
     ] = False,
-    allow_unfused: Annotated[
+    allow_faults: Annotated[
         bool,
-        typer.Option("--allow-unfused", help="Keep an engine that fails its audit.",
+        typer.Option("--allow-faults", help="Keep an engine that fails its audit.",
                      rich_help_panel=_ENGINE),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
@@ -85,7 +85,7 @@ def export(
     )
     chosen = ExportOptions(
         target=target, precision=precision, window=window, context=context, chunk=chunk,
-        max_batch=max_batch, force=force, engine=engine, allow_unfused=allow_unfused,
+        max_batch=max_batch, force=force, engine=engine, allow_faults=allow_faults,
     )  # fmt: skip
     name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
     path = output or Path("build") / "-".join([name, target, chosen.precision_or_default])

@@ -4,12 +4,21 @@ TensorRT 11 takes types and quantization from the graph, so there is little to c
 shapes that a step may have, and the GPUs to build for. TensorRT-RTX builds without a GPU, for every
 one that it supports. The plan is streamed to disk as it is made; asked for as bytes, that of a 7B
 needs more memory than a build host has.
+
+TensorRT runs in a process of its own. There the same graph gives the same plan, bit for bit (beside
+torch in one process it does not: lists in the plan follow the heap's addresses); what it allocates
+is measured alone; and if the kernel kills it for memory, that is an error message and not our end.
 """
 
 import hashlib
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any, BinaryIO
@@ -18,6 +27,7 @@ from exporter.memory import PeakMemory
 from graphs.errors import MistralcError, UsageError
 from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, capacity_letter, graph_inputs
 from runtime import tensorrt
+from runtime.host import memory_available
 
 Progress = Callable[[int], None]  # called with the number of builder steps just done
 
@@ -28,8 +38,9 @@ KEPT_WARNINGS = 50  # of different text; a builder can repeat one for every laye
 class EngineOptions:
     """How to build. `gpus` are such as `sm89`; none means every one that the library supports.
 
-    `two_profiles` adds one for a single token, tuned apart from prompts: same plan size, but the
-    builder needs the weights' memory twice. `weight_streaming` lets a GPU smaller than the model
+    `two_profiles` adds one for a single token, tuned apart from prompts. TensorRT-RTX 1.7 then
+    stores some weights in two layouts (measured on Mistral-7B's shapes: 1.62 times the bytes), which
+    the audit refuses unless faults are allowed. `weight_streaming` lets a GPU smaller than the model
     run the plan, at the speed of its host link.
     """
 
@@ -70,6 +81,100 @@ def build_engine(
 
     Raises MistralcError with TensorRT's own words when it cannot.
     """
+    request = {
+        "graph": str(graph), "plan": str(plan), "spec": spec.to_json(), "ring": asdict(ring),
+        "activation": activation, "target": target, "options": asdict(options),
+    }  # fmt: skip
+    folder = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen(
+        [sys.executable, "-m", "exporter.engine"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    ) as child:  # fmt: skip
+        try:
+            return _followed(child, request, progress)
+        except BaseException:
+            child.kill()
+            raise
+
+
+def _followed(
+    child: subprocess.Popen[str], request: Mapping[str, Any], progress: Progress | None
+) -> Plan:
+    """Hand the request to the builder's process, pass its steps on, and take its answer."""
+    if child.stdin is None or child.stdout is None:
+        raise ValueError("the process was started without pipes")
+    child.stdin.write(json.dumps(request))
+    child.stdin.close()
+    for line in child.stdout:
+        answer = json.loads(line)
+        if "step" in answer and progress is not None:
+            progress(answer["step"])
+        if "error" in answer:
+            raise (UsageError if answer["usage"] else MistralcError)(answer["error"])
+        if "plan" in answer:
+            fields: dict[str, Any] = dict(answer["plan"])
+            for name in ("warnings", "layers"):
+                fields[name] = tuple(fields[name])
+            for name in ("inputs", "outputs"):
+                fields[name] = {key: tuple(shape) for key, shape in fields[name].items()}
+            return Plan(**fields)
+    code = child.wait()
+    killed = " for want of memory, it seems" if code == -signal.SIGKILL else ""
+    raise MistralcError(
+        f"The process that builds the engine ended{killed} (exit status {code}) before the plan "
+        f"was complete; nothing was left behind. {memory_advice()}"
+    )
+
+
+def memory_advice() -> str:
+    """Say how much memory there is, and what to do about it."""
+    available = memory_available()
+    here = "" if available is None else f"{available / 1e9:.1f} GB are available here; "
+    return f"{here}build on a host with more memory, or without --two-profiles."
+
+
+def main() -> None:
+    """Build what standard input asks for; answer in JSON, a line for each step and the last one."""
+    # TensorRT writes to standard output itself: keep it for answers, give it standard error.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(message: Mapping[str, Any]) -> None:
+        print(json.dumps(message), file=answers, flush=True)
+
+    request = json.load(sys.stdin)
+    try:
+        plan = build_here(
+            Path(request["graph"]),
+            Path(request["plan"]),
+            ModelSpec.from_json(request["spec"]),
+            RingSpec(**request["ring"]),
+            request["activation"],
+            request["target"],
+            EngineOptions(**{**request["options"], "gpus": tuple(request["options"]["gpus"])}),
+            lambda count: answer({"step": count}),
+        )
+    except MistralcError as error:
+        answer({"error": str(error), "usage": isinstance(error, UsageError)})
+    except OSError as error:  # the disk, most likely: let the caller's own handling explain it
+        answer({"error": f"The plan could not be written: {error}.", "usage": False})
+    else:
+        answer({"plan": asdict(plan)})
+
+
+def build_here(
+    graph: Path,
+    plan: Path,
+    spec: ModelSpec,
+    ring: RingSpec,
+    activation: Dtype,
+    target: str,
+    options: EngineOptions,
+    progress: Progress | None = None,
+) -> Plan:
+    """Do what `build_engine` does, in this process."""
     trt = tensorrt.load(target)
     log = _log(trt)
     began = perf_counter()
@@ -232,3 +337,7 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
             return file.write(data)
 
     return Writer()
+
+
+if __name__ == "__main__":
+    main()

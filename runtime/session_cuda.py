@@ -53,6 +53,7 @@ class CudaOrtSession:
             for binding in (self._decode, self._prefill):
                 self._bind_ring(binding)
             self._bind_step(self._decode, 1, 1)
+            self._options = {graph: _options(graph) for graph in (GRAPH, NO_GRAPH)}
             undo.pop_all()
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
@@ -99,11 +100,8 @@ class CudaOrtSession:
 
     def _run(self, binding: Any, graph: str) -> None:
         """Run a binding; returns when the device is done."""
-        options = ort.RunOptions()
-        if self.captured:
-            options.add_run_config_entry("gpu_graph_id", graph)
         try:
-            self._session.run_with_iobinding(binding, options)
+            self._session.run_with_iobinding(binding, self._options[graph])
         except Exception as error:
             free, total = self._gpu.free()
             raise MistralcError(
@@ -167,11 +165,17 @@ def _open(model: Path) -> tuple[Any, bool]:
     if session is None or PROVIDER not in session.get_providers():
         raise MistralcError(
             f"ONNX Runtime {ort.__version__} could not start its {PROVIDER} and fell back to the "
-            f"CPU, for which this bundle was not built. It needs CUDA {ort.cuda_version} and cuDNN "
+            f"CPU, for which this bundle was not built. It needs CUDA {getattr(ort, 'cuda_version', '13')} and cuDNN "
             "9: pip install 'onnxruntime-gpu[cuda,cudnn]' brings both. Its own warning above names "
             "the library that is missing."
         )
     return session, captured
+
+
+def _options(graph: str) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph)
+    return options
 
 
 def providers(*, graphs: bool) -> list[tuple[str, dict[str, str]]]:

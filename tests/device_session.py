@@ -1,0 +1,101 @@
+"""What every session on a device must do, as checks for any of them; and who has a GPU.
+
+Asserted the same way for the GPU made of host memory and for a real one, so that a test that runs
+without a GPU and one that needs it cannot come to mean different things.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from graphs.gpus import runs_rtx
+from graphs.spec import ModelSpec, RingSpec
+from runtime import host
+from runtime.generator import Generator
+from runtime.ring import Ring
+from runtime.sampling import SamplingParams
+from runtime.session import Session
+from tests import tiny
+from tests.make_checkpoint import tiny_spec
+
+SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))
+RING = RingSpec(chunk=3, context=1)
+LONG = 2 * 18 + 5  # tokens: the larger ring, of 18 slots, wraps twice, the smaller six times
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def requires_gpu(target: str) -> Callable[[Any], Any]:
+    """Mark a test as one that needs a GPU for `target`; skipped, with the reason, without one."""
+    reason = missing(target)
+
+    def mark(test: Any) -> Any:
+        skip = pytest.mark.skipif(reason is not None, reason=reason or "")
+        return pytest.mark.gpu(skip(test))
+
+    return mark
+
+
+def missing(target: str) -> str | None:
+    """What this host lacks to run `target`; None if nothing."""
+    found = host.cuda()
+    if found.problem is not None:
+        return f"no GPU: {found.problem}"
+    if target == "cuda":
+        has = "CUDAExecutionProvider" in ort.get_available_providers()
+        return None if has else "onnxruntime-gpu is not installed"
+    module = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}[target]
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    device = found.devices[0]
+    if target == "rtx" and not runs_rtx(device.compute_capability):
+        return f"TensorRT-RTX does not support the {device.name}"
+    return None
+
+
+def full_ring(spec: ModelSpec, ring: RingSpec) -> Ring:
+    """A ring that is full from the start, as a device's is."""
+    return Ring(spec, ring, grows=False)
+
+
+def check_decoder(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: float) -> None:
+    """Logits of a text that wraps every ring are the PyTorch decoder's.
+
+    `tolerance` is a share of the largest logit.
+    """
+    ids = tiny.tokens(spec, LONG)
+    expected = tiny.at_once(tiny.decoder(spec), ids)
+    turns = (5, 1, 1, LONG - 12, 1, 1, 1, 1, 1)
+    got = tiny.in_turns(session, full_ring(spec, ring), ids, turns)
+    assert np.isfinite(got).all()
+    assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def check_decode(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: float) -> None:
+    """A text token by token, and the same in chunks, end in the same logits."""
+    ids = tiny.tokens(spec, LONG, seed=1)
+    chunks = tiny.in_turns(session, full_ring(spec, ring), ids, (LONG,))
+    single = tiny.in_turns(session, full_ring(spec, ring), ids, (1,) * LONG)
+    assert np.abs(chunks - single).max() <= tolerance * np.abs(chunks).max()
+
+
+def check_generator(session: Session, spec: ModelSpec, ring: RingSpec) -> None:
+    """The generator says the same on this session and on ONNX Runtime CPU, also after a rewind."""
+    said = []
+    for each, where in (
+        (session, full_ring(spec, ring)),
+        (tiny.session(spec), Ring(spec, ring)),
+    ):
+        generator = Generator(each, where, spec.vocab_size)
+        tokens: list[int] = []
+        for rewound in (False, True):
+            if rewound:
+                generator.rewind(generator.position - 1)
+            logits = generator.feed([1, 2, 3, 4, 5, 6, 7])
+            steps = generator.generate(logits, GREEDY, max_new_tokens=LONG)
+            tokens += [step.token_id for step in steps]
+        said.append(tokens)
+    assert said[0] == said[1]
