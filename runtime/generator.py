@@ -41,8 +41,6 @@ class Generator:
         The row is the session's buffer, valid until the next step. Raises ContextFullError before
         anything is written when they do not fit.
         """
-        if not ids:
-            raise MistralcError("No token was given; at least one is expected.")
         row = np.asarray(ids, np.int64)[None]  # [1, n]
         self._check_ids(row)
         done = 0
@@ -134,6 +132,8 @@ class Generator:
         return last
 
     def _check_ids(self, row: Ids) -> None:
+        if not row.size:
+            raise MistralcError("No token was given; at least one is expected.")
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= self.vocab_size:
             wrong = low if low < 0 else high

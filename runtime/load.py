@@ -11,6 +11,7 @@ from typing import Any
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
+from runtime import kernel_cache
 from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator
 from runtime.golden import replay
@@ -36,9 +37,11 @@ def load_session(
             return CudaOrtSession(directory / "model.onnx", spec, ring, activation, batch=batch)
         from runtime.session_trt import TrtSession
 
+        entry = manifest.files.get("engine.plan")  # none while the bundle is being made
         return TrtSession(
-            directory / "engine.plan", spec, ring, activation, manifest.target, batch=batch
-        )
+            directory / "engine.plan", spec, ring, activation, manifest.target, batch=batch,
+            cache=None if entry is None else kernel_cache.cache_file(entry.sha256),
+        )  # fmt: skip
     except ModuleNotFoundError as error:
         raise MistralcError(
             f"This bundle was built for the target {manifest.target} and needs {error.name}, which "

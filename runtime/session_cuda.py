@@ -163,9 +163,10 @@ def _open(model: Path) -> tuple[Any, bool]:
             if not captured or "graph capture" not in str(error):
                 raise _not_loaded(model, error) from error
     if session is None or PROVIDER not in session.get_providers():
+        needs = getattr(ort, "cuda_version", "") or "13"
         raise MistralcError(
             f"ONNX Runtime {ort.__version__} could not start its {PROVIDER} and fell back to the "
-            f"CPU, for which this bundle was not built. It needs CUDA {getattr(ort, 'cuda_version', '13')} and cuDNN "
+            f"CPU, for which this bundle was not built. It needs CUDA {needs} and cuDNN "
             "9: pip install 'onnxruntime-gpu[cuda,cudnn]' brings both. Its own warning above names "
             "the library that is missing."
         )

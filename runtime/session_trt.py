@@ -24,10 +24,17 @@ from runtime.buffers import STEP_INPUTS, StepBuffers
 from runtime.gpu import Gpu, out_of_memory
 from runtime.plan_contract import check_plan
 from runtime.session import Ids, Logits
-from runtime.validity import validity
+from runtime.validity import COPY, DRIVER, MEMORY, REBUILD, validity
 
 KEPT_WORDS = 20  # errors of TensorRT, the last of which explain a failure
-_REBUILD = "Export the checkpoint again with this version, or install the one that built the plan."
+
+_REMEDY: Mapping[str, str] = {
+    REBUILD: "Export the checkpoint again, for this GPU and with this version of TensorRT, or "
+    "install the version that built the plan.",
+    DRIVER: "Update the NVIDIA driver.",
+    MEMORY: "Free some of the GPU's memory, or take a larger GPU.",
+    COPY: "Copy the bundle again from where it was built.",
+}
 
 
 class TrtSession:
@@ -268,9 +275,9 @@ class TrtSession:
 
 def _not_loaded(plan: Path, trt: Any, log: Any) -> MistralcError:
     """Say why a plan was refused: TensorRT's verdict on its header, else its own words."""
-    reasons = validity(plan, trt.__name__).reasons
-    why = " and ".join(reasons) or _words(log)
-    remedy = _REBUILD if reasons else "Copy the bundle again from where it was built."
+    verdict = validity(plan, trt.__name__)
+    why = " and ".join(verdict.reasons) or _words(log)
+    remedy = " ".join(_REMEDY[kind] for kind in verdict.remedies or (COPY,))
     return MistralcError(
         f"TensorRT {trt.__version__} could not load {plan} ({plan.stat().st_size:,} bytes): {why}. "
         f"{remedy} `mistralc doctor` checks the bundle and this host."

@@ -5,7 +5,6 @@ one clear message and the rest of the code does not know which of the two it has
 """
 
 import importlib
-import os
 from typing import Any
 
 from graphs.errors import MistralcError
@@ -15,12 +14,7 @@ DISTRIBUTION = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt"}
 
 
 def load(target: str) -> Any:
-    """Import the library of a target, `rtx` or `tensorrt`; raises MistralcError where it is not.
-
-    Polygraphy is told which of the two to use, which works until its first import.
-    """
-    if target == "rtx":
-        os.environ.setdefault("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    """Import the library of a target, `rtx` or `tensorrt`; raises MistralcError where it is not."""
     try:
         return importlib.import_module(MODULE[target])
     except ImportError as error:

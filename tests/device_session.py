@@ -5,8 +5,6 @@ without a GPU and one that needs it cannot come to mean different things.
 """
 
 import importlib.util
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -24,19 +22,16 @@ from tests.make_checkpoint import tiny_spec
 
 SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))
 RING = RingSpec(chunk=3, context=1)
-LONG = 2 * 18 + 5  # tokens: the larger ring, of 18 slots, wraps twice, the smaller six times
+# An engine's chunk cannot be as small: rings of 128 and 192 slots.
+ENGINE_SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 100))
+ENGINE_RING = RingSpec(chunk=64, context=1)
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def requires_gpu(target: str) -> Callable[[Any], Any]:
-    """Mark a test as one that needs a GPU for `target`; skipped, with the reason, without one."""
+def requires_gpu(target: str) -> list[pytest.MarkDecorator]:
+    """The marks of a test that needs a GPU for `target`: skipped, with the reason, without one."""
     reason = missing(target)
-
-    def mark(test: Any) -> Any:
-        skip = pytest.mark.skipif(reason is not None, reason=reason or "")
-        return pytest.mark.gpu(skip(test))
-
-    return mark
+    return [pytest.mark.gpu, pytest.mark.skipif(reason is not None, reason=reason or "")]
 
 
 def missing(target: str) -> str | None:
@@ -56,6 +51,11 @@ def missing(target: str) -> str | None:
     return None
 
 
+def long(spec: ModelSpec, ring: RingSpec) -> int:
+    """Tokens of a text that wraps the largest ring twice."""
+    return 2 * max(ring.capacity(window) for window in spec.windows) + 5
+
+
 def full_ring(spec: ModelSpec, ring: RingSpec) -> Ring:
     """A ring that is full from the start, as a device's is."""
     return Ring(spec, ring, grows=False)
@@ -66,9 +66,10 @@ def check_decoder(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: 
 
     `tolerance` is a share of the largest logit.
     """
-    ids = tiny.tokens(spec, LONG)
+    count = long(spec, ring)
+    ids = tiny.tokens(spec, count)
     expected = tiny.at_once(tiny.decoder(spec), ids)
-    turns = (5, 1, 1, LONG - 12, 1, 1, 1, 1, 1)
+    turns = (5, 1, 1, count - 12, 1, 1, 1, 1, 1)
     got = tiny.in_turns(session, full_ring(spec, ring), ids, turns)
     assert np.isfinite(got).all()
     assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
@@ -76,9 +77,10 @@ def check_decoder(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: 
 
 def check_decode(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: float) -> None:
     """A text token by token, and the same in chunks, end in the same logits."""
-    ids = tiny.tokens(spec, LONG, seed=1)
-    chunks = tiny.in_turns(session, full_ring(spec, ring), ids, (LONG,))
-    single = tiny.in_turns(session, full_ring(spec, ring), ids, (1,) * LONG)
+    count = long(spec, ring)
+    ids = tiny.tokens(spec, count, seed=1)
+    chunks = tiny.in_turns(session, full_ring(spec, ring), ids, (count,))
+    single = tiny.in_turns(session, full_ring(spec, ring), ids, (1,) * count)
     assert np.abs(chunks - single).max() <= tolerance * np.abs(chunks).max()
 
 
@@ -95,7 +97,24 @@ def check_generator(session: Session, spec: ModelSpec, ring: RingSpec) -> None:
             if rewound:
                 generator.rewind(generator.position - 1)
             logits = generator.feed([1, 2, 3, 4, 5, 6, 7])
-            steps = generator.generate(logits, GREEDY, max_new_tokens=LONG)
+            steps = generator.generate(logits, GREEDY, max_new_tokens=long(spec, ring))
             tokens += [step.token_id for step in steps]
         said.append(tokens)
     assert said[0] == said[1]
+
+
+def check_choices(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: float) -> None:
+    """Every token that the generator takes on this session is one ONNX Runtime CPU likes as well.
+
+    Two tokens may be as good as equal, and in half precision either may win: the one taken may be
+    behind by `tolerance`, a share of the largest logit.
+    """
+    prompt, count = [1, 2, 3, 4, 5, 6, 7], long(spec, ring)
+    generator = Generator(session, full_ring(spec, ring), spec.vocab_size)
+    steps = generator.generate(generator.feed(prompt), GREEDY, max_new_tokens=count)
+    taken = [step.token_id for step in steps]
+    ids = np.array(prompt + taken[:-1])
+    logits = tiny.in_turns(tiny.session(spec), Ring(spec, ring), ids, (len(ids),))
+    asked = logits[len(prompt) - 1 :]
+    behind = asked.max(axis=-1) - asked[np.arange(count), taken]
+    assert behind.max() <= tolerance * np.abs(logits).max()

@@ -5,6 +5,9 @@ the real ones, and a "plan" is an ONNX model that ONNX Runtime CPU runs. It show
 binds, copies, captures and frees as it should. It cannot show that a GPU agrees.
 """
 
+# Names and parameters are CUDA's and TensorRT's.
+# ruff: noqa: N802, N815
+
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,25 +51,25 @@ class FakeCudart:
             work()
         return (OK,)
 
-    def cudaSetDevice(self, device: int) -> tuple[Any]:  # noqa: N802
+    def cudaSetDevice(self, device: int) -> tuple[Any]:
         assert device == 0
         return (OK,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, Any]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, Any]:
         assert flags == real.cudaStreamNonBlocking
         self.live["stream"] = 0
         return OK, real.cudaStream_t(7)
 
-    def cudaStreamDestroy(self, stream: Any) -> tuple[Any]:  # noqa: N802
+    def cudaStreamDestroy(self, stream: Any) -> tuple[Any]:
         del self.live["stream"]
         return (OK,)
 
-    def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]:
         assert int(stream) == 7
         assert self.captured is None, "waiting is not allowed while capturing"
         return (OK,)
 
-    def cudaMemGetInfo(self) -> tuple[Any, int, int]:  # noqa: N802
+    def cudaMemGetInfo(self) -> tuple[Any, int, int]:
         return OK, self.total - self.used, self.total
 
     def _take(self, nbytes: int) -> tuple[Any, int | None]:
@@ -82,48 +85,48 @@ class FakeCudart:
         self.used -= self.live.pop(address).nbytes - ALIGN
         return (OK,)
 
-    cudaMalloc = cudaMallocHost = _take  # noqa: N815
-    cudaFree = cudaFreeHost = _give  # noqa: N815
+    cudaMalloc = cudaMallocHost = _take
+    cudaFree = cudaFreeHost = _give
 
-    def cudaMemsetAsync(self, address: int, value: int, count: int, stream: Any) -> tuple[Any]:  # noqa: N802
+    def cudaMemsetAsync(self, address: int, value: int, count: int, stream: Any) -> tuple[Any]:
         return self._stream(lambda: ctypes.memset(address, value, count) and None)
 
-    def cudaMemcpyAsync(  # noqa: N802
+    def cudaMemcpyAsync(
         self, to: int, source: int, count: int, kind: Any, stream: Any
     ) -> tuple[Any]:
         assert kind in real.cudaMemcpyKind.__members__.values()
         self.calls.append("copy")
         return self._stream(lambda: ctypes.memmove(to, source, count) and None)
 
-    def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[Any]:  # noqa: N802
+    def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> tuple[Any]:
         assert mode in real.cudaStreamCaptureMode.__members__.values()
         self.captured = []
         return (OK,)
 
-    def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, Any]:  # noqa: N802
+    def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, Any]:
         graph, self.captured = self.captured, None
         error = self.fail.get("cudaStreamEndCapture", OK)
         return error, graph
 
-    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, Any]:  # noqa: N802
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, Any]:
         assert flags == 0
         self.live["graph"] = list(graph)
         return OK, self.live["graph"]
 
-    def cudaGraphDestroy(self, graph: Any) -> tuple[Any]:  # noqa: N802
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Any]:
         return (OK,)
 
-    def cudaGraphExecDestroy(self, graph: Any) -> tuple[Any]:  # noqa: N802
+    def cudaGraphExecDestroy(self, graph: Any) -> tuple[Any]:
         del self.live["graph"]
         return (OK,)
 
-    def cudaGraphLaunch(self, graph: Any, stream: Any) -> tuple[Any]:  # noqa: N802
+    def cudaGraphLaunch(self, graph: Any, stream: Any) -> tuple[Any]:
         self.calls.append("launch")
         for work in graph:
             work()
         return (OK,)
 
-    def cudaGetLastError(self) -> tuple[Any]:  # noqa: N802
+    def cudaGetLastError(self) -> tuple[Any]:
         return (OK,)
 
 
@@ -223,7 +226,7 @@ class FakeEngine:
         batch, wanted = shapes["logits_indices"]
         for name, row in self.outputs.items():
             past = name.replace("present_", "past_")
-            shape = shapes[past] if past in shapes else (batch, wanted, self.fake.spec.vocab_size)
+            shape = shapes.get(past, (batch, wanted, self.fake.spec.vocab_size))
             binding.bind_output(name, "cpu", 0, ELEMENT[row.dtype], shape, addresses[name])
         self.session.run_with_iobinding(binding)
 
@@ -251,6 +254,7 @@ class FakeTrt:
         self._real = pytest.importorskip("tensorrt_rtx")
         self.cudart, self.spec, self.ring, self.activation = cudart, spec, ring, activation
         self.profiles = [(ring.max_batch, ring.chunk)]  # most rows and tokens of each
+        self.refuse = False  # to deserialize any plan
         self.separate = False  # whether the caches are copied instead of updated
         self.cache = FakeCache()
         self.engines: list[FakeEngine] = []
@@ -259,10 +263,10 @@ class FakeTrt:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def Runtime(self, log: Any) -> Any:  # noqa: N802
+    def Runtime(self, log: Any) -> Any:
         def deserialize(view: Any) -> FakeEngine | None:
             data = bytes(view)
-            if data.startswith(b"damaged"):
+            if self.refuse or data.startswith(b"damaged"):
                 log.log(self.ILogger.ERROR, "Magic tag does not match")
                 return None
             self.engines.append(FakeEngine(self, data))

@@ -22,10 +22,14 @@ from graphs.spec import Dtype, RingSpec
 from graphs.specialize import specialize
 from runtime import host, kernel_cache, session_trt
 from runtime.session_trt import TrtSession
+from runtime.validity import explain
 from tests import tiny
 from tests.device_session import (
+    ENGINE_RING,
+    ENGINE_SPEC,
     RING,
     SPEC,
+    check_choices,
     check_decode,
     check_decoder,
     check_generator,
@@ -83,6 +87,7 @@ def test_decoding_agrees_with_prefill(session: TrtSession):
 
 def test_the_generator_does_not_know_which_session_it_has(session: TrtSession):
     check_generator(session, SPEC, RING)
+    check_choices(session, SPEC, RING, FLOAT32)
 
 
 def test_rows_of_a_batch_are_independent(plan: Path):
@@ -302,21 +307,47 @@ def test_a_plan_of_another_type_is_refused(fake: FakeTrt, plan: Path):
         TrtSession(plan, SPEC, RING, "float16", "rtx")
 
 
-def test_a_plan_that_tensorrt_cannot_read_is_refused_in_its_words(
-    fake: FakeTrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_plan_that_is_none_is_refused_with_tensorrts_verdict_on_it(fake: FakeTrt, tmp_path: Path):
     path = tmp_path / "engine.plan"
     path.write_bytes(b"damaged")
-    with pytest.raises(
-        MistralcError, match=r"\(7 bytes\): .*(Magic tag|damaged).* mistralc doctor"
-    ):
+    with pytest.raises(MistralcError, match=r"\(7 bytes\): it is damaged .*Copy the bundle again"):
         TrtSession(path, SPEC, RING, "float32", "rtx")
     assert not fake.cudart.live
 
 
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.write_bytes(b"")])
-def test_a_missing_or_empty_plan_is_refused(fake: FakeTrt, tmp_path: Path, make: Any):
-    make(path := tmp_path / "engine.plan")
+@pytest.mark.parametrize(
+    ("diagnostics", "words"),
+    [
+        ([], r"Magic tag does not match\. Copy the bundle again"),
+        (["VERSION_MISMATCH"], r"another version of TensorRT built it\. .*or install the version"),
+        (["UNSUPPORTED_CC"], r"GPUs of another compute capability\. Export the checkpoint again"),
+        (["OLD_CUDA_DRIVER"], r"driver is older than the plan needs\. Update the NVIDIA driver"),
+    ],
+)
+def test_a_refused_plan_is_explained_by_the_verdict_or_else_in_tensorrts_words(
+    fake: FakeTrt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, diagnostics: Any, words: str
+):
+    verdict = explain("INVALID", diagnostics)
+    monkeypatch.setattr(session_trt, "validity", lambda *_: verdict)
+    path = tmp_path / "engine.plan"
+    path.write_bytes(b"damaged")
+    with pytest.raises(MistralcError, match=words):
+        TrtSession(path, SPEC, RING, "float32", "rtx")
+
+
+def test_a_plan_larger_than_the_free_memory_is_told_so(plan: Path):
+    with fake_tensorrt(SPEC, RING, total=5000) as fake:
+        fake.refuse = True
+        with pytest.raises(MistralcError, match=r"no room for the weights and the ring: [\d,]+"):
+            TrtSession(plan, SPEC, RING, "float32", "rtx")
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_missing_or_empty_plan_is_refused(tmp_path: Path, *, exists: bool):
+    path = tmp_path / "engine.plan"
+    if exists:
+        path.touch()
     with pytest.raises(MistralcError, match=r"missing or empty.*Copy the bundle again"):
         TrtSession(path, SPEC, RING, "float32", "rtx")
 
@@ -394,12 +425,12 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def build(target: str, activation: Dtype) -> Path:
         if (target, activation) not in made:
             folder = tmp_path_factory.mktemp("engine")
-            model = tiny.traced(SPEC, activation)
-            specialize(model, capacities(SPEC, RING))
-            lower(model, SPEC, target)
-            ir.save(tiny.fill(model, SPEC), folder / "model.onnx")
+            model = tiny.traced(ENGINE_SPEC, activation)
+            specialize(model, capacities(ENGINE_SPEC, ENGINE_RING))
+            lower(model, ENGINE_SPEC, target)
+            ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"
-            build_engine(folder / "model.onnx", path, SPEC, RING, activation, target,
+            build_engine(folder / "model.onnx", path, ENGINE_SPEC, ENGINE_RING, activation, target,
                          EngineOptions())  # fmt: skip
             made[target, activation] = path
         return made[target, activation]
@@ -410,10 +441,94 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
 on_gpu = pytest.mark.parametrize(
     ("target", "activation"),
     [
-        pytest.param(target, activation, marks=requires_gpu(target)(pytest.mark.gpu).args)
-        if False
-        else (target, activation)
+        pytest.param(target, activation, marks=requires_gpu(target))
         for target in ("rtx", "tensorrt")
-        for activation in ("float16", "bfloat16")
+        for activation in HALF
     ],
 )
+
+
+@on_gpu
+def test_on_a_gpu_logits_are_the_pytorch_decoders(engines: Any, target: str, activation: Dtype):
+    with TrtSession(
+        engines(target, activation), ENGINE_SPEC, ENGINE_RING, activation, target
+    ) as session:
+        check_decoder(session, ENGINE_SPEC, ENGINE_RING, HALF[activation])
+
+
+@on_gpu
+def test_on_a_gpu_decoding_agrees_with_prefill(engines: Any, target: str, activation: Dtype):
+    with TrtSession(
+        engines(target, activation), ENGINE_SPEC, ENGINE_RING, activation, target
+    ) as session:
+        check_decode(session, ENGINE_SPEC, ENGINE_RING, HALF[activation])
+
+
+@on_gpu
+def test_on_a_gpu_the_generator_says_what_the_cpu_would(
+    engines: Any, target: str, activation: Dtype
+):
+    with TrtSession(
+        engines(target, activation), ENGINE_SPEC, ENGINE_RING, activation, target
+    ) as session:
+        check_choices(session, ENGINE_SPEC, ENGINE_RING, HALF[activation])
+
+
+@on_gpu
+def test_on_a_gpu_decoding_is_a_graph(engines: Any, target: str, activation: Dtype):
+    with TrtSession(
+        engines(target, activation), ENGINE_SPEC, ENGINE_RING, activation, target
+    ) as session:
+        assert session.captured
+
+
+@on_gpu
+def test_on_a_gpu_a_step_writes_its_slots_and_no_others(
+    engines: Any, target: str, activation: Dtype
+):
+    with TrtSession(
+        engines(target, activation), ENGINE_SPEC, ENGINE_RING, activation, target
+    ) as session:
+        step(session, 384, 3)
+        buffers, gpu = session._buffers, session._gpu
+        for i, first in enumerate((384 % 128, 384 % 192)):
+            name = f"past_key.{i}"
+            shape = buffers.shapes[name]  # [B, K, C, D]
+            host_copy = gpu.pinned(int(np.prod(shape)) * 2, "a test")
+            gpu.copy_out(host_copy, buffers.addresses[name])
+            gpu.wait()
+            written = host_copy.view(np.uint16).reshape(shape).any(axis=(0, 1, 3))
+            assert np.flatnonzero(written).tolist() == [first, first + 1, first + 2], name
+
+
+@on_gpu
+def test_on_a_gpu_a_long_text_takes_no_memory(engines: Any, target: str, activation: Dtype):
+    with TrtSession(
+        engines(target, activation), ENGINE_SPEC, ENGINE_RING, activation, target
+    ) as session:
+        check_decode(session, ENGINE_SPEC, ENGINE_RING, HALF[activation])
+        free, _ = session._gpu.free()
+        for position in range(1000, 1300):
+            step(session, position)
+        # Others may use the GPU too: their noise is allowed, a leak of a ring per step is not.
+        assert free - session._gpu.free()[0] < 64 << 20
+
+
+@on_gpu
+def test_on_a_gpu_a_truncated_plan_is_refused(
+    engines: Any, target: str, activation: Dtype, tmp_path: Path
+):
+    path = tmp_path / "engine.plan"
+    data = engines(target, activation).read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(MistralcError, match="could not load"):
+        TrtSession(path, ENGINE_SPEC, ENGINE_RING, activation, target)
+
+
+@pytest.mark.parametrize("target", [pytest.param("rtx", marks=requires_gpu("rtx"))])
+def test_on_a_gpu_the_second_start_finds_the_kernels(engines: Any, target: str, tmp_path: Path):
+    path, plan = tmp_path / "plan.bin", engines(target, "float16")
+    for _ in range(2):
+        with TrtSession(plan, ENGINE_SPEC, ENGINE_RING, "float16", target, cache=path) as session:
+            check_decoder(session, ENGINE_SPEC, ENGINE_RING, HALF["float16"])
+        assert kernel_cache.read(path)
