@@ -131,9 +131,10 @@ def require(agreements: list[Agreement]) -> None:
         raise MistralcError(
             f"The bundle does not compute what the checkpoint does: in case {worst.case} "
             f"({worst.tokens} tokens) logits differ by up to {worst.max_abs:.3g}, "
-            f"{worst.max_rel:.3%} of the largest, and {worst.tolerance:.3%} is allowed; the likeliest "
-            f"token agrees at {worst.top1:.1%} of positions. Please report this with the versions "
-            "in the bundle's manifest; another version of the backend may not have the fault."
+            f"{worst.max_rel:.3%} of the largest, and {worst.tolerance:.3%} is allowed; the "
+            f"likeliest token agrees at {worst.top1:.1%} of positions. Please report this with the "
+            "versions in the bundle's manifest; another version of the backend may not have the "
+            "fault."
         )
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     steps: dict[str, dict[str, float]] = {}
 
     @contextmanager
-    def stage(title: str, total: int | None = None) -> Iterator[Any]:  # noqa: ARG001
+    def stage(title: str, total: int | None = None) -> Iterator[Any]:
         began = perf_counter()
         with PeakMemory() as memory:
             yield lambda _count: None
