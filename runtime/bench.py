@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,17 +18,21 @@ from runtime.load import Loaded
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
 
+BACKENDS = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt")
 GREEDY = SamplingParams(temperature=0.0)
 
 
 def machine() -> dict[str, Any]:
     """What this ran on: processor, cores this process may use, Python, backend."""
-    return {
+    found = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"),
     }
+    for name in BACKENDS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def measure(

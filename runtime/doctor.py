@@ -5,6 +5,7 @@ the hardware it is about. Loads no model, and imports neither torch nor onnx.
 """
 
 import importlib
+import os
 import platform
 import shutil
 import sys
@@ -32,7 +33,9 @@ def examine(bundle: Path | None = None) -> list[Check]:
     providers = _providers(libraries["onnxruntime"])
     checks = [
         check_python(sys.version_info[:3]),
-        ok("platform", platform.platform()),
+        ok(
+            "platform", f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}"
+        ),
         check_memory(host.memory_total(), host.memory_available()),
         check_cache(cache_file()),
         *(check_required(find_library(name, (name,), load=False)) for name in REQUIRED),
@@ -72,7 +75,9 @@ def check_cache(path: Path | None) -> Check:
         )
     existing = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(existing).free
-    found = f"{path.parent}, {free / 1e9:,.1f} GB free"
+    home = os.path.expanduser("~")  # noqa: PTH111  (Path.home() raises where there is none)
+    shown = str(path.parent).replace(home, "~", 1)
+    found = f"{shown}, {free / 1e9:,.1f} GB free"
     if free < LEAST_CACHE:
         return warning("cache", found, "export XDG_CACHE_HOME=DIRECTORY_ON_ANOTHER_DISK")
     return ok("cache", found)
