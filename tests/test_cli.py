@@ -439,7 +439,7 @@ def test_bench_reports_what_it_ran_on_and_what_it_measured(
 ) -> None:
     bench = ("bench", sliding_bundle, "--prompt-tokens", "20", "--new-tokens", "10")
     result = reported(mistralc(*bench, "--repeat", "2", "--json"))
-    assert result["machine"].keys() == {"processor", "cores", "python", "onnxruntime"}
+    assert {"processor", "cores", "python", "onnxruntime"} <= result["machine"].keys()
     assert result["prefill_tokens_per_s"] == pytest.approx(20 / result["ttft_s"])
     assert result["decode_tokens_per_s"] > 0
     assert result["rounds"] == 2
