@@ -12,14 +12,10 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
-from types import FrameType
 from typing import Any
 
 import onnx_ir as ir
@@ -76,10 +72,8 @@ def staged(destination: Path) -> Iterator[Path]:
         _sweep(destination.parent)
         staging.mkdir()
         try:
-            with _locked(staging), _noted_interrupts() as interrupted:
+            with _locked(staging):
                 yield staging
-                if interrupted.is_set():
-                    raise KeyboardInterrupt
                 _publish(staging, destination)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -142,25 +136,6 @@ def write_record(manifest: Manifest, report: str, directory: Path) -> Manifest:
         for partial in partials:
             partial.unlink(missing_ok=True)
     return manifest
-
-
-@contextmanager
-def _noted_interrupts() -> Iterator[Event]:
-    """Note Ctrl-C beside raising it: a destructor or a library's callback may swallow the raise."""
-    noted, before = Event(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield noted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.set()
-        before(number, frame)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

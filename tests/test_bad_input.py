@@ -477,7 +477,11 @@ def test_ctrl_c_during_an_export_leaves_nothing(
         time.sleep(0.5)  # weights are written beside the main thread, which gets the signal
 
     monkeypatch.setattr(exporting, "stream_weights", interrupted)
-    ended = mistralc("export", sliding_checkpoint, "-o", tmp_path / "made" / "bundle")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+    try:
+        ended = mistralc("export", sliding_checkpoint, "-o", tmp_path / "made" / "bundle")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.code == 130
     assert ended.out == ""
     assert ended.err == "mistralc: stopped.\n"
