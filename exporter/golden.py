@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from exporter.model import Decoder
+from exporter.model import Decoder, logits_at
 from graphs.spec import Dtype
 
 TEXTS = (
@@ -31,20 +31,15 @@ def golden(
     reference: Decoder, encode: Callable[[str], list[int]], activation: Dtype
 ) -> list[dict[str, Any]]:
     """Return the texts as ids, each with the clear preferences as [position, token]."""
-    spec, found = reference.spec, []
+    found = []
     for text in TEXTS:
-        ids = torch.tensor([i for i in encode(text) if i < spec.vocab_size][:LONGEST])
+        ids = torch.tensor([i for i in encode(text) if i < reference.spec.vocab_size][:LONGEST])
         if not len(ids):
             continue
-        count = len(ids)
-        shape = (1, spec.num_key_value_heads, count, spec.head_dim)
-        past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
-        rows = torch.arange(count)[None]
-        with torch.inference_mode():
-            logits = reference(ids[None], rows, rows, past)[0][0]  # [n, V]
+        logits = logits_at(reference, ids, torch.arange(len(ids)))  # [n, V]
         best, runner_up = logits.topk(2, dim=-1).values.unbind(-1)
         clear = best - runner_up >= MARGIN[activation] * logits.abs().max()
         tokens = logits.argmax(-1).tolist()
-        expected = [[i, tokens[i]] for i in range(count) if clear[i]]
+        expected = [[i, tokens[i]] for i in range(len(ids)) if clear[i]]
         found.append({"ids": ids.tolist(), "expected": expected})
     return found

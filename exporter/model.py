@@ -233,3 +233,14 @@ def load_decoder(spec: ModelSpec, weight: Callable[[str], Tensor]) -> Decoder:
             module.weight = nn.Parameter(weight(f"{name}.weight").float(), requires_grad=False)
     decoder.inv_freq = inverse_frequencies(spec)
     return decoder.eval()
+
+
+def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
+    """Run the text `ids` [n] in one pass, with a ring that never wraps; logits [T, V] at `rows`."""
+    spec, count = decoder.spec, len(ids)
+    shape = (1, spec.num_key_value_heads, count, spec.head_dim)
+    past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
+    with torch.inference_mode():
+        logits, _ = decoder(ids[None], torch.arange(count)[None], rows[None], past)
+    found: Tensor = logits[0]
+    return found

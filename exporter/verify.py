@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from exporter.checkpoint import open_checkpoint
-from exporter.model import Decoder
+from exporter.model import Decoder, logits_at
 from exporter.weights import FILE_NAME
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
@@ -117,7 +117,8 @@ def verify(
     for case in cases(manifest, short=short):
         ids = generator.integers(0, manifest.model.vocab_size, case.tokens)
         wanted = np.unique(np.linspace(0, case.tokens - 1, COMPARED).astype(np.int64))
-        expected = _reference_logits(reference, ids, wanted)
+        rows = torch.from_numpy(wanted)
+        expected = logits_at(reference, torch.from_numpy(ids), rows).numpy()
         got = np.concatenate(list(_bundle_logits(session, manifest, case, ids, wanted, progress)))
         found.append(_compare(case, got, expected, TOLERANCE[manifest.activation]))
     return found
@@ -192,21 +193,6 @@ def checkpoint_weights(source: str, manifest: Manifest) -> Callable[[str], torch
             "made of, or leave --against out to compare with the bundle's own weights."
         )
     return checkpoint.tensor
-
-
-def _reference_logits(
-    reference: Decoder, ids: NDArray[np.int64], wanted: NDArray[np.int64]
-) -> Logits:
-    spec, count = reference.spec, len(ids)
-    shape = (1, spec.num_key_value_heads, count, spec.head_dim)
-    past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
-    with torch.inference_mode():
-        logits, _ = reference(
-            torch.from_numpy(ids)[None], torch.arange(count)[None],
-            torch.from_numpy(wanted)[None], past,
-        )  # fmt: skip
-    found: Logits = logits[0].numpy()
-    return found
 
 
 def _bundle_logits(
