@@ -1,0 +1,120 @@
+"""The table that calibration writes and export applies: plain data in two files. Knows no method.
+
+`TABLE/calibration.json` says what was made of what; `TABLE/calibration.safetensors` holds the
+numbers, under canonical names:
+
+    {group}.smoothing        [K]      input feature k is divided by it, the readers' columns scaled
+    {weight}_scale           [N, J]   scales that are not those of the weight's own range
+    {weight}_zero_point      [N, J]   with them, where the scheme has zero points
+    {weight}                 [N, K]   codes that are not the nearest ones (GPTQ): int8; int4 packed
+    {group}.input_scale      []       of an activation that is rounded
+
+What a table leaves out, rounding to nearest fills in.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from graphs.errors import MistralcError
+from graphs.scheme import Scheme
+
+SCHEMA = 1
+JSON_NAME, TENSORS_NAME = "calibration.json", "calibration.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationTable:
+    """What calibration decided for one checkpoint.
+
+    `schemes` has every quantized linear by canonical weight name; a linear that is not in it stays
+    as the target computes. `data` describes the samples, their fingerprint with them; `facts` are
+    measurements for the report, which nothing else reads.
+    """
+
+    precision: str
+    method: str
+    checkpoint: str  # fingerprint
+    data: Mapping[str, Any]
+    versions: Mapping[str, str]
+    schemes: Mapping[str, Scheme]
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def require(self, fingerprint: str, where: str) -> None:
+        """Raise MistralcError unless the table was made for the checkpoint of this fingerprint."""
+        if fingerprint != self.checkpoint:
+            raise MistralcError(
+                f"The calibration table was made for a checkpoint of fingerprint "
+                f"{self.checkpoint[:12]}…, and {where} has {fingerprint[:12]}…. Calibrate this "
+                "checkpoint, or give the one that the table was made for."
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over both files: what the manifest of a bundle names."""
+        return hashlib.sha256(_json(self) + save(dict(self.tensors))).hexdigest()
+
+    def write(self, directory: Path) -> None:
+        """Write both files into `directory`, which must exist. The same table, the same bytes."""
+        (directory / TENSORS_NAME).write_bytes(save(dict(self.tensors)))
+        (directory / JSON_NAME).write_bytes(_json(self))
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read what `write` wrote. Raises MistralcError when it is damaged or of another schema."""
+        remedy = "Copy the table again from where it was made, or run `mistralc calibrate` again."
+        path = directory / JSON_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            tensors = load_file(directory / TENSORS_NAME)
+            _check(data.pop("schema"), data.pop("tensors_sha256"), tensors)
+            schemes = {name: Scheme.from_json(entry) for name, entry in data.pop("schemes").items()}
+            return cls(schemes=schemes, tensors=tensors, **data)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise MistralcError(
+                f"{directory} is not a calibration table ({error}). {remedy}"
+            ) from error
+
+
+def _check(schema: object, digest: object, tensors: Mapping[str, Tensor]) -> None:
+    if schema != SCHEMA:
+        raise ValueError(f"its schema is {schema!r} and {SCHEMA} is expected")
+    if digest != _sha256(tensors):
+        raise ValueError(f"{TENSORS_NAME} is not the one that was written with it")
+
+
+def _json(table: CalibrationTable) -> bytes:
+    data = {
+        "schema": SCHEMA, "precision": table.precision, "method": table.method,
+        "checkpoint": table.checkpoint, "data": dict(table.data),
+        "versions": dict(table.versions),
+        "schemes": {name: scheme.to_json() for name, scheme in sorted(table.schemes.items())},
+        "facts": dict(table.facts), "tensors_sha256": _sha256(table.tensors),
+    }  # fmt: skip
+    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(save({name: tensors[name] for name in sorted(tensors)})).hexdigest()
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack codes [N, K] of -8 to 7 two to a byte, the first in the low half: uint8 [N, K/2]."""
+    halves = (codes.view(torch.uint8) & 0xF).view(codes.shape[0], -1, 2)
+    return halves[..., 0] | (halves[..., 1] << 4)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Undo `pack_int4`."""
+    low, high = packed & 0xF, packed >> 4
+    codes = torch.stack([low, high], -1).flatten(-2).to(torch.int8)
+    return torch.where(codes > 7, codes - 16, codes)
