@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -102,15 +102,17 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def list_files(directory: Path) -> dict[str, FileEntry]:
-    """Size and SHA-256 of every file in a bundle's directory but the manifest, by name."""
+def list_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:
+    """Size and SHA-256 of every file in a bundle's directory but the manifest, by name.
+
+    `known` are hashes taken while a file was written; 14.5 GB are not read again for them.
+    """
     found = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {path.relative_to(directory).as_posix(): path for path in found}
     return {
-        path.relative_to(directory).as_posix(): FileEntry(
-            size=path.stat().st_size, sha256=sha256(path)
-        )
-        for path in found
-        if path.name != FILE_NAME
+        name: FileEntry(size=path.stat().st_size, sha256=(known or {}).get(name) or sha256(path))
+        for name, path in names.items()
+        if name != FILE_NAME
     }
 
 

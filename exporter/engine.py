@@ -17,11 +17,12 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import onnx
@@ -30,10 +31,10 @@ from numpy.typing import NDArray
 from exporter.memory import PeakMemory
 from graphs.errors import MistralcError, UsageError
 from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, capacity_letter, graph_inputs
-from runtime import tensorrt
+from runtime import kernel_cache, tensorrt
 from runtime.host import memory_available
 
-Progress = Callable[[int], None]  # called with the number of builder steps just done
+Progress = Callable[[int], None]  # called with the number of bytes just compiled or written
 
 KEPT_WARNINGS = 50  # of different text; a builder can repeat one for every layer
 
@@ -71,24 +72,49 @@ class Plan:
     outputs: Mapping[str, tuple[int, ...]]
 
 
-def build_engine(
-    graph: Path,
-    plan: Path,
-    spec: ModelSpec,
-    ring: RingSpec,
-    activation: Dtype,
-    target: str,
-    options: EngineOptions,
-    progress: Progress | None = None,
-) -> Plan:
-    """Compile `graph` (an ONNX file with the ring's capacity fixed in it) into the file `plan`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildRequest:
+    """What to build: the ONNX file `graph`, with the ring's capacity fixed in it, into `plan`."""
+
+    graph: Path
+    plan: Path
+    spec: ModelSpec
+    ring: RingSpec
+    activation: Dtype
+    target: str
+    options: EngineOptions = field(default_factory=EngineOptions)
+
+    def to_text(self) -> str:
+        """Return JSON, for the builder's process."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read what `to_text` wrote."""
+        data = json.loads(text)
+        options = {**data["options"], "gpus": tuple(data["options"]["gpus"])}
+        return cls(**{
+            **data, "graph": Path(data["graph"]), "plan": Path(data["plan"]),
+            "spec": ModelSpec.from_json(data["spec"]), "ring": RingSpec(**data["ring"]),
+            "options": EngineOptions(**options),
+        })  # fmt: skip
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that the graph points to, which a plan has about as many of."""
+        return sum(weight.length for weight in _stored_weights(self.graph))
+
+    @property
+    def work(self) -> int:
+        """How far progress counts, in bytes: compiling takes as long as writing, roughly."""
+        return 2 * self.weight_bytes
+
+
+def build_engine(request: BuildRequest, progress: Progress | None = None) -> Plan:
+    """Compile the graph of `request` into its plan; `progress` counts up to `request.work`.
 
     Raises MistralcError with TensorRT's own words when it cannot.
     """
-    request = {
-        "graph": str(graph), "plan": str(plan), "spec": spec.to_json(), "ring": asdict(ring),
-        "activation": activation, "target": target, "options": asdict(options),
-    }  # fmt: skip
     folder = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
@@ -104,12 +130,12 @@ def build_engine(
 
 
 def _followed(
-    child: subprocess.Popen[str], request: Mapping[str, Any], progress: Progress | None
+    child: subprocess.Popen[str], request: BuildRequest, progress: Progress | None
 ) -> Plan:
     """Hand the request to the builder's process, pass its steps on, and take its answer."""
     if child.stdin is None or child.stdout is None:
         raise ValueError("the process was started without pipes")
-    child.stdin.write(json.dumps(request))
+    child.stdin.write(request.to_text())
     child.stdin.close()
     for line in child.stdout:
         answer = json.loads(line)
@@ -148,18 +174,9 @@ def main() -> None:
     def answer(message: Mapping[str, Any]) -> None:
         print(json.dumps(message), file=answers, flush=True)
 
-    request = json.load(sys.stdin)
+    request = BuildRequest.from_text(sys.stdin.read())
     try:
-        plan = build_here(
-            Path(request["graph"]),
-            Path(request["plan"]),
-            ModelSpec.from_json(request["spec"]),
-            RingSpec(**request["ring"]),
-            request["activation"],
-            request["target"],
-            EngineOptions(**{**request["options"], "gpus": tuple(request["options"]["gpus"])}),
-            lambda count: answer({"step": count}),
-        )
+        plan = build_here(request, lambda count: answer({"step": count}))
     except MistralcError as error:
         answer({"error": str(error), "usage": isinstance(error, UsageError)})
     except OSError as error:  # the disk, most likely: let the caller's own handling explain it
@@ -168,38 +185,33 @@ def main() -> None:
         answer({"plan": asdict(plan)})
 
 
-def build_here(
-    graph: Path,
-    plan: Path,
-    spec: ModelSpec,
-    ring: RingSpec,
-    activation: Dtype,
-    target: str,
-    options: EngineOptions,
-    progress: Progress | None = None,
-) -> Plan:
+def build_here(request: BuildRequest, progress: Progress | None = None) -> Plan:
     """Do what `build_engine` does, in this process."""
+    spec, ring, target = request.spec, request.ring, request.target
     trt = tensorrt.load(target)
     log = _log(trt)
+    meter = _Meter(request.weight_bytes, progress)
     began = perf_counter()
-    with PeakMemory() as memory, plan.open("wb") as file:
+    with PeakMemory() as memory, request.plan.open("wb") as file:
         builder = trt.Builder(log)
         network = builder.create_network()
         parser = trt.OnnxParser(network, log)
-        weights = _map_weights(graph)
-        if not _parse(parser, graph, weights):
+        weights = _map_weights(request.graph)
+        if not _parse(parser, request.graph, weights):
             reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise _failed("read the graph", reasons or log.errors, target)
-        config = _config(trt, builder, options, target)
-        for least, best, most in profile_shapes(ring, two=options.two_profiles):
+        config = _config(trt, builder, request.options, target)
+        for least, best, most in profile_shapes(ring, two=request.options.two_profiles):
             profile = builder.create_optimization_profile()
-            for row in graph_inputs(spec, activation):
+            for row in graph_inputs(spec, request.activation):
                 sizes = [_sized(row, letters, spec, ring) for letters in (least, best, most)]
                 profile.set_shape(row.name, *sizes)
             config.add_optimization_profile(profile)
-        config.progress_monitor = monitor = _monitor(trt, progress)
-        writer = _writer(trt, file)
-        if not builder.build_serialized_network_to_stream(network, config, writer):
+        config.progress_monitor = monitor = _monitor(trt, meter)
+        writer = _writer(trt, file, meter)
+        with _timings(config, target, str(trt.__version__)):
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+        if not built:
             raise _failed("build the engine", log.errors, target)
         del monitor, weights  # they had to outlive the build
         tensors = [
@@ -229,21 +241,37 @@ class Mapped(NamedTuple):
     data: NDArray[np.uint8]
 
 
+class StoredWeight(NamedTuple):
+    """Where the graph says that the bytes of one weight lie."""
+
+    name: str
+    path: Path
+    offset: int
+    length: int
+
+
+def _stored_weights(graph: Path) -> list[StoredWeight]:
+    found = []
+    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place:
+            path = graph.parent / place["location"]
+            range_ = int(place["offset"]), int(place["length"])
+            found.append(StoredWeight(tensor.name, path, *range_))
+    return found
+
+
 def _map_weights(graph: Path) -> list[Mapped]:
     """Map what the graph keeps in other files, so that the builder's copy is the only one.
 
     TensorRT's own loader reads it all into memory first: 14.5 GB of a 7B, on top of the layouts
     that the builder makes of them.
     """
-    found: list[Mapped] = []
     files: dict[Path, NDArray[np.uint8]] = {}
-    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        if place:
-            path = graph.parent / place["location"]
-            file = files.setdefault(path, np.memmap(path, np.uint8, mode="r"))
-            begin = int(place["offset"])
-            found.append(Mapped(tensor.name, file[begin : begin + int(place["length"])]))
+    found = []
+    for name, path, offset, length in _stored_weights(graph):
+        file = files.setdefault(path, np.memmap(path, np.uint8, mode="r"))
+        found.append(Mapped(name, file[offset : offset + length]))
     return found
 
 
@@ -254,6 +282,21 @@ def _parse(parser: Any, graph: Path, weights: list[Mapped]) -> bool:
         and all(parser.load_initializer(w.name, w.data.ctypes.data, w.data.nbytes) for w in weights)
         and parser.parse_model_proto()
     )
+
+
+@contextmanager
+def _timings(config: Any, target: str, version: str) -> Iterator[None]:
+    """Let TensorRT reuse its measurements of an earlier build on this host, and keep the new ones.
+
+    Only `tensorrt` measures kernels; the compiler of `rtx` does when the engine first runs.
+    """
+    path = kernel_cache.timing_file(version) if target == "tensorrt" else None
+    if path is None:
+        yield
+        return
+    config.set_timing_cache(config.create_timing_cache(kernel_cache.read(path) or b""), True)
+    yield
+    kernel_cache.write(path, bytes(config.get_timing_cache().serialize()))
 
 
 def profile_shapes(ring: RingSpec, *, two: bool) -> list[tuple[Mapping[str, int], ...]]:
@@ -339,29 +382,82 @@ def _log(trt: Any) -> Any:
     return Log()
 
 
-def _monitor(trt: Any, progress: Progress | None) -> Any:
+class _Meter:
+    """Progress in bytes, up to twice the weights': half for compiling, half for writing."""
+
+    def __init__(self, nbytes: int, progress: Progress | None) -> None:
+        self.nbytes, self.progress = nbytes, progress
+        self.compiled, self.reported = 0.0, 0
+
+    def compile(self, share: float) -> None:
+        """Compiling has come this far, 0 to 1; it never goes back."""
+        self.compiled = max(self.compiled, min(1.0, share))
+        self._report(int(self.compiled * self.nbytes))
+
+    def write(self, nbytes: int) -> None:
+        """So many bytes of the plan are written; nothing is left to compile."""
+        self._report(min(self.nbytes + nbytes, 2 * self.nbytes))
+
+    def _report(self, done: int) -> None:
+        if self.progress is not None and done > self.reported:
+            self.progress(done - self.reported)
+            self.reported = done
+
+
+class Phases:
+    """How far nested phases have come: each is one step of the phase that it is part of."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, list[int]] = {}  # by phase, outermost first: steps done, and all
+
+    def start(self, name: str, steps: int) -> None:
+        """Begin a phase, inside the one that began last."""
+        self._steps[name] = [0, max(1, steps)]
+
+    def finish(self, name: str) -> None:
+        """End a phase."""
+        self._steps.pop(name, None)
+
+    def step(self, name: str, done: int) -> None:
+        """Count the steps done of a phase."""
+        if name in self._steps:
+            self._steps[name][0] = done
+
+    @property
+    def share(self) -> float:
+        """How much of the outermost phase is done, 0 to 1."""
+        share = 0.0
+        for done, steps in reversed(self._steps.values()):
+            share = min(1.0, (done + share) / steps)
+        return share
+
+
+def _monitor(trt: Any, meter: _Meter) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes the builder's steps on; TensorRT calls it from its own threads."""
+        """Follows the builder's phases; TensorRT calls it from its own threads."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
+            self.phases = Phases()
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            """Begin a phase; only its steps count."""
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
+            """Begin a phase."""
+            self.phases.start(phase_name, num_steps)
 
         def phase_finish(self, phase_name: str) -> None:
             """End a phase."""
+            self.phases.finish(phase_name)
 
-        def step_complete(self, phase_name: str, step: int) -> bool:  # noqa: ARG002
+        def step_complete(self, phase_name: str, step: int) -> bool:
             """Count one step; True lets the builder go on."""
-            if progress is not None:
-                progress(1)
+            self.phases.step(phase_name, step + 1)
+            meter.compile(self.phases.share)
             return True
 
     return Monitor()
 
 
-def _writer(trt: Any, file: BinaryIO) -> Any:
+def _writer(trt: Any, file: BinaryIO, meter: _Meter) -> Any:
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         """Writes and hashes the plan as it comes."""
 
@@ -373,6 +469,7 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
             """Take the next bytes of the plan."""
             self.digest.update(data)
             self.nbytes += len(data)
+            meter.write(self.nbytes)
             return file.write(data)
 
     return Writer()

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from exporter import audit, bundle
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import override_window
-from exporter.engine import EngineOptions, build_engine, capacities
+from exporter.engine import BuildRequest, EngineOptions, build_engine, capacities
 from exporter.golden import golden
 from exporter.model import Decoder, load_decoder
 from exporter.plan import plan, require_host
@@ -134,7 +134,8 @@ def export(
         model, manifest = _write_graph(checkpoint, manifest, graph, stage)
         bundle.write_tokenizer(tokenizer, directory)
         reference = load_decoder(spec, checkpoint.tensor)
-        texts = golden(reference, _encoder(tokenizer), manifest.activation)
+        with stage("Asking the reference for golden tokens", None):
+            texts = golden(reference, _encoder(tokenizer), manifest.activation)
         manifest = replace(manifest, golden=texts)
         if options.target in ENGINES:
             manifest = _compile(model, manifest, options, directory, stage)
@@ -142,7 +143,10 @@ def export(
         if options.target == "cpu":  # the others need a GPU: `mistralc verify` there
             agreements = _check(directory, manifest, reference, stage)
         with stage("Hashing the bundle", None):
-            manifest = replace(manifest, files=bundle.list_files(directory))
+            known = (
+                {} if manifest.engine is None else {"engine.plan": manifest.engine["plan_sha256"]}
+            )
+            manifest = replace(manifest, files=bundle.list_files(directory, known))
         return record(manifest, directory, agreements, "the checkpoint")
 
 
@@ -226,8 +230,7 @@ def _write_graph(
             advance(count)
 
         def stream() -> str:
-            stream_weights(checkpoint, spec, activation, directory, step)
-            return checkpoint.fingerprint()
+            return stream_weights(checkpoint, spec, activation, directory, step)
 
         with ThreadPoolExecutor(1) as pool:
             fingerprint = pool.submit(stream)
@@ -250,11 +253,12 @@ def _compile(
 ) -> Manifest:
     """Turn the graph in `directory`/graph into `engine.plan`, audit it, and drop the graph."""
     spec, ring, activation = manifest.model, manifest.ring, manifest.activation
-    with stage("Building the engine", None) as advance:
-        built = build_engine(
-            directory / "graph" / "model.onnx", directory / "engine.plan", spec, ring, activation,
-            options.target, options.engine, advance,
-        )  # fmt: skip
+    request = BuildRequest(
+        graph=directory / "graph" / "model.onnx", plan=directory / "engine.plan", spec=spec,
+        ring=ring, activation=activation, target=options.target, options=options.engine,
+    )  # fmt: skip
+    with stage("Building the engine", request.work) as advance:
+        built = build_engine(request, advance)
     weights = plan(spec, ring, options.target, manifest.precision).weight_bytes
     found = audit.audit(built, model.graph, spec, ring, activation, weights)
     audit.require(found, allow=options.allow_faults)

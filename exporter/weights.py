@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -82,18 +83,30 @@ def stream_weights(
     dtype: Dtype,
     directory: Path,
     progress: Progress | None = None,
-) -> None:
-    """Write `weights.safetensors` into `directory`.
+) -> str:
+    """Write `weights.safetensors` into `directory`; returns the checkpoint's fingerprint.
+
+    A weight is hashed beside the writing of the next, while its pages are still in memory.
 
     Raises MistralcError naming the tensor when a weight is not finite, in the checkpoint or after
     conversion.
     """
-    with (directory / FILE_NAME).open("wb", buffering=0) as file:
-        _write(file, Layout.of(spec, dtype).header)
-        for name in spec.weight_shapes():
-            for count in _weight(checkpoint, name, dtype, file):
-                if progress is not None:
-                    progress(count)
+    with (
+        (directory / FILE_NAME).open("wb", buffering=0) as file,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        digests = {}
+        try:
+            _write(file, Layout.of(spec, dtype).header)
+            for name in spec.weight_shapes():
+                for count in _weight(checkpoint, name, dtype, file):
+                    if progress is not None:
+                        progress(count)
+                digests[name] = hasher.submit(checkpoint.digest, name)
+        except BaseException:
+            hasher.shutdown(cancel_futures=True)
+            raise
+        return checkpoint.fingerprint({name: found.result() for name, found in digests.items()})
 
 
 def link_weights(model: ir.Model, spec: ModelSpec, dtype: Dtype, directory: Path) -> None:

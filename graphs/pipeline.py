@@ -8,6 +8,7 @@ from graphs.dead_code import DEAD_CODE
 from graphs.fold_constants import FOLD_CONSTANTS
 from graphs.fold_query_groups import FOLD_QUERY_GROUPS
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
+from graphs.part_gate_up import PART_GATE_UP
 from graphs.rewrite import Pass
 from graphs.spec import ModelSpec
 from graphs.tie_embedding import TIE_EMBEDDING
@@ -19,8 +20,8 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
     "portable": PORTABLE,
     "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
     "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
-    "rtx": (*PORTABLE, FOLD_QUERY_GROUPS),
-    "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS),
+    "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
+    "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
 }
 
 

@@ -16,10 +16,19 @@ _DIGEST = hashlib.sha256().digest_size
 
 def cache_file(plan_sha256: str) -> Path | None:
     """Where the kernels of a plan are kept; None for a user without a home."""
+    return _cached("kernels", plan_sha256)
+
+
+def timing_file(version: str) -> Path | None:
+    """Where the builder of this version of TensorRT keeps what it measured; None likewise."""
+    return _cached("timings", f"tensorrt-{version}")
+
+
+def _cached(folder: str, name: str) -> Path | None:
     home = os.environ.get("XDG_CACHE_HOME")
     with suppress(RuntimeError):
         home = home or str(Path.home() / ".cache")
-    return Path(home) / "mistralc" / "kernels" / f"{plan_sha256}.bin" if home else None
+    return Path(home) / "mistralc" / folder / f"{name}.bin" if home else None
 
 
 def read(path: Path) -> bytes | None:

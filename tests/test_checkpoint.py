@@ -326,11 +326,16 @@ def test_the_fingerprint_covers_the_spec_and_not_the_place(directory: Path) -> N
     assert open_checkpoint(moved).fingerprint() != first
 
 
-def test_the_fingerprint_reports_its_progress(sharded: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    open_checkpoint(sharded).fingerprint(lambda done, total: calls.append((done, total)))
-    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
-    assert calls[-1][0] == calls[-1][1] == sum(f.stat().st_size for f in sharded.glob("*.saf*s"))
+def test_the_fingerprint_does_not_depend_on_how_the_weights_are_sharded(
+    directory: Path, sharded: Path
+) -> None:
+    assert open_checkpoint(directory).fingerprint() == open_checkpoint(sharded).fingerprint()
+
+
+def test_a_fingerprint_of_digests_taken_before_is_the_same(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
+    digests = {name: checkpoint.digest(name) for name in checkpoint.stored}
+    assert checkpoint.fingerprint(digests) == checkpoint.fingerprint()
 
 
 # What is refused: the source

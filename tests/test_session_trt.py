@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.engine import EngineOptions, build_engine, capacities
+from exporter.engine import BuildRequest, build_engine, capacities
 from graphs.errors import MistralcError
 from graphs.pipeline import lower
 from graphs.spec import Dtype, RingSpec
@@ -430,8 +430,10 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
             lower(model, ENGINE_SPEC, target)
             ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"
-            build_engine(folder / "model.onnx", path, ENGINE_SPEC, ENGINE_RING, activation, target,
-                         EngineOptions())  # fmt: skip
+            build_engine(BuildRequest(
+                graph=folder / "model.onnx", plan=path, spec=ENGINE_SPEC, ring=ENGINE_RING,
+                activation=activation, target=target,
+            ))  # fmt: skip
             made[target, activation] = path
         return made[target, activation]
 
