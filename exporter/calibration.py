@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -105,16 +104,3 @@ def _json(table: CalibrationTable) -> bytes:
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(save({name: tensors[name] for name in sorted(tensors)})).hexdigest()
-
-
-def pack_int4(codes: Tensor) -> Tensor:
-    """Pack codes [N, K] of -8 to 7 two to a byte, the first in the low half: uint8 [N, K/2]."""
-    halves = (codes.view(torch.uint8) & 0xF).view(codes.shape[0], -1, 2)
-    return halves[..., 0] | (halves[..., 1] << 4)
-
-
-def unpack_int4(packed: Tensor) -> Tensor:
-    """Undo `pack_int4`."""
-    low, high = packed & 0xF, packed >> 4
-    codes = torch.stack([low, high], -1).flatten(-2).to(torch.int8)
-    return torch.where(codes > 7, codes - 16, codes)

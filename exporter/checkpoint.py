@@ -60,13 +60,13 @@ class Checkpoint:
         """
         stored = self.stored[name]
         weight = map_tensor(stored) if stored.where.dtype in FLOATS else dequantize(stored)
-        heads = self._interleaved_heads(name)
+        heads = self.interleaved_heads(name)
         return weight if heads is None else layout.to_half_split(weight, heads)
 
     def bytes_of(self, name: str) -> ByteRange | None:
         """Where the bytes of `tensor(name)` lie verbatim; None if they are computed."""
         where = self.stored[name].where
-        verbatim = where.dtype in FLOATS and self._interleaved_heads(name) is None
+        verbatim = where.dtype in FLOATS and self.interleaved_heads(name) is None
         return where if verbatim else None
 
     def digest(self, name: str) -> str:
@@ -92,7 +92,8 @@ class Checkpoint:
         )
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _interleaved_heads(self, name: str) -> int | None:
+    def interleaved_heads(self, name: str) -> int | None:
+        """How many heads the rows of this weight are, if they lie in interleaved rotary order."""
         return None if self.format == "huggingface" else layout.rotated_heads(self.spec, name)
 
 

@@ -18,12 +18,16 @@ from typing import Any
 import onnx_ir as ir
 
 from exporter import audit, bundle
+from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import override_window
 from exporter.engine import BuildRequest, EngineOptions, build_engine, capacities
 from exporter.golden import golden
-from exporter.model import Decoder, load_decoder
+from exporter.model import Decoder
 from exporter.plan import plan, require_host
+from exporter.precision import QuantizeOptions, make_recipe, quantization
+from exporter.quantized import Recipe
+from exporter.simulate import simulate
 from exporter.tokenizer import TokenizerFiles, read_tokenizer
 from exporter.trace import trace
 from exporter.verify import Agreement, cases, require, to_json, to_markdown, verify
@@ -31,6 +35,7 @@ from exporter.weights import Layout, link_weights, stream_weights
 from graphs.errors import UsageError
 from graphs.manifest import Manifest
 from graphs.pipeline import lower
+from graphs.scheme import QUANTIZED
 from graphs.spec import Dtype, ModelSpec, RingSpec
 from graphs.specialize import specialize
 from runtime import tensorrt
@@ -39,11 +44,12 @@ from runtime.progress import Stage, silent
 from runtime.tokenizer import Tokenizer, parse_tokenizer
 
 HALF: Mapping[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
+ENGINE: Mapping[str, Dtype] = {**HALF, **dict.fromkeys(QUANTIZED, "float16")}
 ACTIVATION: Mapping[str, Mapping[str, Dtype]] = {
-    "cpu": {"fp32": "float32"},
+    "cpu": {"fp32": "float32", **dict.fromkeys(QUANTIZED, "float32")},
     "cuda": HALF,
-    "rtx": HALF,
-    "tensorrt": HALF,
+    "rtx": ENGINE,
+    "tensorrt": ENGINE,
 }
 """By target and precision: what the graph computes in. A pair that is not here is not built."""
 
@@ -67,6 +73,8 @@ class ExportOptions:
     force: bool = False
     engine: EngineOptions = field(default_factory=EngineOptions)
     allow_faults: bool = False
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    calibration: Path | None = None
 
     def __post_init__(self) -> None:
         if self.target not in ACTIVATION:
@@ -115,30 +123,36 @@ def export(
     spec = _windowed(checkpoint.spec, options)
     ring = ring_spec(spec, options)
     precision = options.precision or _default_precision(options.target, checkpoint)
+    table = None if options.calibration is None else _read_table(options.calibration, checkpoint)
+    activation = ACTIVATION[options.target][precision]
+    recipe = make_recipe(
+        checkpoint, spec, options.target, precision, activation, options.quantize, table
+    )
     tokenizer = read_tokenizer(checkpoint.path)
     require_host(plan(spec, ring, options.target, precision), destination)
     manifest = Manifest(
         target=options.target,
         precision=precision,
-        activation=ACTIVATION[options.target][precision],
+        activation=activation,
         model=spec,
         ring=ring,
         window_source="checkpoint" if options.window is None else "user",
         checkpoint={"name": Path(checkpoint.source).name, "format": checkpoint.format},
+        quantization=_facts(recipe, table),
         versions=versions(),
         files={},
     )
     with bundle.staged(destination) as directory:
         graph = directory / "graph" if options.target in ENGINES else directory
         graph.mkdir(exist_ok=True)
-        model, manifest = _write_graph(checkpoint, manifest, graph, stage)
+        model, manifest = _write_graph(checkpoint, recipe, manifest, graph, stage)
         bundle.write_tokenizer(tokenizer, directory)
-        reference = load_decoder(spec, checkpoint.tensor)
+        reference = simulate(recipe, checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
             texts = golden(reference, _encoder(tokenizer), manifest.activation)
         manifest = replace(manifest, golden=texts)
         if options.target in ENGINES:
-            manifest = _compile(model, manifest, options, directory, stage)
+            manifest = _compile(model, recipe, manifest, options, directory, stage)
         agreements = None
         if options.target == "cpu":  # the others need a GPU: `mistralc verify` there
             agreements = _check(directory, manifest, reference, stage)
@@ -215,13 +229,34 @@ def _encoder(tokenizer: TokenizerFiles) -> Callable[[str], list[int]]:
     return Tokenizer(backend, tokenizer.tokenizer_config, tokenizer.generation_config).encode
 
 
+def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:
+    table = CalibrationTable.read(path)
+    table.require(checkpoint.fingerprint(), checkpoint.source)
+    return table
+
+
+def _facts(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] | None:
+    """Return what the manifest says of quantized weights."""
+    if not recipe.schemes:
+        return None
+    written = quantization(recipe)
+    return {
+        "schemes": {name: scheme.to_json() for name, scheme in recipe.schemes.items()},
+        "input_scales": dict(written.input_scales),
+        "nbits": sorted(recipe.nbits),
+        "repacked": sorted(recipe.repacked),
+        "method": "round to nearest" if table is None else table.method,
+        "calibration": None if table is None else table.fingerprint,
+    }
+
+
 def _write_graph(
-    checkpoint: Checkpoint, manifest: Manifest, directory: Path, stage: Stage
+    checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest, directory: Path, stage: Stage
 ) -> tuple[ir.Model, Manifest]:
     """Write `model.onnx` and `weights.safetensors`, tracing the one while the other is streamed."""
     spec, activation = manifest.model, manifest.activation
     stopped = Event()
-    total = Layout.of(spec, activation).nbytes
+    total = Layout.of(recipe).nbytes
     with stage("Tracing the decoder and writing weights", total) as advance:
 
         def step(count: int) -> None:
@@ -230,7 +265,7 @@ def _write_graph(
             advance(count)
 
         def stream() -> str:
-            return stream_weights(checkpoint, spec, activation, directory, step)
+            return stream_weights(checkpoint, recipe, directory, step)
 
         with ThreadPoolExecutor(1) as pool:
             fingerprint = pool.submit(stream)
@@ -238,18 +273,23 @@ def _write_graph(
                 model = trace(spec, activation)
                 if manifest.target in ENGINES:
                     specialize(model, capacities(spec, manifest.ring))
-                passes = lower(model, spec, manifest.target)
+                passes = lower(model, spec, manifest.target, quantization(recipe), activation)
             except BaseException:
                 stopped.set()
                 raise
             named = {**manifest.checkpoint, "fingerprint": fingerprint.result()}
-    link_weights(model, spec, activation, directory)
+    link_weights(model, recipe, directory)
     bundle.write_model(model, directory)
     return model, replace(manifest, checkpoint=named, passes=passes)
 
 
 def _compile(
-    model: ir.Model, manifest: Manifest, options: ExportOptions, directory: Path, stage: Stage
+    model: ir.Model,
+    recipe: Recipe,
+    manifest: Manifest,
+    options: ExportOptions,
+    directory: Path,
+    stage: Stage,
 ) -> Manifest:
     """Turn the graph in `directory`/graph into `engine.plan`, audit it, and drop the graph."""
     spec, ring, activation = manifest.model, manifest.ring, manifest.activation
@@ -259,7 +299,7 @@ def _compile(
     )  # fmt: skip
     with stage("Building the engine", request.work) as advance:
         built = build_engine(request, advance)
-    weights = plan(spec, ring, options.target, manifest.precision).weight_bytes
+    weights = Layout.of(recipe).weight_bytes
     found = audit.audit(built, model.graph, spec, ring, activation, weights)
     audit.require(found, allow=options.allow_faults)
     shutil.rmtree(directory / "graph")

@@ -31,15 +31,25 @@ def golden(
     reference: Decoder, encode: Callable[[str], list[int]], activation: Dtype
 ) -> list[dict[str, Any]]:
     """Return the texts as ids, each with the clear preferences as [position, token]."""
-    found = []
-    for text in TEXTS:
-        ids = torch.tensor([i for i in encode(text) if i < reference.spec.vocab_size][:LONGEST])
-        if not len(ids):
-            continue
-        logits = logits_at(reference, ids, torch.arange(len(ids)))  # [n, V]
-        best, runner_up = logits.topk(2, dim=-1).values.unbind(-1)
-        clear = best - runner_up >= MARGIN[activation] * logits.abs().max()
-        tokens = logits.argmax(-1).tolist()
-        expected = [[i, tokens[i]] for i in range(len(ids)) if clear[i]]
-        found.append({"ids": ids.tolist(), "expected": expected})
-    return found
+    size = reference.spec.vocab_size
+    texts = [[i for i in encode(text) if i < size][:LONGEST] for text in TEXTS]
+    texts = [ids for ids in texts if ids]
+    if not texts:
+        return []
+    # One pass for all: what stands right of a text's end does not change what comes before it.
+    padded = torch.zeros(len(texts), LONGEST, dtype=torch.int64)
+    for row, ids in zip(padded, texts, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    logits = logits_at(reference, padded, torch.arange(LONGEST))  # [texts, n, V]
+    return [
+        {"ids": ids, "expected": _clear(row[: len(ids)], MARGIN[activation])}
+        for ids, row in zip(texts, logits, strict=True)
+    ]
+
+
+def _clear(logits: torch.Tensor, margin: float) -> list[list[int]]:
+    """Position and token of every clear preference in logits [n, V]."""
+    best, runner_up = logits.topk(2, dim=-1).values.unbind(-1)
+    clear = best - runner_up >= margin * logits.abs().max()
+    tokens = logits.argmax(-1).tolist()
+    return [[i, token] for i, token in enumerate(tokens) if clear[i]]

@@ -236,11 +236,16 @@ def load_decoder(spec: ModelSpec, weight: Callable[[str], Tensor]) -> Decoder:
 
 
 def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
-    """Run the text `ids` [n] in one pass, with a ring that never wraps; logits [T, V] at `rows`."""
-    spec, count = decoder.spec, len(ids)
-    shape = (1, spec.num_key_value_heads, count, spec.head_dim)
+    """Run texts `ids` [..., n] in one pass, with a ring that never wraps.
+
+    Returns the logits [..., T, V] at the positions `rows` [T] of each.
+    """
+    spec, count = decoder.spec, ids.shape[-1]
+    batch = ids.reshape(-1, count)  # [B, n]
+    shape = (len(batch), spec.num_key_value_heads, count, spec.head_dim)
     past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
+    positions, wanted = (part.expand(len(batch), -1) for part in (torch.arange(count), rows))
     with torch.inference_mode():
-        logits, _ = decoder(ids[None], torch.arange(count)[None], rows[None], past)
-    found: Tensor = logits[0]
+        logits, _ = decoder(batch, positions, wanted, past)
+    found: Tensor = logits.view(*ids.shape[:-1], *logits.shape[1:])
     return found

@@ -7,6 +7,7 @@ the simulation that finished bundles are compared with.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from graphs.scheme import LEAST, MOST, Scheme
@@ -30,13 +31,20 @@ class Quantized:
     def dequantized(self) -> Tensor:
         """Return the weight [N, K] that the codes stand for, in float32."""
         n, k = self.codes.shape
-        codes = self.codes.float().view(n, self.scale.shape[1], -1)  # [N, J, K/J]
+        codes = blocked(self.codes.float(), self.scheme)  # [N, J, block]
         if self.zero_point is not None:
             codes = codes - self.zero_point.float().unsqueeze(-1)
         weight = codes * self.scale.unsqueeze(-1)
         if self.minimum is not None:
             weight = weight + self.minimum.unsqueeze(-1)
-        return weight.view(n, k)
+        return weight.view(n, -1)[:, :k]
+
+
+def blocked(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Cut the rows of a weight [N, K] into blocks [N, J, block], the last filled up with zeros."""
+    n, k = weight.shape
+    blocks = scheme.blocks(k)
+    return F.pad(weight, (0, blocks * (scheme.block or k) - k)).view(n, blocks, -1)
 
 
 def quantize(
@@ -52,7 +60,7 @@ def quantize(
     its values, so that nothing is clipped.
     """
     n, k = weight.shape
-    blocks = weight.float().view(n, scheme.blocks(k), -1)  # [N, J, K/J]
+    blocks = blocked(weight.float(), scheme)  # [N, J, block]
     if scale is None:
         scale, zero_point, minimum = _range(blocks, scheme, stored)
     else:
@@ -63,7 +71,7 @@ def quantize(
         codes = codes + zero_point.float().unsqueeze(-1)
     return Quantized(
         scheme=scheme,
-        codes=_rounded(codes, scheme).view(n, k),
+        codes=_rounded(codes, scheme).view(n, -1)[:, :k].contiguous(),
         scale=scale,
         zero_point=zero_point,
         minimum=minimum,
@@ -89,7 +97,7 @@ def _rounded(codes: Tensor, scheme: Scheme) -> Tensor:
 def _range(
     blocks: Tensor, scheme: Scheme, stored: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scale, zero point and minimum that just cover each block [N, J, K/J]."""
+    """Scale, zero point and minimum that just cover each block [N, J, block]."""
     least, most = LEAST[scheme.codes], MOST[scheme.codes]
     if scheme.offset == "none":
         scale = (blocks.abs().amax(-1) / most).clamp_min(SMALLEST).to(stored).float()

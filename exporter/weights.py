@@ -1,9 +1,10 @@
 """Weights, streamed block by block into one `weights.safetensors`. Knows no operator.
 
-The file is an ordinary safetensors file under the checkpoint's canonical names, in their order, so
-any tool reads it; and its byte ranges are at the same time the ONNX external data of `model.onnx`
-in the same folder. A merged weight (q, k and v, say) is the range that spans its neighbours, so the
-file does not depend on the graph and can be written while the graph is being traced.
+The file is an ordinary safetensors file under the checkpoint's canonical names, so any tool reads
+it; and its byte ranges are at the same time the ONNX external data of `model.onnx` in the same
+folder. All weights come first, in their canonical order, then the scales of the quantized ones,
+then what else those have: so a merged weight (q, k and v, say) is the range that spans its
+neighbours, scales included, and the file does not depend on the graph.
 
 Bytes that need no conversion are moved by the kernel, which shares them with the checkpoint where
 the file system can. The rest is converted a block at a time.
@@ -13,7 +14,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,19 +25,21 @@ import onnx_ir as ir
 import torch
 
 from exporter.checkpoint import Checkpoint, check_finite
-from exporter.stored import ByteRange
+from exporter.packing import pack
+from exporter.quantize import Quantized
+from exporter.quantized import Recipe
+from exporter.stored import FLOATS, ByteRange
 from graphs.errors import MistralcError
-from graphs.spec import Dtype, ModelSpec
+from graphs.scheme import MINIMUM, SCALE, ZERO_POINT, StoredPart, stored_parts
 from graphs.weights import weight_of
 
 FILE_NAME = "weights.safetensors"
 
-# safetensors' and torch's names of the element types a bundle may hold
-ELEMENT: dict[Dtype, tuple[str, torch.dtype]] = {
-    "float32": ("F32", torch.float32),
-    "float16": ("F16", torch.float16),
-    "bfloat16": ("BF16", torch.bfloat16),
-}
+# safetensors' name of an element type, and how many of them a byte holds or how many bytes it has
+ELEMENT: Mapping[str, tuple[str, float]] = {
+    "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "uint8": ("U8", 1),
+    "int8": ("I8", 1), "float8e4m3": ("F8_E4M3", 1), "int4": ("U8", 0.5),
+}  # fmt: skip
 ALIGNMENT = 64  # bytes; of the first tensor, so that a mapped file suits any vector load
 BLOCK = 1 << 25  # bytes converted or moved at once: 32 MiB
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
@@ -46,30 +49,43 @@ Progress = Callable[[int], None]  # called with the number of bytes just written
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The file before it is written: its header, and where in the file each weight lies."""
+    """The file before it is written: its header, and where in the file each tensor lies.
+
+    `parts` are the tensors that a quantized weight is stored as, by the weight's name.
+    """
 
     header: bytes
-    ranges: dict[str, tuple[int, int]]  # begin and end, from the start of the file
+    ranges: Mapping[str, tuple[int, int]]  # begin and end, from the start of the file
+    parts: Mapping[str, tuple[StoredPart, ...]]
 
     @classmethod
-    def of(cls, spec: ModelSpec, dtype: Dtype) -> Self:
-        """Lay out all weights of `spec` as `dtype`, one after another without a gap."""
-        element, kind = ELEMENT[dtype]
+    def of(cls, recipe: Recipe) -> Self:
+        """Lay out all weights of the recipe's model, one after another without a gap."""
+        shapes = recipe.spec.weight_shapes()
+        parts = {name: _parts(name, shape, recipe) for name, shape in shapes.items()}
+        ordered = sorted(
+            (part for row in parts.values() for part in row), key=lambda part: _section(part.name)
+        )  # a stable sort: within a section the order stays canonical
         entries, ends, end = {}, {}, 0
-        for name, shape in spec.weight_shapes().items():
-            begin, end = end, end + math.prod(shape) * kind.itemsize
-            ends[name] = begin, end
-            entries[name] = {
-                "dtype": element,
-                "shape": list(shape),
-                "data_offsets": [begin, end],
-            }
+        for part in ordered:
+            element, size = ELEMENT[part.element]
+            shape = [*part.shape]
+            if part.element == "int4":
+                shape[-1] //= 2
+            begin, end = end, end + int(math.prod(part.shape) * size)
+            ends[part.name] = begin, end
+            entries[part.name] = {"dtype": element, "shape": shape, "data_offsets": [begin, end]}
         table = {"__metadata__": {"format": "pt"}, **entries}
         text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         header = len(text).to_bytes(8, "little") + text
         ranges = {name: (len(header) + a, len(header) + b) for name, (a, b) in ends.items()}
-        return cls(header=header, ranges=ranges)
+        return cls(header=header, ranges=ranges, parts=parts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, scales included."""
+        return self.nbytes - len(self.header)
 
     @property
     def nbytes(self) -> int:
@@ -77,12 +93,22 @@ class Layout:
         return max(end for _, end in self.ranges.values())
 
 
+def _parts(name: str, shape: tuple[int, ...], recipe: Recipe) -> tuple[StoredPart, ...]:
+    scheme = recipe.schemes.get(name)
+    if scheme is None:
+        return (StoredPart(name, shape, recipe.activation),)
+    nbits = name in recipe.nbits
+    return tuple(stored_parts(name, shape, scheme, recipe.activation, nbits=nbits))
+
+
+def _section(name: str) -> int:
+    """Weights and codes first, then what they have besides, each kind together."""
+    suffixes = (SCALE, ZERO_POINT, MINIMUM)
+    return next((i for i, suffix in enumerate(suffixes, 1) if name.endswith(suffix)), 0)
+
+
 def stream_weights(
-    checkpoint: Checkpoint,
-    spec: ModelSpec,
-    dtype: Dtype,
-    directory: Path,
-    progress: Progress | None = None,
+    checkpoint: Checkpoint, recipe: Recipe, directory: Path, progress: Progress | None = None
 ) -> str:
     """Write `weights.safetensors` into `directory`; returns the checkpoint's fingerprint.
 
@@ -91,15 +117,16 @@ def stream_weights(
     Raises MistralcError naming the tensor when a weight is not finite, in the checkpoint or after
     conversion.
     """
+    layout = Layout.of(recipe)
     with (
         (directory / FILE_NAME).open("wb", buffering=0) as file,
         ThreadPoolExecutor(1) as hasher,
     ):
         digests = {}
         try:
-            _write(file, Layout.of(spec, dtype).header)
-            for name in spec.weight_shapes():
-                for count in _weight(checkpoint, name, dtype, file):
+            _write(file, 0, layout.header)
+            for name in recipe.spec.weight_shapes():
+                for count in _weight(checkpoint, recipe, name, layout, file):
                     if progress is not None:
                         progress(count)
                 digests[name] = hasher.submit(checkpoint.digest, name)
@@ -109,9 +136,9 @@ def stream_weights(
         return checkpoint.fingerprint({name: found.result() for name, found in digests.items()})
 
 
-def link_weights(model: ir.Model, spec: ModelSpec, dtype: Dtype, directory: Path) -> None:
+def link_weights(model: ir.Model, recipe: Recipe, directory: Path) -> None:
     """Make the graph's weights point into the `weights.safetensors` of `directory`."""
-    ranges = Layout.of(spec, dtype).ranges
+    ranges = Layout.of(recipe).ranges
     for value in model.graph.initializers.values():
         weight = weight_of(value)
         if weight is None:
@@ -126,22 +153,45 @@ def link_weights(model: ir.Model, spec: ModelSpec, dtype: Dtype, directory: Path
         )  # fmt: skip
 
 
-def _weight(checkpoint: Checkpoint, name: str, dtype: Dtype, file: BinaryIO) -> Iterator[int]:
-    """Write one weight; yields the bytes written, block by block."""
+def _weight(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, layout: Layout, file: BinaryIO
+) -> Iterator[int]:
+    """Write one weight, all its parts; yields the bytes written, block by block."""
     stored = checkpoint.tensor(name)
     check_finite(name, stored)
+    at = [layout.ranges[part.name][0] for part in layout.parts[name]]
+    calibrated = recipe.calibrated(name)
     source = checkpoint.bytes_of(name)
-    if source is not None and source.dtype == dtype:
-        yield from _moved(source, stored, file)
+    as_it_is = name not in recipe.schemes and not calibrated
+    if as_it_is and source is not None and FLOATS[source.dtype] == recipe.stored:
+        yield from _moved(source, stored, file, at[0])
         return
-    kind = ELEMENT[dtype][1]
-    if kind is torch.float16:
+    if recipe.stored is torch.float16:
         _check_range(name, stored)
-    rows = max(1, BLOCK // max(1, stored[0].numel() * 4))
-    for block in stored.split(rows):
-        converted = block.to(kind).contiguous()
-        _write(file, converted.flatten().view(torch.uint8).numpy().data)
-        yield converted.nbytes
+    # What calibration decided is for the weight as a whole, a layer's linear at the most.
+    rows = len(stored) if calibrated else max(1, BLOCK // max(1, stored[0].numel() * 4))
+    exact = recipe.repacked.get(name)
+    blocks = stored.split(rows) if exact is None else [stored]
+    for block in blocks:
+        written = 0
+        parts = _converted(recipe, name, block) if exact is None else _packed(recipe, name, exact())
+        for i, part in enumerate(parts):
+            _write(file, at[i], part.flatten().view(torch.uint8).numpy().data)
+            at[i] += part.nbytes
+            written += part.nbytes
+        yield written
+
+
+def _converted(recipe: Recipe, name: str, weight: torch.Tensor) -> list[torch.Tensor]:
+    """Some rows of a weight as their parts."""
+    weight = recipe.smoothed(name, weight)
+    if name not in recipe.schemes:
+        return [weight.to(recipe.stored).contiguous()]
+    return _packed(recipe, name, recipe.quantized(name, weight))
+
+
+def _packed(recipe: Recipe, name: str, weight: Quantized) -> list[torch.Tensor]:
+    return pack(weight, recipe.stored, nbits=name in recipe.nbits)
 
 
 def _check_range(name: str, tensor: torch.Tensor) -> None:
@@ -154,15 +204,16 @@ def _check_range(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _moved(source: ByteRange, stored: torch.Tensor, file: BinaryIO) -> Iterator[int]:
+def _moved(source: ByteRange, stored: torch.Tensor, file: BinaryIO, at: int) -> Iterator[int]:
     """Move bytes from file to file without reading them, or from the mapping if that is refused."""
     done = 0
     with source.path.open("rb") as origin:
         while done < source.length:
             try:
                 count = os.copy_file_range(
-                    origin.fileno(), file.fileno(), source.length - done, source.offset + done
-                )
+                    origin.fileno(), file.fileno(), source.length - done,
+                    source.offset + done, at + done,
+                )  # fmt: skip
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
@@ -170,12 +221,13 @@ def _moved(source: ByteRange, stored: torch.Tensor, file: BinaryIO) -> Iterator[
             done += count
             yield count
     if done < source.length:
-        _write(file, stored.flatten().view(torch.uint8).numpy().data[done:])
+        _write(file, at + done, stored.flatten().view(torch.uint8).numpy().data[done:])
         yield source.length - done
 
 
-def _write(file: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all of `data`; one system call takes 2 GB at most and may take less."""
+def _write(file: BinaryIO, at: int, data: bytes | memoryview) -> None:
+    """Write all of `data` at byte `at`; one system call takes 2 GB at most and may take less."""
     rest = memoryview(data)
     while rest:
-        rest = rest[file.write(rest) :]
+        count = os.pwrite(file.fileno(), rest, at)
+        rest, at = rest[count:], at + count

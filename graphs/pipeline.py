@@ -9,8 +9,9 @@ from graphs.fold_constants import FOLD_CONSTANTS
 from graphs.fold_query_groups import FOLD_QUERY_GROUPS
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
 from graphs.part_gate_up import PART_GATE_UP
+from graphs.qdq import Quantization, QuantizeLinears
 from graphs.rewrite import Pass
-from graphs.spec import ModelSpec
+from graphs.spec import Dtype, ModelSpec
 from graphs.tie_embedding import TIE_EMBEDDING
 
 PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
@@ -25,12 +26,23 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
 }
 
 
-def lower(model: ir.Model, spec: ModelSpec, target: str) -> dict[str, int]:
+def lower(
+    model: ir.Model,
+    spec: ModelSpec,
+    target: str,
+    quantization: Quantization | None = None,
+    activation: Dtype = "float32",
+) -> dict[str, int]:
     """Run the passes of `target` on `model` in place; returns how often each fired.
 
-    Raises PassError when a pass that must fire does not.
+    Quantized linears are written last, when the passes have merged what they merge. Raises
+    PassError when a pass that must fire does not.
     """
     fired: dict[str, int] = {}
-    for step in PASSES[target]:
+    passes = PASSES[target]
+    if quantization is not None and quantization.schemes:
+        write = QuantizeLinears(quantization=quantization, activation=activation)
+        passes = (*passes, write, DEAD_CODE)
+    for step in passes:
         fired[step.name] = fired.get(step.name, 0) + step(model, spec)
     return fired

@@ -8,10 +8,10 @@ still merge them.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from graphs.errors import UsageError
-from graphs.spec import ModelSpec
+from graphs.spec import Dtype, ModelSpec
 
 Codes = Literal["int4", "int8", "float8e4m3"]
 Offset = Literal["none", "zero_point", "minimum"]
@@ -19,6 +19,7 @@ Offset = Literal["none", "zero_point", "minimum"]
 LEAST: Mapping[Codes, float] = {"int4": -8, "int8": -128, "float8e4m3": -448.0}
 MOST: Mapping[Codes, float] = {"int4": 7, "int8": 127, "float8e4m3": 448.0}
 BLOCKS = (32, 64, 128)
+SCALE, ZERO_POINT, MINIMUM = "_scale", "_zero_point", "_minimum"  # after the weight's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +45,7 @@ class Scheme:
 
     def blocks(self, columns: int) -> int:
         """How many scales a row of K = `columns` weights has."""
-        return 1 if self.block is None else columns // self.block
+        return 1 if self.block is None else -(-columns // self.block)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
@@ -111,3 +112,36 @@ def default_scheme(precision: str, *, block: int | None, offset: Offset = "none"
         case "fp8":
             return Scheme(codes="float8e4m3", activation="float8e4m3")
     raise UsageError(f"{precision!r} is no quantized precision; {', '.join(QUANTIZED)} are.")
+
+
+class StoredPart(NamedTuple):
+    """One tensor that a quantized weight is stored as: its name, shape and element type."""
+
+    name: str
+    shape: tuple[int, ...]
+    element: str  # a Dtype, `int4` (two to a byte), `int8`, `uint8` or `float8e4m3`
+
+
+def stored_parts(
+    name: str, shape: tuple[int, ...], scheme: Scheme, activation: Dtype, *, nbits: bool
+) -> Iterator[StoredPart]:
+    """What a weight [N, K] is stored as, codes first.
+
+    `nbits` is the layout of ONNX Runtime's `MatMulNBits`: codes without a sign, from 0 up, whole
+    blocks of bytes [N, J, bytes of a block], the last one filled up where the block does not
+    divide K, and zero points packed likewise. Else codes [N, K] are as ONNX stores them.
+    """
+    n, k = shape
+    blocks, bits = scheme.blocks(k), scheme.bits
+    if nbits:
+        if scheme.block is None:
+            raise ValueError(f"{name}: MatMulNBits takes blocks, not one scale for each row")
+        yield StoredPart(name, (n, blocks, scheme.block * bits // 8), "uint8")
+    else:
+        yield StoredPart(name, shape, scheme.codes)
+    scales = (n,) if scheme.block is None else (n, blocks)
+    yield StoredPart(name + SCALE, scales, activation)
+    if scheme.offset == "zero_point":
+        yield StoredPart(name + ZERO_POINT, (n, -(-blocks * bits // 8)), "uint8")
+    if scheme.offset == "minimum":
+        yield StoredPart(name + MINIMUM, (n, blocks), activation)

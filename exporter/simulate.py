@@ -1,0 +1,78 @@
+"""A quantized model in plain PyTorch: what a finished bundle is compared with.
+
+Every quantized weight is what its codes stand for, every rounded input what its codes stand for;
+the arithmetic between them is float32. Knows nothing about graphs or files.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporter.model import Decoder, RMSNorm, load_decoder
+from exporter.quantize import round_activation
+from exporter.quantized import Recipe
+
+BLOCK = 1 << 24  # numbers dequantized at once: 64 MiB in float32
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer as its codes compute it, made anew from the stored weight in every pass."""
+
+    def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
+        super().__init__()
+        self.name, self.weight, self.recipe = name, weight, recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [..., K]."""
+        scheme = self.recipe.schemes[self.name]
+        if scheme.activation is not None:
+            x = round_activation(x, scheme, self.recipe.input_scale(self.name))
+        return torch.cat([F.linear(x, rows) for rows in self.dequantized()], dim=-1)
+
+    def dequantized(self) -> Iterator[Tensor]:
+        """The weight [N, K] in float32, some rows at a time."""
+        exact = self.recipe.repacked.get(self.name)
+        if exact is not None:
+            yield exact().dequantized()
+            return
+        rows = max(1, BLOCK // self.weight.shape[1])
+        whole = self.recipe.calibrated(self.name)
+        for block in [self.weight] if whole else self.weight.split(rows):
+            yield self.recipe.quantized(
+                self.name, self.recipe.smoothed(self.name, block)
+            ).dequantized()
+
+
+class Kept(QuantizedLinear):
+    """The same with the dequantized weight kept: fast, and 4 bytes a weight."""
+
+    def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
+        super().__init__(name, weight, recipe)
+        self.kept = torch.cat(list(super().dequantized()))
+
+    def dequantized(self) -> Iterator[Tensor]:
+        """The weight, as it was kept."""
+        yield self.kept
+
+
+def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = False) -> Decoder:
+    """Build the decoder that computes as `recipe` stores, from the checkpoint's `weight(name)`.
+
+    `keep` holds all dequantized weights in memory; without it a 7B fits in a few hundred megabytes.
+    """
+    spec = recipe.spec
+    decoder = load_decoder(spec, weight)
+    head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
+    for path, module in list(decoder.named_modules()):
+        name = f"{head if path == 'lm_head' else path}.weight"
+        if name in recipe.schemes:
+            linear = (Kept if keep else QuantizedLinear)(name, weight(name), recipe)
+            decoder.set_submodule(path, linear)
+        elif isinstance(module, RMSNorm):
+            gain = recipe.smoothed(name, module.weight.detach())
+            module.weight = nn.Parameter(gain, requires_grad=False)
+        elif recipe.calibrated(name):
+            module.weight = recipe.smoothed(name, weight(name))
+    return decoder

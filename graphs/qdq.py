@@ -1,0 +1,201 @@
+"""Quantized linears: codes and scales in place of weights. Knows nothing about where they are from.
+
+In the portable form a weight is `DequantizeLinear` of its codes, and an input that is rounded too
+goes through `QuantizeLinear` and back; TensorRT compiles that to integer products:
+
+    x ── MatMul(Transpose(W))    →    x ─ [Quantize ─ Dequantize] ─ MatMul(Transpose(Dequantize(q)))
+
+ONNX Runtime has a kernel of its own for weights alone, `MatMulNBits`, which the `nbits` form uses.
+A weight with minimums is two products, the second with the sums of the input's blocks:
+
+    W = scale q + minimum    →    x W^T = MatMulNBits(x, q) + MatMul(ReduceSum(blocks of x), M^T)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from graphs.merge_linears import Linear, linear_at
+from graphs.rewrite import PassError
+from graphs.scheme import MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
+from graphs.spec import Dtype, ModelSpec
+from graphs.weights import ONNX_DTYPE, WeightRef
+
+ELEMENT: Mapping[str, ir.DataType] = {
+    **{str(name): dtype for name, dtype in ONNX_DTYPE.items()},
+    "int4": ir.DataType.INT4,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
+    "float8e4m3": ir.DataType.FLOAT8E4M3FN,
+}
+NBITS_DOMAIN = "com.microsoft"
+ACCURACY_LEVEL = 4  # round blocks of the input to int8: the only level with a fast 8-bit kernel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Which linears of a model are quantized, by canonical weight name, and how.
+
+    `input_scales` has the static scale of every input that is rounded, by the weight that reads it;
+    `nbits` the linears that `MatMulNBits` computes.
+    """
+
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    input_scales: Mapping[str, float] = field(default_factory=dict)
+    nbits: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeLinears:
+    """The pass. It fires once for each weight that is quantized, merged ones counted singly."""
+
+    quantization: Quantization
+    activation: Dtype
+    name: str = "quantize_linears"
+
+    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:  # noqa: ARG002
+        """Rewrite every quantized linear. Raises PassError unless all of them were found."""
+        schemes, graph = self.quantization.schemes, model.graph
+        done: set[str] = set()
+        for node in list(graph):
+            linear = linear_at(node)
+            if linear is None or linear.weight.parts[0] not in schemes:
+                continue
+            parts = linear.weight.parts
+            if len({schemes.get(part) for part in parts}) > 1:
+                raise PassError(f"pass {self.name}: {', '.join(parts)} differ in their schemes")
+            scheme = schemes[parts[0]]
+            if parts[0] in self.quantization.nbits:
+                _write_nbits(graph, linear, scheme, self.activation)
+                model.opset_imports.setdefault(NBITS_DOMAIN, 1)
+            else:
+                scale = self.quantization.input_scales.get(parts[0])
+                _write_qdq(graph, linear, scheme, self.activation, scale)
+            done |= set(parts)
+        missing = sorted(set(schemes) - done)
+        if missing:
+            raise PassError(f"pass {self.name}: no linear in the graph reads {missing[0]}")
+        return len(done)
+
+
+def _write_qdq(
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, input_scale: float | None
+) -> None:
+    transpose = linear.matmul.inputs[1].producer() if linear.matmul.inputs[1] else None
+    if transpose is None:
+        raise ValueError("a linear is a product with a transposed weight")
+    codes, scale, *_ = _parts(graph, linear.weight, scheme, activation, nbits=False)
+    where = {"axis": 0} if scheme.block is None else {"axis": 1, "block_size": scheme.block}
+    dequantize = ir.node("DequantizeLinear", [codes, scale], where)
+    _typed(dequantize.outputs[0], activation, linear.weight.sizes)
+    graph.insert_before(transpose, dequantize)
+    transpose.replace_input_with(0, dequantize.outputs[0])
+    value = linear.matmul.inputs[0]
+    if scheme.activation is not None and value is not None:
+        if input_scale is None:
+            raise PassError(f"{linear.weight.name} has no scale for its input")
+        rounded = _rounded(graph, linear.matmul, value, scheme, activation, input_scale)
+        linear.matmul.replace_input_with(0, rounded)
+
+
+def _rounded(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, scheme: Scheme, activation: Dtype,
+    input_scale: float,
+) -> ir.Value:  # fmt: skip
+    """Quantize `value` and back, once for all linears that read it with this scale."""
+    name = f"{value.name}.scale_{input_scale!r}"
+    shared = graph.initializers.get(name)
+    if shared is not None:
+        (quantize,) = shared.consumers()[:1]
+        return quantize.outputs[0].consumers()[0].outputs[0]
+    element = ELEMENT[str(scheme.activation)]
+    scale = _constant(graph, ir.tensor(input_scale, ONNX_DTYPE[activation], name))
+    zero = graph.initializers.get(f"zero.{element}")
+    if zero is None:
+        zero = _constant(graph, ir.tensor(0, element, f"zero.{element}"))
+    quantize = ir.node("QuantizeLinear", [value, scale, zero])
+    dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
+    quantize.outputs[0].type, quantize.outputs[0].shape = ir.TensorType(element), value.shape
+    dequantize.outputs[0].type, dequantize.outputs[0].shape = value.type, value.shape
+    graph.insert_before(before, [quantize, dequantize])
+    return dequantize.outputs[0]
+
+
+def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype) -> None:
+    """Replace the product by `MatMulNBits`, and a product with the minimums if there are any."""
+    matmul, weight = linear
+    value, output = matmul.inputs[0], matmul.outputs[0]
+    rows, columns = weight.sizes
+    parts = _parts(graph, weight, scheme, activation, nbits=True)
+    minimum = parts.pop() if scheme.offset == "minimum" else None
+    product = ir.node(
+        "MatMulNBits", [value, *parts],
+        {"K": columns, "N": rows, "bits": scheme.bits, "block_size": scheme.block or columns,
+         "accuracy_level": ACCURACY_LEVEL},
+        domain=NBITS_DOMAIN,
+    )  # fmt: skip
+    nodes, result = [product], product.outputs[0]
+    if minimum is not None:
+        sums = _block_sums(graph, matmul, value, columns, scheme)
+        turned = ir.node("Transpose", [minimum], {"perm": [1, 0]})
+        second = ir.node("MatMul", [sums, turned.outputs[0]])
+        total = ir.node("Add", [result, second.outputs[0]])
+        for part in (product, second):
+            part.outputs[0].type, part.outputs[0].shape = output.type, output.shape
+        nodes, result = [*nodes, turned, second, total], total.outputs[0]
+    result.type, result.shape = output.type, output.shape
+    graph.insert_before(matmul, nodes)
+    result.name = output.name
+    output.replace_all_uses_with(result)
+    graph.remove(matmul, safe=True)
+
+
+def _block_sums(
+    graph: ir.Graph, before: ir.Node, value: ir.Value | None, columns: int, scheme: Scheme
+) -> ir.Value:
+    """Sum each block of x [B, S, K]: [B, S, J]."""
+    if value is None or scheme.block is None or columns % scheme.block:
+        raise PassError(f"minimums need whole blocks; {columns} columns, blocks of {scheme.block}")
+    blocks = [0, 0, columns // scheme.block, scheme.block]
+    name = f"blocks_{blocks[2]}"
+    shape = graph.initializers.get(name)
+    if shape is None:
+        shape = _constant(graph, ir.tensor(blocks, ir.DataType.INT64, name))
+    axis = graph.initializers.get("last_axis")
+    if axis is None:
+        axis = _constant(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
+    split = ir.node("Reshape", [value, shape])
+    sums = ir.node("ReduceSum", [split.outputs[0], axis], {"keepdims": 0})
+    graph.insert_before(before, [split, sums])
+    return sums.outputs[0]
+
+
+def _parts(
+    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, *, nbits: bool
+) -> list[ir.Value]:
+    """Put codes, scales and what else there is into the graph, in `stored_parts`' order."""
+    found = []
+    for part in stored_parts(str(weight.name), weight.sizes, scheme, activation, nbits=nbits):
+        suffix = part.name.removeprefix(str(weight.name))
+        found.append(_reference(graph, part, tuple(name + suffix for name in weight.parts)))
+    return found
+
+
+def _reference(graph: ir.Graph, part: StoredPart, parts: tuple[str, ...]) -> ir.Value:
+    # The unquantized weight keeps its name until it is cleaned away, so the codes take another.
+    name = part.name if part.name.endswith((SCALE, ZERO_POINT, MINIMUM)) else f"{part.name}.codes"
+    return _constant(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
+
+
+def _constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(
+        name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )  # fmt: skip
+    graph.register_initializer(value)
+    return value
+
+
+def _typed(value: ir.Value, dtype: Dtype, sizes: tuple[int, ...]) -> None:
+    value.type, value.shape = ir.TensorType(ONNX_DTYPE[dtype]), ir.Shape(sizes)
