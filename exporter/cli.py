@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from exporter.plan_cli import plan
-from graphs.errors import MistralcError
+from graphs.errors import MistralcError, UsageError
 from runtime import options
 from runtime.progress import stage_for
 
 _ENGINE = "Engines (--target rtx, tensorrt)"
+_QUANTIZED = "Quantized precisions (int8wo, int4wo, int8, fp8)"
 
 
 def register(app: typer.Typer) -> None:
@@ -39,7 +40,8 @@ def export(
     ] = "cpu",
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32 for cpu; fp16 or bf16 for the others, as the checkpoint is."),
+        typer.Option(help="fp32 for cpu; fp16 or bf16 for the others, as the checkpoint is. Or "
+                     "int8wo, int4wo (weights only), int8, fp8 (calibrated)."),
     ] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="Make every layer see N tokens: text without end.")
@@ -49,6 +51,26 @@ def export(
     ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Most prompt tokens per step.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 1,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="What `mistralc calibrate` wrote for this checkpoint.",
+                     rich_help_panel=_QUANTIZED),
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option(metavar="32|64|128", help="Input features that share a scale.",
+                     rich_help_panel=_QUANTIZED),
+    ] = None,
+    symmetric: Annotated[
+        bool,
+        typer.Option("--symmetric", help="No zero points, as TensorRT wants it; smaller and worse.",
+                     rich_help_panel=_QUANTIZED),
+    ] = False,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="lm_head", help="Do not quantize the output layer.",
+                     rich_help_panel=_QUANTIZED),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(metavar="sm89,…", help="Only these GPUs; all that TensorRT-RTX supports.",
@@ -77,6 +99,7 @@ def export(
     from exporter.engine import EngineOptions
     from exporter.export import ExportOptions
     from exporter.export import export as run
+    from exporter.precision import QuantizeOptions
 
     engine = EngineOptions(
         gpus=tuple(name.strip() for name in gpu.split(",")) if gpu else (),
@@ -86,6 +109,8 @@ def export(
     chosen = ExportOptions(
         target=target, precision=precision, window=window, context=context, chunk=chunk,
         max_batch=max_batch, force=force, engine=engine, allow_faults=allow_faults,
+        quantize=QuantizeOptions(block=block, symmetric=symmetric, keep=tuple(keep or ())),
+        calibration=calibration,
     )  # fmt: skip
     name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
     path = output or Path("build") / "-".join([name, target, chosen.precision_or_default])
@@ -107,14 +132,18 @@ def verify(
         str | None,
         typer.Option(metavar="CHECKPOINT", help="Compare with it, not with the bundle's weights."),
     ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="TABLE", help="With --against, of a bundle that was made with one."),
+    ] = None,
     short: Annotated[bool, typer.Option("--short", help="Only the quick cases of export.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Compare a bundle with the PyTorch decoder, and record the result in the bundle."""
     from exporter import verify as verification
+    from exporter.calibration import CalibrationTable
     from exporter.export import record
-    from exporter.model import load_decoder
     from runtime.bundle import open_bundle
     from runtime.load import load_session
 
@@ -122,12 +151,17 @@ def verify(
     with stage("Checking the bundle", None):
         opened = open_bundle(bundle)
     manifest = opened.manifest
-    if against is None:
-        weight = verification.bundle_weights(bundle, manifest.model)
-    else:
-        weight = verification.checkpoint_weights(against, manifest)
+    table = None if calibration is None else CalibrationTable.read(calibration)
+    if table is not None and against is None:
+        raise UsageError(
+            "--calibration was given without --against: a bundle's own weights are quantized "
+            "already. Add --against CHECKPOINT, or leave it out."
+        )
     with stage("Loading both", None):
-        reference = load_decoder(manifest.model, weight)
+        if against is None:
+            reference = verification.bundle_reference(bundle, manifest)
+        else:
+            reference = verification.checkpoint_reference(against, manifest, table)
         session = load_session(bundle, manifest)
     tokens = sum(case.tokens for case in verification.cases(manifest, short=short))
     with stage("Comparing", tokens) as advance:

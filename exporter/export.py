@@ -22,10 +22,10 @@ from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import override_window
 from exporter.engine import BuildRequest, EngineOptions, build_engine, capacities
-from exporter.golden import golden
+from exporter.golden import golden, margin
 from exporter.model import Decoder
 from exporter.plan import plan, require_host
-from exporter.precision import QuantizeOptions, make_recipe, quantization
+from exporter.precision import QuantizeOptions, describe, make_recipe, quantization
 from exporter.quantized import Recipe
 from exporter.simulate import simulate
 from exporter.tokenizer import TokenizerFiles, read_tokenizer
@@ -138,7 +138,7 @@ def export(
         ring=ring,
         window_source="checkpoint" if options.window is None else "user",
         checkpoint={"name": Path(checkpoint.source).name, "format": checkpoint.format},
-        quantization=_facts(recipe, table),
+        quantization=describe(recipe, table),
         versions=versions(),
         files={},
     )
@@ -149,7 +149,8 @@ def export(
         bundle.write_tokenizer(tokenizer, directory)
         reference = simulate(recipe, checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
-            texts = golden(reference, _encoder(tokenizer), manifest.activation)
+            lead = margin(activation, rounded=recipe.rounds_inputs)
+            texts = golden(reference, _encoder(tokenizer), lead)
         manifest = replace(manifest, golden=texts)
         if options.target in ENGINES:
             manifest = _compile(model, recipe, manifest, options, directory, stage)
@@ -233,21 +234,6 @@ def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:
     table = CalibrationTable.read(path)
     table.require(checkpoint.fingerprint(), checkpoint.source)
     return table
-
-
-def _facts(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] | None:
-    """Return what the manifest says of quantized weights."""
-    if not recipe.schemes:
-        return None
-    written = quantization(recipe)
-    return {
-        "schemes": {name: scheme.to_json() for name, scheme in recipe.schemes.items()},
-        "input_scales": dict(written.input_scales),
-        "nbits": sorted(recipe.nbits),
-        "repacked": sorted(recipe.repacked),
-        "method": "round to nearest" if table is None else table.method,
-        "calibration": None if table is None else table.fingerprint,
-    }
 
 
 def _write_graph(

@@ -20,17 +20,27 @@ TEXTS = (
 LONGEST = 12  # tokens of a text: half as many one-token steps when a bundle is loaded
 
 MARGIN: dict[Dtype, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
-"""The lead that counts as clear, as a share of the largest logit.
+"""The lead that counts as clear, as a share of the largest logit, by activation.
 
 Ten times the differences seen: 1e-5 to 1e-4 of the largest logit in float32, and the significands
 of float16 and bfloat16 are coarser by 2^13 and 2^16, of which a model's depth averages most out.
 """
 
 
+ROUNDED_MARGIN = 0.1
+"""The same where inputs are rounded to 8 bits while computing: one number that falls to the other
+side is a step of 1/127 of its block, and the layers after it carry it on."""
+
+
+def margin(activation: Dtype, *, rounded: bool) -> float:
+    """Return the lead that counts as clear; `rounded` says whether inputs are."""
+    return max(MARGIN[activation], ROUNDED_MARGIN) if rounded else MARGIN[activation]
+
+
 def golden(
-    reference: Decoder, encode: Callable[[str], list[int]], activation: Dtype
+    reference: Decoder, encode: Callable[[str], list[int]], lead: float
 ) -> list[dict[str, Any]]:
-    """Return the texts as ids, each with the clear preferences as [position, token]."""
+    """Return the texts as ids, each with the preferences clear by `lead` as [position, token]."""
     size = reference.spec.vocab_size
     texts = [[i for i in encode(text) if i < size][:LONGEST] for text in TEXTS]
     texts = [ids for ids in texts if ids]
@@ -42,14 +52,14 @@ def golden(
         row[: len(ids)] = torch.tensor(ids)
     logits = logits_at(reference, padded, torch.arange(LONGEST))  # [texts, n, V]
     return [
-        {"ids": ids, "expected": _clear(row[: len(ids)], MARGIN[activation])}
+        {"ids": ids, "expected": _clear(row[: len(ids)], lead)}
         for ids, row in zip(texts, logits, strict=True)
     ]
 
 
-def _clear(logits: torch.Tensor, margin: float) -> list[list[int]]:
+def _clear(logits: torch.Tensor, lead: float) -> list[list[int]]:
     """Position and token of every clear preference in logits [n, V]."""
     best, runner_up = logits.topk(2, dim=-1).values.unbind(-1)
-    clear = best - runner_up >= margin * logits.abs().max()
+    clear = best - runner_up >= lead * logits.abs().max()
     tokens = logits.argmax(-1).tolist()
     return [[i, token] for i, token in enumerate(tokens) if clear[i]]

@@ -70,6 +70,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
         """Attend from x [B, S, E]; returns the same shape and the two caches as written."""
+        seen, present = self.heads(x, step, past)
+        return self.o_proj(seen), present
+
+    def heads(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
+        """Attend from x [B, S, E]; returns what the heads saw, [B, S, H * D], and the caches."""
         q = split_heads(self.q_proj(x), self.head_dim)  # [B, H, S, D]
         k = split_heads(self.k_proj(x), self.head_dim)  # [B, K, S, D]
         v = split_heads(self.v_proj(x), self.head_dim)  # [B, K, S, D]
@@ -79,7 +84,7 @@ class Attention(nn.Module):
         key = tensor_scatter(past[0], k, slot)  # [B, K, C, D]
         value = tensor_scatter(past[1], v, slot)  # [B, K, C, D]
         seen = attention(q, key, value, step.masks[self.window])  # [B, H, S, D]
-        return self.o_proj(merge_heads(seen)), [key, value]
+        return merge_heads(seen), [key, value]
 
 
 class FeedForward(nn.Module):
@@ -93,8 +98,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, S, E] through F and back."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(self.gated(x))
         return out
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Map x [B, S, E] to what `down_proj` reads, [B, S, F]."""
+        product: Tensor = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return product
 
 
 class Layer(nn.Module):

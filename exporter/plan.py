@@ -25,7 +25,7 @@ QUANTIZED_BYTES: Mapping[str, float] = {"int8": 1.02, "int8wo": 1.001, "int4wo":
 """Plan bytes per quantized weight with its scales, measured on a 4096 x 4096 linear; int4wo in
 blocks of 128. Quantized are the layers' linears; embedding, norms and output layer are not."""
 
-CPU_PRECISIONS = ("fp32", "int8", "int8wo", "int4wo")  # ONNX Runtime CPU computes in float32
+CPU_PRECISIONS = ("fp32", "int8", "int8wo", "int4wo", "fp8")  # ONNX Runtime CPU computes in float32
 ENGINES = ("rtx", "tensorrt")
 
 RUNTIME_RESERVE = 2**30

@@ -7,12 +7,16 @@ with `--keep lm_head`. A table of calibration says for itself what it quantizes.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint
 from exporter.gguf_blocks import block_scheme, read_blocks
-from exporter.quantized import Recipe
+from exporter.quantized import INPUT_SCALE, Recipe
 from graphs.errors import UsageError
+from graphs.manifest import Manifest
 from graphs.qdq import Quantization
 from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups
 from graphs.spec import Dtype, ModelSpec
@@ -80,6 +84,39 @@ def quantization(recipe: Recipe) -> Quantization:
     rounded = (n for n, scheme in recipe.schemes.items() if scheme.activation is not None)
     scales = {name: recipe.input_scale(name) for name in rounded}
     return Quantization(schemes=recipe.schemes, input_scales=scales, nbits=recipe.nbits)
+
+
+def describe(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] | None:
+    """Return what a manifest says of a recipe; None where nothing is quantized."""
+    if not recipe.schemes:
+        return None
+    return {
+        "schemes": {name: scheme.to_json() for name, scheme in recipe.schemes.items()},
+        "input_scales": dict(quantization(recipe).input_scales),
+        "nbits": sorted(recipe.nbits),
+        "repacked": sorted(recipe.repacked),
+        "method": "round to nearest" if table is None else table.method,
+        "calibration": None if table is None else table.fingerprint,
+    }
+
+
+def stored_recipe(manifest: Manifest) -> Recipe:
+    """Return the recipe that a manifest describes, without the numbers of its weights."""
+    facts = manifest.quantization
+    plain = Recipe(spec=manifest.model, activation=manifest.activation)
+    if facts is None:
+        return plain
+    scales: Mapping[str, float] = facts["input_scales"]
+    return replace(
+        plain,
+        schemes={name: Scheme.from_json(entry) for name, entry in facts["schemes"].items()},
+        nbits=frozenset(facts["nbits"]),
+        tensors={
+            group.name + INPUT_SCALE: torch.tensor(scales[group.readers[0]])
+            for group in groups(manifest.model)
+            if group.readers[0] in scales
+        },
+    )
 
 
 def _nearest(

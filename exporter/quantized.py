@@ -49,6 +49,8 @@ def quantized(
     """Quantize a weight [N, K] that is smoothed already, as the table says, else to the nearest."""
     scale, zero_point = tensors.get(name + SCALE), tensors.get(name + ZERO_POINT)
     codes = tensors.get(name)
+    if scale is not None:  # one for each row serves all its blocks
+        scale = scale.expand(-1, scheme.blocks(weight.shape[1]))
     if codes is None or scale is None:
         return quantize(weight, scheme, stored, scale, zero_point)
     if scheme.codes == "int4":
@@ -77,6 +79,11 @@ class Recipe:
     def stored(self) -> torch.dtype:
         """The type of floats and scales."""
         return FLOATS[self.activation]
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether some linear rounds its input while it computes."""
+        return bool(self.nbits) or any(scheme.activation for scheme in self.schemes.values())
 
     def calibrated(self, name: str) -> bool:
         """Whether anything in the table concerns this weight."""

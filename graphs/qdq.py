@@ -147,7 +147,7 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
     result.type, result.shape = output.type, output.shape
     graph.insert_before(matmul, nodes)
     result.name = output.name
-    output.replace_all_uses_with(result)
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
     graph.remove(matmul, safe=True)
 
 
