@@ -14,19 +14,23 @@ What a table leaves out, rounding to nearest fills in.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from graphs.errors import MistralcError
 from graphs.scheme import Scheme
 
 SCHEMA = 1
+ELEMENT: Mapping[torch.dtype, str] = {
+    torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 JSON_NAME, TENSORS_NAME = "calibration.json", "calibration.safetensors"
 
 
@@ -60,11 +64,13 @@ class CalibrationTable:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over both files: what the manifest of a bundle names."""
-        return hashlib.sha256(_json(self) + save(dict(self.tensors))).hexdigest()
+        return hashlib.sha256(_json(self)).hexdigest()  # the other file's digest is in it
 
     def write(self, directory: Path) -> None:
         """Write both files into `directory`, which must exist. The same table, the same bytes."""
-        (directory / TENSORS_NAME).write_bytes(save(dict(self.tensors)))
+        with (directory / TENSORS_NAME).open("wb") as file:
+            for part in _serialized(self.tensors):
+                file.write(part)
         (directory / JSON_NAME).write_bytes(_json(self))
 
     @classmethod
@@ -75,7 +81,7 @@ class CalibrationTable:
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             tensors = load_file(directory / TENSORS_NAME)
-            _check(data.pop("schema"), data.pop("tensors_sha256"), tensors)
+            _check(data, tensors)
             schemes = {name: Scheme.from_json(entry) for name, entry in data.pop("schemes").items()}
             return cls(schemes=schemes, tensors=tensors, **data)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -84,11 +90,15 @@ class CalibrationTable:
             ) from error
 
 
-def _check(schema: object, digest: object, tensors: Mapping[str, Tensor]) -> None:
-    if schema != SCHEMA:
-        raise ValueError(f"its schema is {schema!r} and {SCHEMA} is expected")
-    if digest != _sha256(tensors):
+def _check(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Take what only reading needs out of `data`. Raises ValueError where it does not fit."""
+    if data["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {data['schema']!r} and {SCHEMA} is expected")
+    if data.pop("sha256") != _checksum(data):
+        raise ValueError(f"{JSON_NAME} was changed after it was written")
+    if data.pop("tensors_sha256") != _sha256(tensors):
         raise ValueError(f"{TENSORS_NAME} is not the one that was written with it")
+    del data["schema"]
 
 
 def _json(table: CalibrationTable) -> bytes:
@@ -99,8 +109,36 @@ def _json(table: CalibrationTable) -> bytes:
         "schemes": {name: scheme.to_json() for name, scheme in sorted(table.schemes.items())},
         "facts": dict(table.facts), "tensors_sha256": _sha256(table.tensors),
     }  # fmt: skip
-    return (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+    text = json.dumps({**data, "sha256": _checksum(data)}, indent=1, sort_keys=True)
+    return (text + "\n").encode()
+
+
+def _checksum(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(save({name: tensors[name] for name in sorted(tensors)})).hexdigest()
+    digest = hashlib.sha256()
+    for part in _serialized(tensors):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, a tensor at a time: a table of a 7B is 4 GB.
+
+    Wide elements come first, so that every tensor lies at a multiple of its element's size.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries, end = {}, 0
+    for name in names:
+        value = tensors[name]
+        begin, end = end, end + value.numel() * value.element_size()
+        entries[name] = {"dtype": ELEMENT[value.dtype], "shape": list(value.shape),
+                         "data_offsets": [begin, end]}  # fmt: skip
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for name in names:
+        flat = tensors[name].detach().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data

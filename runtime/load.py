@@ -30,7 +30,10 @@ def load_session(
         if manifest.target == "cpu":
             from runtime.session_ort import OrtSession
 
-            return OrtSession(directory / "model.onnx", spec, batch=batch, threads=threads)
+            return OrtSession(
+                directory / "model.onnx", spec, batch=batch, threads=threads,
+                fuse_qdq=manifest.precision != "fp8",
+            )  # fmt: skip
         if manifest.target == "cuda":
             from runtime.session_cuda import CudaOrtSession
 

@@ -18,15 +18,27 @@ from runtime.session import Ids, Logits
 
 
 class OrtSession:
-    """`model.onnx` loaded on ONNX Runtime CPU with a ring of `batch` rows."""
+    """`model.onnx` loaded on ONNX Runtime CPU with a ring of `batch` rows.
+
+    `fuse_qdq` lets it join quantized operators into integer ones. For float8 it must not: version
+    1.31 makes integer products of those too, and then refuses them.
+    """
 
     def __init__(
-        self, model: Path, spec: ModelSpec, *, batch: int = 1, threads: int | None = None
+        self,
+        model: Path,
+        spec: ModelSpec,
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        fuse_qdq: bool = True,
     ) -> None:
         self.spec, self.batch = spec, batch
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0 lets ONNX Runtime take the physical cores
         options.inter_op_num_threads = 1
+        if not fuse_qdq:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
             self._session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
         except Exception as error:

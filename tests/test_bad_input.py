@@ -424,10 +424,10 @@ def test_a_kill_during_an_export_leaves_nothing_that_looks_like_a_bundle(
 import os, signal, sys
 from exporter import export, weights
 write = weights._weight
-def stopping(checkpoint, name, dtype, file):
+def stopping(checkpoint, recipe, name, layout, file):
     if "layers.1" in name:
         os.kill(os.getpid(), signal.SIGSTOP)
-    yield from write(checkpoint, name, dtype, file)
+    yield from write(checkpoint, recipe, name, layout, file)
 weights._weight = stopping
 import mistralc
 mistralc.main()
