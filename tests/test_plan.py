@@ -187,8 +187,9 @@ def test_an_engine_needs_room_for_its_weights_beside_the_plan() -> None:
     host = of_7b().host
     assert host.disk_bytes == 2 * 14_483_464_192 + arithmetic.SPARE
     assert host.bundle_bytes == 14_483_464_192 + arithmetic.SPARE
-    assert host.memory_bytes == round(1.012 * 14_483_464_192) + 200_000_000
-    assert host.seconds["building the plan"] == pytest.approx(86, abs=0.1)  # as it was measured
+    assert host.memory_bytes == round(1.14 * 14_483_464_192) + 200_000_000
+    assert host.memory_bytes > 16_518_811_648, "what the bf16 build of this model peaked at"
+    assert host.seconds["building the plan"] == pytest.approx(99, abs=0.1)  # as it was measured
     assert of_7b("cpu", "fp32").host.disk_bytes == 28_966_928_384 + arithmetic.SPARE
 
 
@@ -229,7 +230,7 @@ def test_a_host_without_the_memory_is_refused_with_both_numbers(
     usage = namedtuple("usage", "total used free")(10**12, 0, 10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     monkeypatch.setattr(arithmetic, "memory_available", lambda: 14_000_000_000)
-    with pytest.raises(MistralcError, match=r"about 14,857,265,762 bytes.*14,000,000,000 bytes"):
+    with pytest.raises(MistralcError, match=r"about 16,711,149,179 bytes.*14,000,000,000 bytes"):
         require_host(of_7b(), tmp_path / "bundle")
     monkeypatch.setattr(arithmetic, "memory_available", lambda: None)  # where nobody tells
     require_host(of_7b(), tmp_path / "bundle")
