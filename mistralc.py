@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import calib.cli
 import exporter.cli
 import runtime.cli
 from graphs.errors import MistralcError
@@ -22,6 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 exporter.cli.register(app)
+calib.cli.register(app)
 runtime.cli.register(app)
 
 DEBUG = "--debug"

@@ -71,6 +71,16 @@ def export(
         typer.Option(metavar="lm_head", help="Do not quantize the output layer.",
                      rich_help_panel=_QUANTIZED),
     ] = None,
+    max_ppl_increase: Annotated[
+        float,
+        typer.Option(metavar="RATIO", help="Most perplexity a bundle for cpu may lose; 0.1 is 10%.",
+                     rich_help_panel=_QUANTIZED),
+    ] = 0.1,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Measure that on it, not on Python's documentation.",
+                     rich_help_panel=_QUANTIZED),
+    ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(metavar="sm89,…", help="Only these GPUs; all that TensorRT-RTX supports.",
@@ -99,6 +109,7 @@ def export(
     from exporter.engine import EngineOptions
     from exporter.export import ExportOptions
     from exporter.export import export as run
+    from exporter.gate import Gate
     from exporter.precision import QuantizeOptions
 
     engine = EngineOptions(
@@ -111,6 +122,7 @@ def export(
         max_batch=max_batch, force=force, engine=engine, allow_faults=allow_faults,
         quantize=QuantizeOptions(block=block, symmetric=symmetric, keep=tuple(keep or ())),
         calibration=calibration,
+        gate=Gate(max_ppl_increase=max_ppl_increase, text=tuple(text or ())),
     )  # fmt: skip
     name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
     path = output or Path("build") / "-".join([name, target, chosen.precision_or_default])

@@ -7,7 +7,7 @@ or the space, a bad tokenizer.
 
 import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +22,7 @@ from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import override_window
 from exporter.engine import BuildRequest, EngineOptions, build_engine, capacities
+from exporter.gate import Gate, measure
 from exporter.golden import golden, margin
 from exporter.model import Decoder
 from exporter.plan import plan, require_host
@@ -41,6 +42,7 @@ from graphs.specialize import specialize
 from runtime import tensorrt
 from runtime.load import load_session
 from runtime.progress import Stage, silent
+from runtime.session import Session
 from runtime.tokenizer import Tokenizer, parse_tokenizer
 
 HALF: Mapping[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
@@ -75,6 +77,7 @@ class ExportOptions:
     allow_faults: bool = False
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     calibration: Path | None = None
+    gate: Gate = field(default_factory=Gate)
 
     def __post_init__(self) -> None:
         if self.target not in ACTIVATION:
@@ -150,13 +153,20 @@ def export(
         reference = simulate(recipe, checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
             lead = margin(activation, rounded=recipe.rounds_inputs)
-            texts = golden(reference, _encoder(tokenizer), lead)
+            texts = golden(reference, _tokenizer(tokenizer).encode, lead)
         manifest = replace(manifest, golden=texts)
         if options.target in ENGINES:
             manifest = _compile(model, recipe, manifest, options, directory, stage)
         agreements = None
-        if options.target == "cpu":  # the others need a GPU: `mistralc verify` there
-            agreements = _check(directory, manifest, reference, stage)
+        if options.target == "cpu":  # the others need a GPU: `mistralc verify` and `eval` there
+            session = load_session(directory, manifest)
+            agreements = _check(session, manifest, reference, stage)
+            if manifest.quantization is not None:
+                quality = measure(
+                    options.gate, session, manifest, checkpoint, _tokenizer(tokenizer), stage
+                )
+                facts = {**manifest.quantization, "quality": quality}
+                manifest = replace(manifest, quantization=facts)
         with stage("Hashing the bundle", None):
             known = (
                 {} if manifest.engine is None else {"engine.plan": manifest.engine["plan_sha256"]}
@@ -225,9 +235,9 @@ def _default_precision(target: str, checkpoint: Checkpoint) -> str:
     return "bf16" if stored == {"bfloat16"} and "bf16" in known else known[0]
 
 
-def _encoder(tokenizer: TokenizerFiles) -> Callable[[str], list[int]]:
-    backend = parse_tokenizer(tokenizer.tokenizer_json, "tokenizer.json")
-    return Tokenizer(backend, tokenizer.tokenizer_config, tokenizer.generation_config).encode
+def _tokenizer(files: TokenizerFiles) -> Tokenizer:
+    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
+    return Tokenizer(backend, files.tokenizer_config, files.generation_config)
 
 
 def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:
@@ -294,12 +304,11 @@ def _compile(
 
 
 def _check(
-    directory: Path, manifest: Manifest, reference: Decoder, stage: Stage
+    session: Session, manifest: Manifest, reference: Decoder, stage: Stage
 ) -> list[Agreement]:
     """Verify the finished files before anyone can see them."""
     tokens = sum(case.tokens for case in cases(manifest, short=True))
     with stage("Verifying", tokens) as advance:
-        session = load_session(directory, manifest)
         agreements = verify(session, manifest, reference, short=True, progress=advance)
     require(agreements)
     return agreements

@@ -25,7 +25,7 @@ from exporter.quantized import Recipe, smoothed
 from exporter.simulate import simulate
 from exporter.verify import bundle_reference
 from graphs.errors import MistralcError, UsageError
-from graphs.manifest import Manifest
+from graphs.manifest import Manifest, read_manifest
 from graphs.pipeline import lower
 from graphs.qdq import Quantization
 from graphs.rewrite import PassError
@@ -274,6 +274,33 @@ def test_verify_takes_the_table_that_a_bundle_was_made_with(
     needless = mistralc("verify", bundle, "--calibration", table)
     assert needless.code == 2
     assert "--against" in needless.err
+
+
+# The gate
+
+
+@pytest.mark.usefixtures("no_tracing")
+def test_a_bundle_that_loses_too_much_is_not_published(
+    mistralc: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = ("--precision", "int4wo", "--symmetric")
+    command = ("export", checkpoint, "-o", tmp_path / "bundle", *options)
+    strict = mistralc(*command, "--max-ppl-increase", "0.00001")  # random weights lose 0.3 %
+    assert strict.code == 1
+    assert "is allowed, so it is not published" in strict.err
+    assert list(tmp_path.iterdir()) == []
+    text = tmp_path / "text.txt"
+    text.write_text("A text of our own, about nothing at all. " * 60)
+    relaxed = mistralc(*command, "--max-ppl-increase", "0.5", "--text", text)
+    assert relaxed.code == 0, relaxed.err
+    facts = read_manifest(tmp_path / "bundle").quantization
+    assert facts is not None
+    quality = facts["quality"]
+    assert quality["text"].endswith("text.txt")
+    assert quality["perplexity"] <= 1.5 * quality["reference_perplexity"]
+    assert quality["kl"] > 0
+    wrong = mistralc(*command, "--force", "--max-ppl-increase", "-1")
+    assert wrong.code == 2
 
 
 # Smoothing

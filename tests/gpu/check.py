@@ -1,6 +1,6 @@
 """Does it run on this GPU, is it right, and how fast? By hand, on a host with a GPU:
 
-    python tests/gpu_check.py [--layers N] [--target rtx|tensorrt|cuda ...] [--out DIR]
+    python tests/gpu/check.py [--layers N] [--target rtx|tensorrt|cuda ...] [--out DIR]
 
 Makes a random-weight checkpoint of Mistral-7B's shapes, exports it for each target that this host
 can build, compares it with the PyTorch decoder, and measures it. Every step is a process of its own
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also where run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where run as a script
 
 from exporter.plan import plan
 from graphs.errors import MistralcError
@@ -35,7 +35,7 @@ from runtime import host
 from runtime.load import load_session, make_ring
 from runtime.ring import ContextFullError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("rtx", "tensorrt", "cuda")
 POSITIONS = (4096, 8192, 16_384, 32_768, 65_536)
 STEPS = 64  # at each position; medians are quoted
@@ -63,7 +63,7 @@ def main() -> int:
             return 0
         return check(args)
     except MistralcError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
+        print(f"check: {error}", file=sys.stderr)
         return 1
 
 
@@ -369,7 +369,7 @@ def row(run: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 def say(text: str) -> None:
     """Tell a person what is going on; the results alone go to standard output."""
-    print(f"gpu_check: {text}", file=sys.stderr, flush=True)
+    print(f"check: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

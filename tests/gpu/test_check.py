@@ -11,8 +11,9 @@ from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from runtime import host
 from runtime.session_trt import TrtSession
-from tests import gpu_check, tiny
+from tests import tiny
 from tests.device_session import RING, SPEC
+from tests.gpu import check
 
 pytest.importorskip("tensorrt_rtx", reason="not installed: pip install 'mistralc[rtx]'")
 pytest.importorskip("cuda.bindings", reason="not installed: pip install 'mistralc[rtx]'")
@@ -28,7 +29,7 @@ MACHINE = {
 @pytest.mark.skipif(host.cuda().problem is None, reason="there is a GPU")
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, gpu_check.__file__, "--layers", "1", "--out", tmp_path / "out"],
+        [sys.executable, check.__file__, "--layers", "1", "--out", tmp_path / "out"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
@@ -40,20 +41,20 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
 
 def test_a_step_that_crashes_is_told_apart_from_one_that_fails_or_hangs():
     python = [sys.executable, "-c"]
-    assert gpu_check.step([*python, "print('hello'); print('{\"a\": 1}')"], 60) == {"a": 1}
+    assert check.step([*python, "print('hello'); print('{\"a\": 1}')"], 60) == {"a": 1}
     with pytest.raises(MistralcError, match="signal 11"):
-        gpu_check.step([*python, "import os; os.kill(os.getpid(), 11)"], 60)
+        check.step([*python, "import os; os.kill(os.getpid(), 11)"], 60)
     with pytest.raises(MistralcError, match="exit 3: words"):
-        gpu_check.step([*python, "import sys; print('words', file=sys.stderr); sys.exit(3)"], 60)
+        check.step([*python, "import sys; print('words', file=sys.stderr); sys.exit(3)"], 60)
     with pytest.raises(MistralcError, match="stopped after 1 s"):
-        gpu_check.step([*python, "import time; time.sleep(60)"], 1)
+        check.step([*python, "import time; time.sleep(60)"], 1)
 
 
 def test_a_step_that_fails_after_its_answer_keeps_it():
     kept: list[object] = []
     program = "print('{\"passed\": false}'); raise SystemExit(1)"
     with pytest.raises(MistralcError, match="exit 1"):
-        gpu_check.step([sys.executable, "-c", program], 60, kept.append)
+        check.step([sys.executable, "-c", program], 60, kept.append)
     assert kept == [{"passed": False}]
 
 
@@ -77,7 +78,7 @@ def test_a_device_is_found_in_the_table_by_capability_memory_and_name(
     device = host.Device(
         name=name, compute_capability=capability, memory_bytes=int(gigabytes * 1e9)
     )
-    found = gpu_check.find_gpu(device)
+    found = check.find_gpu(device)
     assert (found and found.name) == expected
 
 
@@ -93,7 +94,7 @@ def test_the_table_has_a_row_per_batch_and_a_note_for_what_did_not_run():
         {"target": "cuda", "precision": "fp16", "error": "bench: signal 11: it said nothing"},
     ]  # fmt: skip
     report = json.loads(json.dumps({"machine": MACHINE, "layers": 32, "runs": runs}))
-    text = gpu_check.table(report)
+    text = check.table(report)
     assert "NVIDIA X" in text
     assert "driver 580.1" in text
     wanted = "| rtx | fp16 | 1 | yes | 61.2 | 80% | – | 16.30 | – | – | – | 16.40 | 0.500 | 15.50 |"
@@ -117,19 +118,17 @@ def test_a_bundle_is_measured_at_every_position(tmp_path: Path):
 
     with fake_tensorrt(SPEC, RING) as fake, pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "cuda", lambda: host.Cuda(devices=(device,)))
-        patch.setattr(gpu_check, "read_manifest", lambda bundle: manifest)
-        patch.setattr(gpu_check, "load_session", load)
-        patch.setattr(gpu_check, "PROMPT", 20)
-        patch.setattr(gpu_check, "COPY_BYTES", 1 << 16)
-        found = json.loads(json.dumps(gpu_check.measure(tmp_path, [1])))
+        patch.setattr(check, "read_manifest", lambda bundle: manifest)
+        patch.setattr(check, "load_session", load)
+        patch.setattr(check, "PROMPT", 20)
+        patch.setattr(check, "COPY_BYTES", 1 << 16)
+        found = json.loads(json.dumps(check.measure(tmp_path, [1])))
         assert not fake.cudart.live
     (batch,) = found["by_batch"]
-    assert list(batch["decode_s_at"]) == [str(position) for position in gpu_check.POSITIONS]
+    assert list(batch["decode_s_at"]) == [str(position) for position in check.POSITIONS]
     assert all(seconds > 0 for seconds in batch["decode_s_at"].values())
     assert batch["captured"]
     assert batch["read_bytes_per_step"] > 0
     assert found["datasheet_bytes_per_s"] == 300 * 10**9
     run = {"target": "rtx", "precision": "fp16", "bench": found}
-    assert "| rtx | fp16 | 1 | – |" in gpu_check.table(
-        {"machine": MACHINE, "layers": 2, "runs": [run]}
-    )
+    assert "| rtx | fp16 | 1 | – |" in check.table({"machine": MACHINE, "layers": 2, "runs": [run]})
