@@ -48,10 +48,7 @@ def measure(
     corpus = read_corpus(gate.text, tokenizer, "evaluation")
     spec, context = manifest.model, manifest.ring.context
     cut = windows(corpus, LENGTH if spec.slides else min(LENGTH, context), WINDOWS)
-    with (
-        stage("Measuring perplexity", steps(cut, compared=True)) as advance,
-        torch.inference_mode(),
-    ):
+    with stage("Measuring perplexity", steps(cut, compared=True)) as advance:
         reference = load_decoder(spec, checkpoint.tensor)
         found = evaluate(session, manifest, cut, reference, advance)
     if found.reference_perplexity is None:
