@@ -1,4 +1,4 @@
-"""The commands that decide numbers: eval. Knows only the command line.
+"""The commands that decide and measure numbers: calibrate, eval. Knows only the command line.
 
 Heavy imports stand inside the commands, and torch is imported only where a bundle is compared with
 its checkpoint: a production host can measure what it serves.
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from calib.calibrate_cli import calibrate
 from calib.report_cli import report
 from runtime import options
 from runtime.progress import Stage, stage_for
@@ -24,6 +25,8 @@ LENGTH = 512  # tokens of a window; perplexities of different lengths do not com
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
+    app.command()(calibrate)
+    app.command()(calibrate)
     app.command("eval")(evaluate)
     app.command()(report)
 

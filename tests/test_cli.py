@@ -24,7 +24,8 @@ Copy = Callable[[Path], Path]
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "The ring turns"
 NO_END = ("--logit-bias", "2=-100")  # bans the end-of-text token, so that lengths are certain
-COMMANDS = ("export", "verify", "generate", "chat", "inspect", "bench")
+COMMANDS = ("export", "verify", "calibrate", "eval", "report", "generate", "chat", "inspect",
+            "bench", "plan", "doctor")  # fmt: skip
 
 
 def told(ended: Ended) -> str:

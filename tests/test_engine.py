@@ -13,10 +13,13 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
 
 from exporter import audit as auditing
 from exporter import export as exporting
 from exporter.audit import Audit, LayerInfo
+from exporter.calibration import CalibrationTable
+from exporter.checkpoint import open_checkpoint
 from exporter.engine import (
     BuildRequest,
     EngineOptions,
@@ -30,6 +33,7 @@ from exporter.export import ExportOptions, export
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.pipeline import lower
+from graphs.scheme import default_scheme, groups
 from graphs.spec import Dtype, RingSpec
 from graphs.specialize import specialize
 from tests import tiny
@@ -105,7 +109,7 @@ def test_the_audit_finds_attention_fused_caches_in_place_and_weights_once(
     assert facts["plan_sha256"] == hashlib.sha256(plan).hexdigest()
     assert facts["plan_bytes"] == len(plan)
     assert facts["weight_bytes"] == 2 * SPEC.num_parameters
-    # Beside the weights a plan has kernels and tables, 3.3 MB here; a matrix stored twice is 0.5 MB or more.
+    # Beside the weights a plan has kernels and tables, 3.3 MB here; the smallest linear has 0.1 MB.
     assert 2 * SPEC.num_parameters < len(plan) < 2 * SPEC.num_parameters + 3_500_000
 
 
@@ -192,6 +196,42 @@ def test_a_graph_that_tensorrt_refuses_is_one_clear_error(tmp_path: Path) -> Non
     with pytest.raises(MistralcError, match="TensorRT could not") as raised:
         build(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits"), [("int8wo", 8), ("int4wo", 4 + 16 / 128), ("int8", 8), ("fp8", 8)]
+)
+def test_every_quantized_precision_compiles_and_its_plan_holds_the_codes(
+    precision: str, bits: float, checkpoint: Path, tmp_path: Path
+) -> None:
+    table = None
+    linears = [name for group in groups(SPEC) for name in group.readers]
+    if precision in ("int8", "fp8"):
+        table = tmp_path / "table"
+        table.mkdir()
+        CalibrationTable(
+            precision=precision, method="by hand",
+            checkpoint=open_checkpoint(checkpoint).fingerprint(), data={}, versions={},
+            schemes=dict.fromkeys(linears, default_scheme(precision, block=None)),
+            tensors={f"{group.name}.input_scale": torch.tensor(0.05) for group in groups(SPEC)},
+        ).write(table)  # fmt: skip
+    options = ExportOptions(target="rtx", precision=precision, calibration=table)
+    manifest = export(str(checkpoint), tmp_path / "bundle", options)
+    facts = manifest.engine
+    assert facts is not None
+    assert facts["faults"] == []
+    assert facts["attention_fused"] == SPEC.num_hidden_layers
+    shapes = SPEC.weight_shapes()
+    codes = sum(shapes[name][0] * shapes[name][1] for name in linears)
+    head = shapes["lm_head.weight"][0] * shapes["lm_head.weight"][1]
+    kept = 2 * (SPEC.num_parameters - codes - head)  # bytes
+    head_bytes = head if precision.endswith("wo") else 2 * head
+    expected = codes * bits / 8 + kept + head_bytes
+    # Scales of rows, kernels and tables: 3.5 MB. In float16 the linears would be 4.7 MB more.
+    assert expected < facts["plan_bytes"] < expected + 3_700_000
+    again = export(str(checkpoint), tmp_path / "again", options).engine
+    assert again is not None
+    assert again["plan_sha256"] == facts["plan_sha256"], "the same input gives the same plan"
 
 
 LINE = (

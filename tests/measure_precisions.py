@@ -1,0 +1,177 @@
+"""What every precision costs SmolLM2, measured on the bundles themselves.
+
+Not a test. `python -m tests.measure_precisions FOLDER` calibrates, exports and evaluates on ONNX
+Runtime CPU, one row after another, and puts the table into docs/calibration.md. Tables of
+calibration that are in FOLDER already are taken as they are. Half an hour on 2 cores.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib.measured import Measured, file_bytes, read_bytes
+from exporter import evaluate as evaluation
+from exporter import export as exporting
+from exporter.checkpoint import open_checkpoint
+from exporter.export import ExportOptions, export
+from exporter.gate import Gate
+from exporter.model import load_decoder
+from exporter.precision import QuantizeOptions
+from runtime.bench import machine
+from runtime.corpus import read_corpus, windows
+from runtime.load import load_session
+from runtime.tokenizer import Tokenizer
+
+CHECKPOINT = "smollm2"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "calibration.md"
+LENGTH = 512
+OPEN = Gate(max_ppl_increase=1e9)  # everything is measured, whatever it loses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to quantize: options of `mistralc calibrate`, if any, and of `mistralc export`."""
+
+    name: str
+    precision: str
+    calibrate: tuple[str, ...] | None = None
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+
+SYMMETRIC = QuantizeOptions(symmetric=True)
+ROWS = (
+    Row(name="fp32", precision="fp32"),
+    Row(name="int8wo, nearest, block 32", precision="int8wo"),
+    Row(name="int4wo, GGUF's blocks as they are", precision="int4wo"),
+    *(
+        row
+        for block in ("32", "128")
+        for row in (
+            Row(name=f"int4wo symmetric, nearest, block {block}", precision="int4wo",
+                quantize=replace(SYMMETRIC, block=int(block))),
+            *(Row(name=f"int4wo symmetric, {method}, block {block}", precision="int4wo",
+                  calibrate=("--method", method, "--block", block))
+              for method in ("awq", "gptq", "awq+gptq")),
+        )
+    ),
+    Row(name="int8, SmoothQuant", precision="int8", calibrate=("--method", "smoothquant")),
+    Row(name="int8, SmoothQuant and GPTQ", precision="int8", calibrate=()),
+    Row(name="int8, the same, a tenth kept as int8wo", precision="int8",
+        calibrate=("--keep-share", "0.1")),
+    Row(name="fp8, SmoothQuant and GPTQ", precision="fp8", calibrate=()),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="for tables and bundles")
+    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--only", default="", help="a regular expression of rows")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    exporting.trace = cached_trace(exporting.trace)
+    rows = [row for row in ROWS if re.search(arguments.only, row.name)]
+    found = [measured(row, arguments.folder, arguments.windows) for row in rows]
+    result = {"machine": machine(), "windows": arguments.windows, "length": LENGTH,
+              "rows": [asdict(one) for one in found]}  # fmt: skip
+    print(json.dumps(result, indent=2))
+    if not arguments.only:
+        write(table(found, arguments.windows))
+
+
+def measured(row: Row, folder: Path, count: int) -> Measured:
+    """Calibrate, export and evaluate one row."""
+    table_path = calibrated(row, folder)
+    bundle = folder / "bundle"
+    manifest = export(CHECKPOINT, bundle, ExportOptions(
+        precision=row.precision, quantize=row.quantize, calibration=table_path, gate=OPEN,
+        force=True,
+    ))  # fmt: skip
+    corpus = read_corpus((), Tokenizer.load(bundle), "evaluation")
+    session = load_session(bundle, manifest)
+    decoder = load_decoder(manifest.model, open_checkpoint(CHECKPOINT).tensor)
+    found = evaluation.evaluate(session, manifest, windows(corpus, LENGTH, count), decoder)
+    one = Measured(
+        name=row.name, precision=row.precision,
+        method=" ".join(row.calibrate or ()), file_bytes=file_bytes(manifest),
+        read_bytes=read_bytes(manifest), perplexity=found.perplexity,
+        reference_perplexity=found.reference_perplexity, kl=found.kl, top1=found.top1,
+    )  # fmt: skip
+    print(json.dumps(asdict(one)), file=sys.stderr, flush=True)
+    return one
+
+
+def calibrated(row: Row, folder: Path) -> Path | None:
+    """The row's table, made unless it is there."""
+    if row.calibrate is None:
+        return None
+    words = [row.precision, *row.calibrate]
+    path = folder / re.sub(r"[^a-z0-9.+]+", "-", " ".join(words)).strip("-")
+    if not path.exists():
+        command = ["calibrate", CHECKPOINT, "--output", str(path), "--precision", *words]
+        root = DOCUMENT.parents[1]
+        subprocess.run([sys.executable, "-m", "mistralc", *command], check=True, cwd=root,
+                       stdout=sys.stderr)  # fmt: skip
+    return path
+
+
+def cached_trace(trace: Any) -> Any:
+    """Trace once; every row gets a copy."""
+    kept = cache(trace)
+    return lambda spec, activation: kept(spec, activation).clone()
+
+
+def cache_reference() -> None:
+    """Run the reference once over every window, whatever the row: 100 MB of logits each."""
+    run, kept = evaluation._reference_logits, {}
+
+    def once(reference: Any, window: Any) -> Any:
+        key = window.tobytes()
+        if key not in kept:
+            kept[key] = run(reference, window)
+        return kept[key]
+
+    evaluation._reference_logits = once
+
+
+def table(rows: Sequence[Measured], count: int) -> str:
+    """The Markdown between the marks."""
+    facts = machine()
+    lines = [
+        f"{count} windows of {LENGTH} tokens, whose perplexity in float32 is "
+        f"{rows[0].perplexity:.3f}; onnxruntime {facts['onnxruntime']}, torch "
+        f"{torch.__version__.split('+')[0]}, Python {facts['python']}.",
+        "",
+        "| | bundle, MB | read per token, MB | perplexity | change | KL, nats | top-1 agreement |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {one.name} | {one.file_bytes / 1e6:.0f} | {one.read_bytes / 1e6:.0f} "
+        f"| {one.perplexity:.3f} | {one.change or 0:+.2%} | {one.kl or 0:.4f} "
+        f"| {one.top1 or 0:.1%} |"
+        for one in rows
+    ]
+    return "\n".join(lines)
+
+
+def write(text: str) -> None:
+    """Put the table between the document's two marks."""
+    begin, end = "<!-- measured by tests/measure_precisions.py -->", "<!-- end -->"
+    document = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = document.split(begin, 1)
+    _, after = rest.split(end, 1)
+    DOCUMENT.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cache_reference()
+    main()
