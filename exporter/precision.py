@@ -1,8 +1,9 @@
 """Which weights of a checkpoint a precision quantizes, and how. Knows nothing about graphs.
 
-The linears of the layers are always quantized; embedding and norms never. The output layer, if it
-is not the embedding, is kept in 8 bits by the precisions that quantize weights only, or as it is
-with `--keep lm_head`. A table of calibration says for itself what it quantizes.
+The linears of the layers are always quantized, norms never. The output layer is kept in 8 bits by
+the precisions that quantize weights only, or as it is with `--keep lm_head`; if it is the embedding
+too, that holds for the CPU, where both read the same codes. A table of calibration says for itself
+what else it quantizes.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from graphs.qdq import Quantization
 from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups
 from graphs.spec import Dtype, ModelSpec
 
-HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CALIBRATED = ("int8", "fp8")  # they round activations too, whose ranges only samples can tell
 ENGINE_BLOCK, CPU_BLOCK = 128, 32  # input features; of int4wo, and of int8wo on the CPU
 
@@ -71,9 +72,8 @@ def make_recipe(
         recipe = Recipe(
             spec=spec, activation=activation, schemes=table.schemes, tensors=table.tensors
         )
-    if not spec.tie_word_embeddings and "lm_head" not in options.keep and precision[-2:] == "wo":
-        head = default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
-        recipe = replace(recipe, schemes={**recipe.schemes, HEAD: head})
+    if "lm_head" not in options.keep and precision.endswith("wo"):
+        recipe = _with_head(recipe, checkpoint, cpu=cpu)
     recipe = replace(recipe, schemes=_fitting(recipe, cpu=cpu))
     weights_only = (name for name, scheme in recipe.schemes.items() if scheme.activation is None)
     return replace(recipe, nbits=frozenset(weights_only)) if cpu else recipe
@@ -148,6 +148,20 @@ def _repacked(recipe: Recipe, checkpoint: Checkpoint, options: QuantizeOptions) 
             schemes[name] = scheme
             exact[name] = read_blocks(checkpoint, name)
     return replace(recipe, schemes=schemes, repacked=exact)
+
+
+def _with_head(recipe: Recipe, checkpoint: Checkpoint, *, cpu: bool) -> Recipe:
+    """Keep the output layer in 8 bits, in the blocks of a GGUF file if those are 8 bits already."""
+    tied = recipe.spec.tie_word_embeddings
+    name = EMBEDDING if tied else HEAD
+    if tied and (not cpu or recipe.spec.hidden_size % CPU_BLOCK):
+        return recipe
+    scheme = default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
+    recipe = replace(recipe, schemes={**recipe.schemes, name: scheme})
+    if cpu and block_scheme(checkpoint.dtypes[name]) == scheme:
+        exact = {**recipe.repacked, name: read_blocks(checkpoint, name)}
+        recipe = replace(recipe, repacked=exact)
+    return recipe
 
 
 def _check_table(table: CalibrationTable, precision: str, options: QuantizeOptions) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.model import Decoder, RMSNorm, load_decoder
+from exporter.model import Decoder, RMSNorm, StoredEmbedding, load_decoder
 from exporter.quantize import Quantized, blocked, round_activation
 from exporter.quantized import Recipe
 from graphs.scheme import Scheme
@@ -68,6 +68,18 @@ def _nbits(x: Tensor, rounded: Tensor, weight: Quantized) -> Tensor:
     return result + F.linear(sums, weight.minimum).view(result.shape)
 
 
+class QuantizedEmbedding(QuantizedLinear):
+    """A tied embedding looked up among the codes of the output layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up x [B, S]; returns float32 [B, S, E]."""
+        exact = self.recipe.repacked.get(self.name)
+        if exact is not None:
+            return F.embedding(x, exact().dequantized())
+        rows = self.recipe.quantized(self.name, F.embedding(x.flatten(), self.weight))
+        return rows.dequantized().view(*x.shape, -1)
+
+
 class Kept(QuantizedLinear):
     """The same with the dequantized weight kept: fast, and 4 bytes a weight."""
 
@@ -93,7 +105,9 @@ def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = Fa
     head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
     for path, module in list(decoder.named_modules()):
         name = f"{head if path == 'lm_head' else path}.weight"
-        if name in recipe.schemes:
+        if name in recipe.schemes and isinstance(module, StoredEmbedding):
+            decoder.set_submodule(path, QuantizedEmbedding(name, weight(name), recipe))
+        elif name in recipe.schemes:
             linear = (Kept if keep else QuantizedLinear)(name, weight(name), recipe)
             decoder.set_submodule(path, linear)
         elif isinstance(module, RMSNorm):

@@ -18,9 +18,9 @@ import onnx_ir as ir
 
 from graphs.merge_linears import Linear, linear_at
 from graphs.rewrite import PassError
-from graphs.scheme import MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
+from graphs.scheme import LEAST, MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
 from graphs.spec import Dtype, ModelSpec
-from graphs.weights import ONNX_DTYPE, WeightRef
+from graphs.weights import ONNX_DTYPE, WeightRef, weight_of
 
 ELEMENT: Mapping[str, ir.DataType] = {
     **{str(name): dtype for name, dtype in ONNX_DTYPE.items()},
@@ -59,6 +59,8 @@ class QuantizeLinears:
         schemes, graph = self.quantization.schemes, model.graph
         done: set[str] = set()
         for node in list(graph):
+            if node.op_type == "Gather":
+                _write_lookup(graph, node, self.quantization, self.activation)
             linear = linear_at(node)
             if linear is None or linear.weight.parts[0] not in schemes:
                 continue
@@ -111,9 +113,7 @@ def _rounded(
         return quantize.outputs[0].consumers()[0].outputs[0]
     element = ELEMENT[str(scheme.activation)]
     scale = _constant(graph, ir.tensor(input_scale, ONNX_DTYPE[activation], name))
-    zero = graph.initializers.get(f"zero.{element}")
-    if zero is None:
-        zero = _constant(graph, ir.tensor(0, element, f"zero.{element}"))
+    zero = _shared(graph, ir.tensor(0, element, f"zero.{element}"))
     quantize = ir.node("QuantizeLinear", [value, scale, zero])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
     quantize.outputs[0].type, quantize.outputs[0].shape = ir.TensorType(element), value.shape
@@ -151,6 +151,38 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
     graph.remove(matmul, safe=True)
 
 
+def _write_lookup(
+    graph: ir.Graph, gather: ir.Node, quantization: Quantization, activation: Dtype
+) -> None:
+    """Look rows up among the codes of a tied embedding, which the output layer multiplies with.
+
+    Codes [V, J, block] and scales [V, J] are gathered, and only the rows asked for dequantized.
+    """
+    weight, output = weight_of(gather.inputs[0]), gather.outputs[0]
+    if weight is None or weight.parts[0] not in quantization.nbits:
+        return
+    scheme = quantization.schemes[weight.parts[0]]
+    if scheme.bits != 8 or scheme.block is None or weight.sizes[1] % scheme.block:
+        raise PassError(f"{weight.name}: an embedding is looked up in whole blocks of 8 bits")
+    codes, scale = _parts(graph, weight, scheme, activation, nbits=True)
+    dtype = ONNX_DTYPE[activation]
+    zero = _shared(graph, ir.tensor(float(-LEAST[scheme.codes]), dtype, f"zero_code.{dtype}"))
+    last = _shared(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
+    flat = _shared(graph, ir.tensor([0, 0, -1], ir.DataType.INT64, "joined_blocks"))
+    rows = ir.node("Gather", [codes, gather.inputs[1]], {"axis": 0})  # [B, S, J, block]
+    scales = ir.node("Gather", [scale, gather.inputs[1]], {"axis": 0})  # [B, S, J]
+    number = ir.node("Cast", [rows.outputs[0]], {"to": dtype})
+    signed = ir.node("Sub", [number.outputs[0], zero])
+    wide = ir.node("Unsqueeze", [scales.outputs[0], last])
+    scaled = ir.node("Mul", [signed.outputs[0], wide.outputs[0]])
+    found = ir.node("Reshape", [scaled.outputs[0], flat])  # [B, S, K]
+    graph.insert_before(gather, [rows, scales, number, signed, wide, scaled, found])
+    result = found.outputs[0]
+    result.type, result.shape, result.name = output.type, output.shape, output.name
+    output.replace_all_uses_with(result)
+    graph.remove(gather, safe=True)
+
+
 def _block_sums(
     graph: ir.Graph, before: ir.Node, value: ir.Value | None, columns: int, scheme: Scheme
 ) -> ir.Value:
@@ -158,13 +190,8 @@ def _block_sums(
     if value is None or scheme.block is None or columns % scheme.block:
         raise PassError(f"minimums need whole blocks; {columns} columns, blocks of {scheme.block}")
     blocks = [0, 0, columns // scheme.block, scheme.block]
-    name = f"blocks_{blocks[2]}"
-    shape = graph.initializers.get(name)
-    if shape is None:
-        shape = _constant(graph, ir.tensor(blocks, ir.DataType.INT64, name))
-    axis = graph.initializers.get("last_axis")
-    if axis is None:
-        axis = _constant(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
+    shape = _shared(graph, ir.tensor(blocks, ir.DataType.INT64, f"blocks_{blocks[2]}"))
+    axis = _shared(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
     split = ir.node("Reshape", [value, shape])
     sums = ir.node("ReduceSum", [split.outputs[0], axis], {"keepdims": 0})
     graph.insert_before(before, [split, sums])
@@ -185,7 +212,12 @@ def _parts(
 def _reference(graph: ir.Graph, part: StoredPart, parts: tuple[str, ...]) -> ir.Value:
     # The unquantized weight keeps its name until it is cleaned away, so the codes take another.
     name = part.name if part.name.endswith((SCALE, ZERO_POINT, MINIMUM)) else f"{part.name}.codes"
-    return _constant(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
+    return _shared(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
+
+
+def _shared(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The constant of this name, made if it is not there."""
+    return graph.initializers.get(str(tensor.name)) or _constant(graph, tensor)
 
 
 def _constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -219,6 +219,30 @@ def test_a_bundle_with_quantized_weights_computes_what_its_simulation_does(
 
 
 @pytest.mark.usefixtures("no_tracing")
+def test_a_tied_embedding_is_stored_once_in_8_bits_and_read_by_both_its_users(
+    tmp_path: Path,
+) -> None:
+    spec = replace(SPEC, tie_word_embeddings=True)
+    path = write_checkpoint(tmp_path / "checkpoint", spec)
+    bundle = tmp_path / "bundle"
+    manifest = export(str(path), bundle, ExportOptions(precision="int4wo"))
+    assert_exact(manifest)
+    graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
+    (codes,) = (
+        t.name for t in graph.initializer if t.name.startswith("model.embed_tokens.weight.c")
+    )
+    readers = sorted(node.op_type for node in graph.node if codes in node.input)
+    assert readers == ["Gather", "MatMulNBits"]
+    kept = ExportOptions(precision="int4wo", quantize=QuantizeOptions(keep=("lm_head",)))
+    larger = export(str(path), tmp_path / "kept", kept)
+    assert_exact(larger)
+    size = spec.vocab_size * spec.hidden_size
+    saved = [m.files["weights.safetensors"].size for m in (larger, manifest)]
+    # Four bytes a weight become one, and a scale of four for every 32; headers differ a little.
+    assert saved[0] - saved[1] == pytest.approx(size * (4 - 1 - 4 / 32), abs=500)
+
+
+@pytest.mark.usefixtures("no_tracing")
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_bundle_that_rounds_activations_computes_what_its_simulation_does(
     checkpoint: Path, tmp_path: Path, precision: str
