@@ -26,7 +26,6 @@ LENGTH = 512  # tokens of a window; perplexities of different lengths do not com
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
     app.command()(calibrate)
-    app.command()(calibrate)
     app.command("eval")(evaluate)
     app.command()(report)
 
@@ -99,7 +98,7 @@ def evaluate(
 
 
 def _evaluate(loaded: "Loaded", windows: "Ids", against: str | None, stage: Stage) -> "Evaluation":
-    from calib import evaluate as evaluation
+    from exporter import evaluate as evaluation
 
     manifest, reference = loaded.bundle.manifest, None
     if against is not None:

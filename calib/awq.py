@@ -1,0 +1,41 @@
+"""AWQ: smoothing for weights that are rounded and inputs that are not. Knows no model.
+
+After Lin et al. 2023 (arXiv:2306.00978): the features that see the largest inputs are rounded
+finest. Where the paper runs the samples again for each candidate, the second moment of the inputs
+gives the same error exactly.
+"""
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from calib.clipping import fit, output_error
+from calib.observe import Observation
+from calib.smoothing import best, judged, scales
+from graphs.scheme import Scheme
+
+STEPS = 20  # of the exponent, from 0 to 1: the paper's
+COARSE = (0.9, 0.8, 0.7)  # ratios of a block's range while smoothing is searched
+
+
+def smoothing(
+    weight: Tensor, observation: Observation, scheme: Scheme, tie: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Choose s [K] for the readers `weight` [N, K], stacked; `tie` equates what must be equal."""
+    activation = tie(observation.magnitude)
+    columns = tie(weight.abs().mean(0))
+    some = judged(weight)
+
+    def candidates() -> Iterator[Tensor]:
+        for step in range(STEPS + 1):
+            a = step / STEPS
+            yield scales(activation, columns, a, 0)
+            if step:
+                yield scales(activation, columns, a, 1 - a)
+
+    def error(s: Tensor) -> float:
+        moment = observation.scaled(s).second_moment
+        rounded = fit(some * s, moment, scheme, COARSE)
+        return output_error(rounded.dequantized() - some * s, moment)
+
+    return best(candidates(), error)
