@@ -19,7 +19,7 @@ from runtime.progress import Stage
 from runtime.session import Session
 from runtime.tokenizer import Tokenizer
 
-LENGTH, WINDOWS = 512, 4  # tokens of a window, and how many: seconds for a small model
+LENGTH = 512  # tokens of a window
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class Gate:
     """
 
     max_ppl_increase: float = 0.1
+    windows: int = 4  # of the text: seconds for a small model
     text: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ def measure(
     """Return what the bundle loses, for its manifest. Raises MistralcError where it is too much."""
     corpus = read_corpus(gate.text, tokenizer, "evaluation")
     spec, context = manifest.model, manifest.ring.context
-    cut = windows(corpus, LENGTH if spec.slides else min(LENGTH, context), WINDOWS)
+    cut = windows(corpus, LENGTH if spec.slides else min(LENGTH, context), gate.windows)
     with stage("Measuring perplexity", steps(cut, compared=True)) as advance:
         reference = load_decoder(spec, checkpoint.tensor)
         found = evaluate(session, manifest, cut, reference, advance)

@@ -26,6 +26,7 @@ from exporter.export import ExportOptions, export
 from exporter.gate import Gate
 from exporter.model import load_decoder
 from exporter.precision import QuantizeOptions
+from graphs.manifest import Manifest
 from runtime.bench import machine
 from runtime.corpus import read_corpus, windows
 from runtime.load import load_session
@@ -34,7 +35,6 @@ from runtime.tokenizer import Tokenizer
 CHECKPOINT = "smollm2"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "calibration.md"
 LENGTH = 512
-OPEN = Gate(max_ppl_increase=1e9)  # everything is measured, whatever it loses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ ROWS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="for tables and bundles")
-    parser.add_argument("--windows", type=int, default=20)
+    parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--only", default="", help="a regular expression of rows")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -89,25 +89,31 @@ def main() -> None:
 
 
 def measured(row: Row, folder: Path, count: int) -> Measured:
-    """Calibrate, export and evaluate one row."""
+    """Calibrate, export and evaluate one row; the export's own gate does the evaluation."""
     table_path = calibrated(row, folder)
     bundle = folder / "bundle"
+    everything = Gate(max_ppl_increase=1e9, windows=count)  # measured, whatever it loses
     manifest = export(CHECKPOINT, bundle, ExportOptions(
-        precision=row.precision, quantize=row.quantize, calibration=table_path, gate=OPEN,
+        precision=row.precision, quantize=row.quantize, calibration=table_path, gate=everything,
         force=True,
     ))  # fmt: skip
-    corpus = read_corpus((), Tokenizer.load(bundle), "evaluation")
-    session = load_session(bundle, manifest)
-    decoder = load_decoder(manifest.model, open_checkpoint(CHECKPOINT).tensor)
-    found = evaluation.evaluate(session, manifest, windows(corpus, LENGTH, count), decoder)
+    found = (manifest.quantization or {}).get("quality") or plain(bundle, manifest, count)
     one = Measured(
-        name=row.name, precision=row.precision,
-        method=" ".join(row.calibrate or ()), file_bytes=file_bytes(manifest),
-        read_bytes=read_bytes(manifest), perplexity=found.perplexity,
-        reference_perplexity=found.reference_perplexity, kl=found.kl, top1=found.top1,
+        name=row.name, precision=row.precision, method=" ".join(row.calibrate or ()),
+        file_bytes=file_bytes(manifest), read_bytes=read_bytes(manifest),
+        **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1")},
     )  # fmt: skip
     print(json.dumps(asdict(one)), file=sys.stderr, flush=True)
     return one
+
+
+def plain(bundle: Path, manifest: Manifest, count: int) -> dict[str, Any]:
+    """Evaluate a bundle that is not quantized, which no gate has seen."""
+    corpus = read_corpus((), Tokenizer.load(bundle), "evaluation")
+    session = load_session(bundle, manifest)
+    decoder = load_decoder(manifest.model, open_checkpoint(CHECKPOINT).tensor)
+    cut = windows(corpus, LENGTH, count)
+    return evaluation.evaluate(session, manifest, cut, decoder).to_json()
 
 
 def calibrated(row: Row, folder: Path) -> Path | None:
