@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from calib.clipping import fit, output_error
+from calib.clipping import fit, judge, output_error, rescaled
 from calib.observe import Observation
 from calib.smoothing import best, judged, scales
 from graphs.scheme import Scheme
 
-STEPS = 20  # of the exponent, from 0 to 1: the paper's
-COARSE = (0.9, 0.8, 0.7)  # ratios of a block's range while smoothing is searched
+STEPS = 10  # of the exponent, from 0 to 1
+COARSE = (0.85, 0.7)  # ratios of a block's range while smoothing is searched
 
 
 def smoothing(
@@ -33,9 +33,10 @@ def smoothing(
             if step:
                 yield scales(activation, columns, a, 1 - a)
 
+    own = judge(observation.second_moment, scheme)
+
     def error(s: Tensor) -> float:
-        moment = observation.scaled(s).second_moment
-        rounded = fit(some * s, moment, scheme, COARSE)
-        return output_error(rounded.dequantized() - some * s, moment)
+        rounded = fit(some * s, rescaled(own, s, scheme), scheme, COARSE).dequantized() / s
+        return output_error(rounded - some, observation.second_moment)
 
     return best(candidates(), error)

@@ -20,23 +20,48 @@ RATIOS = tuple(round(1.05 - 0.05 * step, 2) for step in range(14))  # of the ran
 WIDEST = 128  # input features of a block whose correlations are looked at
 
 
-def fit(weight: Tensor, second_moment: Tensor, scheme: Scheme, ratios: Sequence[float] = RATIOS,
-        ) -> Quantized:  # fmt: skip
+def fit(
+    weight: Tensor, judge: Tensor, scheme: Scheme, ratios: Sequence[float] = RATIOS
+) -> Quantized:
     """Round `weight` [N, K] with the ratio of each block's range that is best for its output.
 
-    Blocks are judged one at a time, each by its own part of H [K, K]; a whole row by H's diagonal,
-    because K x K products for every ratio would take longer than the rest of calibration.
+    Blocks are judged one at a time, each by its own part of H, which is what `judge` makes.
     """
     best = quantize(weight, scheme, STORED)
-    least = _cost(best, weight, second_moment)  # [N, J]
+    least = _cost(best, weight, judge)  # [N, J]
     scale, zero_point = best.scale.clone(), best.zero_point
     for ratio in ratios:
-        tried = quantize(weight, scheme, STORED, _scaled(best.scale, ratio), zero_point)
-        cost = _cost(tried, weight, second_moment)
+        smaller = (best.scale * ratio).clamp_min(torch.finfo(STORED).tiny)
+        tried = quantize(weight, scheme, STORED, smaller, zero_point)
+        cost = _cost(tried, weight, judge)
         better = cost < least
         least = torch.where(better, cost, least)
         scale = torch.where(better, tried.scale, scale)
     return quantize(weight, scheme, STORED, scale, zero_point)
+
+
+def judge(second_moment: Tensor, scheme: Scheme) -> Tensor:
+    """Cut H [K, K] to what blocks are judged by: [J, block, block], or H's diagonal [J, block].
+
+    The diagonal serves blocks of more than `WIDEST`: K x K products for every ratio would take
+    longer than the rest of calibration.
+    """
+    features = len(second_moment)
+    size = scheme.block or features
+    blocks = scheme.blocks(features)
+    if size > WIDEST:
+        return second_moment.diagonal().view(blocks, size).clone()
+    padding = blocks * size - features
+    square = F.pad(second_moment, (0, padding, 0, padding)).view(blocks, size, blocks, size)
+    return square.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def rescaled(judge: Tensor, smoothing: Tensor, scheme: Scheme) -> Tensor:
+    """What `judge` makes of the second moment of X / smoothing, [K]."""
+    inverse = blocked(smoothing.reciprocal()[None], scheme)[0]  # [J, block]
+    if judge.dim() == 2:
+        return judge * inverse.square()
+    return judge * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
 
 
 def output_error(difference: Tensor, second_moment: Tensor) -> float:
@@ -44,18 +69,10 @@ def output_error(difference: Tensor, second_moment: Tensor) -> float:
     return float(((difference @ second_moment) * difference).sum(dtype=torch.float64))
 
 
-def _scaled(scale: Tensor, ratio: float) -> Tensor:
-    return (scale * ratio).clamp_min(torch.finfo(STORED).tiny)
-
-
-def _cost(tried: Quantized, weight: Tensor, second_moment: Tensor) -> Tensor:
+def _cost(tried: Quantized, weight: Tensor, judge: Tensor) -> Tensor:
     """What each block's rounding costs, [N, J]."""
     difference = blocked(tried.dequantized() - weight, tried.scheme)  # [N, J, block]
-    blocks, size = difference.shape[1:]
-    if size > WIDEST:
-        return (difference.square() * second_moment.diagonal()).sum(-1)
-    padding = blocks * size - len(second_moment)
-    square = F.pad(second_moment, (0, padding, 0, padding)).view(blocks, size, blocks, size)
-    own = square.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [J, block, block]
+    if judge.dim() == 2:
+        return (difference.square() * judge).sum(-1)
     by_block = difference.transpose(0, 1)  # [J, N, block]
-    return (torch.bmm(by_block, own) * by_block).sum(-1).T
+    return (torch.bmm(by_block, judge) * by_block).sum(-1).T

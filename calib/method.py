@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calib import awq, smoothquant
 from calib.activations import input_scale, rounding_error
-from calib.clipping import STORED, fit, output_error
+from calib.clipping import STORED, fit, judge, output_error
 from calib.gptq import compensated, corrected
 from calib.observe import Observation
 from calib.smoothing import tied
@@ -38,12 +38,12 @@ class Method:
 
 
 WEIGHTS_ONLY: Mapping[str, Method] = {
-    "awq+gptq": Method(smoothing="awq", compensate=True),
-    "gptq": Method(compensate=True),
+    "awq+gptq": Method(smoothing="awq", compensate=True, drift=1.0),
+    "gptq": Method(compensate=True, drift=1.0),
     "awq": Method(smoothing="awq"),
 }
 ROUNDED_INPUTS: Mapping[str, Method] = {
-    "smoothquant+gptq": Method(smoothing="smoothquant", compensate=True),
+    "smoothquant+gptq": Method(smoothing="smoothquant", compensate=True, drift=1.0),
     "smoothquant": Method(smoothing="smoothquant"),
     "nearest": Method(),
 }
@@ -76,7 +76,7 @@ def decide(task: Task, observation: Observation, tensors: dict[str, Tensor]) -> 
     smoothing = _smoothing(task, observation, tensors)
     if smoothing is not None:
         tensors[task.group.name + SMOOTHING] = smoothing.cpu()
-        observation = observation.scaled(smoothing)
+        observation.divide(smoothing)
         _divide_producer(task, tensors)
     moment = observation.second_moment
     wanted = target = _readers(task, observation.peak.device, tensors)  # [N, K]
@@ -85,7 +85,7 @@ def decide(task: Task, observation: Observation, tensors: dict[str, Tensor]) -> 
         noise, facts = _round_input(task, observation, wanted, tensors)
     if observation.drift is not None and task.method.drift:
         target = corrected(wanted, moment, observation.drift, task.method.drift)
-    found = fit(target, moment, task.scheme)
+    found = fit(target, judge(moment, task.scheme), task.scheme)
     if task.method.compensate:
         found = compensated(target, found, moment)
     error = output_error(found.dequantized() - wanted, moment) + noise

@@ -24,17 +24,17 @@ class Observation:
     rows: Tensor  # [R, K], some of X's rows, spread over all samples and positions
     drift: Tensor | None = None  # [K, K], X^T (F - X) / T, where F is what the float model has
 
-    def scaled(self, smoothing: Tensor) -> "Observation":
-        """Return what would have been observed of X / smoothing, [K]."""
+    def divide(self, smoothing: Tensor) -> None:
+        """Change all of it to what would have been observed of X / smoothing, [K].
+
+        In place: the second moment of 14,336 features takes 0.8 GB.
+        """
         inverse = smoothing.reciprocal()
-        square = inverse.unsqueeze(-1) * inverse
-        return Observation(
-            second_moment=self.second_moment * square,
-            magnitude=self.magnitude * inverse,
-            peak=self.peak * inverse,
-            rows=self.rows * inverse,
-            drift=None if self.drift is None else self.drift * square,
-        )
+        for square in (self.second_moment, self.drift):
+            if square is not None:
+                square.mul_(inverse).mul_(inverse.unsqueeze(-1))
+        for values in (self.magnitude, self.peak, self.rows):
+            values.mul_(inverse)
 
 
 class Observer:
@@ -69,13 +69,13 @@ class Observer:
         self._seen += len(x)
 
     def finish(self) -> Observation:
-        """Return the means over everything taken in."""
+        """Return the means over everything taken in; nothing may be added after."""
         return Observation(
-            second_moment=self._moment / self._seen,
-            magnitude=self._magnitude / self._seen,
+            second_moment=self._moment.div_(self._seen),
+            magnitude=self._magnitude.div_(self._seen),
             peak=self._peak,
             rows=torch.cat(self._rows),
-            drift=None if self._drift is None else self._drift / self._seen,
+            drift=None if self._drift is None else self._drift.div_(self._seen),
         )
 
 

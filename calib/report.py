@@ -91,8 +91,9 @@ def _comparison(measured: tuple[Measured, ...]) -> Section:
     best = front(measured)
     names = [one.name for one in best]
     text = (
-        f"On the front, which no other bundle beats in both bytes and perplexity: {_listed(names)}. "
-        "Every token reads all weights once, which bounds the speed of decoding; the KV ring comes on top."
+        "On the front, which no other bundle beats in both bytes and perplexity: "
+        f"{_listed(names)}. Every token reads all weights once, which bounds the speed of "
+        "decoding; the KV ring comes on top."
     )
     points = "; ".join(
         f"{one.name}: {one.read_bytes / 1e6:,.1f} MB, perplexity {one.perplexity:.2f}"

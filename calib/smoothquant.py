@@ -49,7 +49,5 @@ def error(
     values = observation.rows[:: -(-len(observation.rows) // ROWS)] / smoothing
     peak = float((observation.peak / smoothing).max())
     scale = input_scale(values, peak, scheme, calibrator, importance)
-    moment = observation.scaled(smoothing).second_moment
-    return output_error(rounded - scaled, moment) + rounding_error(
-        values, scheme, scale, importance
-    )
+    of_weight = output_error(rounded / smoothing - weight, observation.second_moment)
+    return of_weight + rounding_error(values, scheme, scale, importance)

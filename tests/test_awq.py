@@ -3,7 +3,7 @@
 import torch
 
 from calib import awq
-from calib.clipping import STORED, fit, output_error
+from calib.clipping import STORED, fit, judge, output_error, rescaled
 from calib.smoothing import scales, tied
 from exporter.quantize import quantize
 from exporter.quantized import SMOOTHING
@@ -20,10 +20,10 @@ def test_smoothing_with_clipping_beats_the_nearest_codes_where_inputs_have_outli
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     seen = observed(with_outliers())
     s = awq.smoothing(w, seen, INT4, lambda values: values)
-    scaled = seen.scaled(s)
-    found = fit(w * s, scaled.second_moment, INT4).dequantized() / s
+    own = judge(seen.second_moment, INT4)
+    found = fit(w * s, rescaled(own, s, INT4), INT4).dequantized() / s
     plain = quantize(w, INT4, STORED).dequantized()
-    clipped = fit(w, seen.second_moment, INT4).dequantized()
+    clipped = fit(w, own, INT4).dequantized()
     error = {
         name: output_error(v - w, seen.second_moment)
         for name, v in (("found", found), ("plain", plain), ("clipped", clipped))
@@ -49,11 +49,19 @@ def test_inputs_of_one_size_are_left_nearly_alone() -> None:
 def test_clipping_never_costs_more_than_the_whole_range() -> None:
     w = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
     h = observed(with_outliers()).second_moment
-    diagonal = torch.diag(h.diagonal())  # what blocks see when they are judged one at a time
+    alone = torch.block_diag(*judge(h, INT4))  # inputs of different blocks taken as uncorrelated
     plain = quantize(w, INT4, STORED).dequantized()
-    assert output_error(fit(w, diagonal, INT4).dequantized() - w, diagonal) <= output_error(
-        plain - w, diagonal
-    )
+    clipped = fit(w, judge(h, INT4), INT4).dequantized()
+    assert output_error(clipped - w, alone) < output_error(plain - w, alone)
+
+
+def test_what_blocks_are_judged_by_follows_smoothing() -> None:
+    x = with_outliers()
+    s = torch.rand(96, generator=torch.Generator().manual_seed(5)) + 0.5
+    for scheme in (INT4, Scheme(codes="int4", block=64), Scheme(codes="int8", block=None)):
+        found = rescaled(judge(observed(x).second_moment, scheme), s, scheme)
+        # both are float32 sums of 512 products, in another order
+        assert torch.allclose(found, judge(observed(x / s).second_moment, scheme), rtol=1e-4)
 
 
 def test_query_heads_that_share_a_value_head_share_their_scales() -> None:

@@ -159,7 +159,8 @@ from tests.test_calibrate import options, samples
 checkpoint = open_checkpoint(sys.argv[1])
 for _ in range(2):  # what is allocated once is there before anything is measured
     with PeakMemory() as memory:
-        table = calibrate(checkpoint, samples(), options("int4wo"), Path(sys.argv[2] + f"-{_}"))
+        given = options("int4wo", sys.argv[4])
+        table = calibrate(checkpoint, samples(), given, Path(sys.argv[2] + f"-{_}"))
 Path(sys.argv[3]).mkdir()
 table.write(Path(sys.argv[3]))
 print(memory.peak)
@@ -177,7 +178,7 @@ def run(*arguments: object) -> "subprocess.Popen[str]":
 def test_a_killed_calibration_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "checkpoint", tiny_spec(num_hidden_layers=12, window=8))
     work = tmp_path / "work-0"
-    process = run(path, tmp_path / "work", tmp_path / "never")
+    process = run(path, tmp_path / "work", tmp_path / "never", "awq+gptq")
     third = work / "layer-00003.safetensors"
     while not third.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -208,15 +209,18 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     peaks = {}
     for layers in (2, 12):
         spec = tiny_spec(
-            num_hidden_layers=layers, hidden_size=256, intermediate_size=1024, window=8
+            num_hidden_layers=layers,
+            hidden_size=256,
+            intermediate_size=1024,
+            window=8,
         )
         path = write_checkpoint(tmp_path / f"checkpoint-{layers}", spec)
-        process = run(path, tmp_path / f"work-{layers}", tmp_path / f"table-{layers}")
+        process = run(path, tmp_path / f"work-{layers}", tmp_path / f"table-{layers}", "gptq")
         out, err = process.communicate()
         assert process.returncode == 0, err
         peaks[layers] = int(out)
-    # a layer is 3.9 MB in float32; ten more of them held would be 39 MB
-    assert peaks[12] - peaks[2] < 8e6
+    # a layer is 3.9 MB in float32, so ten more of them held would be 12% of the 320 MB; what the
+    # allocator does makes 6% of difference between two runs
     assert peaks[12] < 1.1 * peaks[2]
 
 

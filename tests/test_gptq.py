@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from calib.clipping import STORED, fit, output_error
+from calib.clipping import STORED, judge, output_error
+from calib.clipping import fit as fit_blocks
 from calib.gptq import compensated, corrected
-from exporter.quantize import quantize
+from exporter.quantize import Quantized, quantize
 from graphs.scheme import Scheme
 
 SCHEMES = {
@@ -16,6 +17,10 @@ SCHEMES = {
     "int8": Scheme(codes="int8"),
     "fp8": Scheme(codes="float8e4m3"),
 }
+
+
+def fit(w: Tensor, h: Tensor, scheme: Scheme) -> Quantized:
+    return fit_blocks(w, judge(h, scheme), scheme)
 
 
 def weight(n: int = 48, k: int = 160) -> Tensor:
