@@ -42,6 +42,7 @@ ELEMENT: Mapping[str, tuple[str, float]] = {
 }  # fmt: skip
 ALIGNMENT = 64  # bytes; of the first tensor, so that a mapped file suits any vector load
 BLOCK = 1 << 25  # bytes converted or moved at once: 32 MiB
+QUANTIZED = 1 << 22  # bytes in float32 that are quantized at once, with half a dozen copies
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 Progress = Callable[[int], None]  # called with the number of bytes just written
@@ -169,7 +170,8 @@ def _weight(
     if recipe.stored is torch.float16:
         _check_range(name, stored)
     # What calibration decided is for the weight as a whole, a layer's linear at the most.
-    rows = len(stored) if calibrated else max(1, BLOCK // max(1, stored[0].numel() * 4))
+    size = QUANTIZED if name in recipe.schemes else BLOCK
+    rows = len(stored) if calibrated else max(1, size // max(1, stored[0].numel() * 4))
     exact = recipe.repacked.get(name)
     blocks = stored.split(rows) if exact is None else [stored]
     for block in blocks:

@@ -34,7 +34,7 @@ from runtime.tokenizer import Tokenizer
 
 CHECKPOINT = "smollm2"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "calibration.md"
-LENGTH = 512
+LENGTH, SAMPLES = 512, 16  # tokens of a window; windows that calibrate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +64,12 @@ ROWS = (
         )
     ),
     Row(name="int8, SmoothQuant", precision="int8", calibrate=("--method", "smoothquant")),
-    Row(name="int8, SmoothQuant and GPTQ", precision="int8", calibrate=()),
-    Row(name="int8, the same, a tenth kept as int8wo", precision="int8",
-        calibrate=("--keep-share", "0.1")),
-    Row(name="fp8, SmoothQuant and GPTQ", precision="fp8", calibrate=()),
+    Row(name="int8, SmoothQuant and GPTQ", precision="int8",
+        calibrate=("--method", "smoothquant+gptq")),
+    Row(name="int8, the same, at most a tenth of the linears kept as int8wo", precision="int8",
+        calibrate=("--method", "smoothquant+gptq", "--keep-share", "0.1")),
+    Row(name="fp8, SmoothQuant and GPTQ", precision="fp8",
+        calibrate=("--method", "smoothquant+gptq")),
 )  # fmt: skip
 
 
@@ -120,7 +122,7 @@ def calibrated(row: Row, folder: Path) -> Path | None:
     """The row's table, made unless it is there."""
     if row.calibrate is None:
         return None
-    words = [row.precision, *row.calibrate]
+    words = [row.precision, *row.calibrate, "--samples", str(SAMPLES)]
     path = folder / re.sub(r"[^a-z0-9.+]+", "-", " ".join(words)).strip("-")
     if not path.exists():
         command = ["calibrate", CHECKPOINT, "--output", str(path), "--precision", *words]
@@ -153,9 +155,10 @@ def table(rows: Sequence[Measured], count: int) -> str:
     """The Markdown between the marks."""
     facts = machine()
     lines = [
-        f"{count} windows of {LENGTH} tokens, whose perplexity in float32 is "
-        f"{rows[0].perplexity:.3f}; onnxruntime {facts['onnxruntime']}, torch "
-        f"{torch.__version__.split('+')[0]}, Python {facts['python']}.",
+        f"Calibrated on {SAMPLES} windows of {LENGTH} tokens, evaluated on {count}, whose "
+        f"perplexity in float32 is {rows[0].perplexity:.3f}; onnxruntime "
+        f"{facts['onnxruntime']}, torch {torch.__version__.split('+')[0]}, Python "
+        f"{facts['python']}.",
         "",
         "| | bundle, MB | read per token, MB | perplexity | change | KL, nats | top-1 agreement |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
