@@ -86,7 +86,7 @@ def calibrate(
     with stage("Reading the checkpoint", None):
         fingerprint = checkpoint.fingerprint()
     plan = {"checkpoint": fingerprint, "data": dict(samples.data), "options": options.to_json(),
-            "samples": list(samples.ids.shape), "versions": versions()}  # fmt: skip
+            "samples": samples.digest, "versions": versions()}  # fmt: skip
     with work.opened(directory, plan) as state, torch.inference_mode():
         per_layer = STAGES * samples.ids.numel()
         with stage("Calibrating", spec.num_hidden_layers * per_layer) as advance:

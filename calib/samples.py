@@ -1,5 +1,6 @@
 """The windows of text that calibration looks at, and how far they reach. Knows no method."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,12 @@ class Samples:
 
     ids: Tensor
     data: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ids and their shape."""
+        ids = self.ids.contiguous()
+        return hashlib.sha256(repr(tuple(ids.shape)).encode() + ids.numpy().tobytes()).hexdigest()
 
     def coverage(self, spec: ModelSpec) -> list[dict[str, Any]]:
         """For each distinct window, how many tokens lie beyond it, where keys are forgotten."""
