@@ -10,6 +10,7 @@ torch in one process it does not: lists in the plan follow the heap's addresses)
 is measured alone; and if the kernel kills it for memory, that is an error message and not our end.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -165,8 +166,26 @@ def memory_advice() -> str:
     return f"{here}build on a host with more memory, or without --two-profiles."
 
 
+ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
+
+
+def fix_addresses() -> None:
+    """Start this process again with its memory at the same addresses every time.
+
+    The order of some lists in a plan follows addresses: of 24 builds of one graph, side by side,
+    one was different. Where the kernel does not allow it, that is how it stays.
+    """
+    personality = ctypes.CDLL(None).personality
+    current = personality(0xFFFFFFFF)  # asks, and changes nothing
+    if current == -1 or current & ADDR_NO_RANDOMIZE:
+        return
+    if personality(current | ADDR_NO_RANDOMIZE) != -1:
+        os.execv(sys.executable, [sys.executable, "-m", "exporter.engine"])  # noqa: S606
+
+
 def main() -> None:
     """Build what standard input asks for; answer in JSON, a line for each step and the last one."""
+    fix_addresses()
     # TensorRT writes to standard output itself: keep it for answers, give it standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
