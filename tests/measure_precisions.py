@@ -154,8 +154,9 @@ def cache_reference() -> None:
 def table(rows: Sequence[Measured], count: int) -> str:
     """The Markdown between the marks."""
     facts = machine()
+    calibrated = f"Calibrated on {SAMPLES} windows of {LENGTH} tokens. " * any(r.method for r in rows)
     lines = [
-        f"Calibrated on {SAMPLES} windows of {LENGTH} tokens, evaluated on {count}, whose "
+        f"{calibrated}Evaluated on {count} windows of {LENGTH} tokens, whose "
         f"perplexity in float32 is {rows[0].perplexity:.3f}; onnxruntime "
         f"{facts['onnxruntime']}, torch {torch.__version__.split('+')[0]}, Python "
         f"{facts['python']}.",
