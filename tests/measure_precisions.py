@@ -154,7 +154,8 @@ def cache_reference() -> None:
 def table(rows: Sequence[Measured], count: int) -> str:
     """The Markdown between the marks."""
     facts = machine()
-    calibrated = f"Calibrated on {SAMPLES} windows of {LENGTH} tokens. " * any(r.method for r in rows)
+    uses_samples = any(row.method for row in rows)
+    calibrated = f"Calibrated on {SAMPLES} windows of {LENGTH} tokens. " if uses_samples else ""
     lines = [
         f"{calibrated}Evaluated on {count} windows of {LENGTH} tokens, whose "
         f"perplexity in float32 is {rows[0].perplexity:.3f}; onnxruntime "
