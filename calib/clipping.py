@@ -17,6 +17,7 @@ from graphs.scheme import Scheme
 
 STORED = torch.float16  # what scales are rounded to, so that one table serves every target
 RATIOS = tuple(round(1.05 - 0.05 * step, 2) for step in range(14))  # of the range: 1.05 to 0.4
+TINY = torch.finfo(STORED).tiny
 WIDEST = 128  # input features of a block whose correlations are looked at
 
 
@@ -31,13 +32,45 @@ def fit(
     least = _cost(best, weight, judge)  # [N, J]
     scale, zero_point = best.scale.clone(), best.zero_point
     for ratio in ratios:
-        smaller = (best.scale * ratio).clamp_min(torch.finfo(STORED).tiny)
+        smaller = (best.scale * ratio).clamp_min(TINY)
         tried = quantize(weight, scheme, STORED, smaller, zero_point)
         cost = _cost(tried, weight, judge)
         better = cost < least
         least = torch.where(better, cost, least)
         scale = torch.where(better, tried.scale, scale)
     return quantize(weight, scheme, STORED, scale, zero_point)
+
+
+def settle(weight: Tensor, found: Quantized, second_moment: Tensor, sweeps: int = 2) -> Quantized:
+    """Choose the ratios of `found` again, one block after another, each knowing all the others.
+
+    What blocks do wrong adds up in the output, so a block may make up for the rest. Coordinate
+    descent on tr(D H D^T): no choice makes it larger, but for the last bits of the sum. Codes stay
+    the nearest ones.
+    """
+    scheme, size = found.scheme, found.scheme.block
+    if size is None or found.scale.shape[1] == 1:
+        return found
+    widest = quantize(weight, scheme, STORED).scale  # [N, J]
+    difference, scale = found.dequantized() - weight, found.scale.clone()
+    for _ in range(sweeps):
+        for number, start in enumerate(range(0, weight.shape[1], size)):
+            columns = slice(start, min(start + size, weight.shape[1]))
+            own = second_moment[columns, columns]
+            # what the other blocks do wrong, seen through the inputs of this one
+            rest = difference @ second_moment[:, columns] - difference[:, columns] @ own
+            part, at = weight[:, columns], slice(number, number + 1)
+            zero_point = None if found.zero_point is None else found.zero_point[:, at]
+            least = torch.full_like(scale[:, at], torch.inf)
+            for candidate in (scale[:, at].clone(), *(widest[:, at] * ratio for ratio in RATIOS)):
+                tried = quantize(part, scheme, STORED, candidate.clamp_min(TINY), zero_point)
+                error = tried.dequantized() - part
+                cost = ((error @ own + 2 * rest) * error).sum(1, keepdim=True)
+                better = cost < least
+                least = torch.where(better, cost, least)
+                scale[:, at] = torch.where(better, tried.scale, scale[:, at])
+                difference[:, columns] = torch.where(better, error, difference[:, columns])
+    return quantize(weight, scheme, STORED, scale, found.zero_point)
 
 
 def judge(second_moment: Tensor, scheme: Scheme) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calib import awq, smoothquant
 from calib.activations import input_scale, rounding_error
-from calib.clipping import STORED, fit, judge, output_error
+from calib.clipping import STORED, fit, judge, output_error, settle
 from calib.gptq import compensated, corrected
 from calib.observe import Observation
 from calib.smoothing import tied
@@ -88,6 +88,8 @@ def decide(task: Task, observation: Observation, tensors: dict[str, Tensor]) -> 
     found = fit(target, judge(moment, task.scheme), task.scheme)
     if task.method.compensate:
         found = compensated(target, found, moment)
+    else:
+        found = settle(target, found, moment)
     error = output_error(found.dequantized() - wanted, moment) + noise
     facts["error"] = error / max(output_error(wanted, moment), torch.finfo().tiny)
     _store(task, found, tensors)

@@ -110,7 +110,7 @@ def export(
     from exporter.export import ExportOptions
     from exporter.export import export as run
     from exporter.gate import Gate
-    from exporter.precision import QuantizeOptions
+    from exporter.schemes import QuantizeOptions
 
     engine = EngineOptions(
         gpus=tuple(name.strip() for name in gpu.split(",")) if gpu else (),

@@ -26,8 +26,9 @@ from exporter.gate import Gate, measure
 from exporter.golden import golden, margin
 from exporter.model import Decoder
 from exporter.plan import plan, require_host
-from exporter.precision import QuantizeOptions, describe, make_recipe, quantization
+from exporter.precision import describe, make_recipe, quantization
 from exporter.quantized import Recipe
+from exporter.schemes import QuantizeOptions
 from exporter.simulate import simulate
 from exporter.tokenizer import TokenizerFiles, read_tokenizer
 from exporter.trace import trace

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from exporter.schemes import quantized_bytes
 from graphs.errors import MistralcError, UsageError
 from graphs.gpus import Gpu
 from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec, ring_bytes
@@ -20,10 +21,6 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int8wo", "int4wo", "fp8"]
 
 UNQUANTIZED: Mapping[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precisions whose weights are of the type that the graph computes in."""
-
-QUANTIZED_BYTES: Mapping[str, float] = {"int8": 1.02, "int8wo": 1.001, "int4wo": 0.517, "fp8": 1.01}
-"""Plan bytes per quantized weight with its scales, measured on a 4096 x 4096 linear; int4wo in
-blocks of 128. Quantized are the layers' linears; embedding, norms and output layer are not."""
 
 CPU_PRECISIONS = ("fp32", "int8", "int8wo", "int4wo", "fp8")  # ONNX Runtime CPU computes in float32
 ENGINES = ("rtx", "tensorrt")
@@ -107,7 +104,7 @@ class Fit:
 def plan(spec: ModelSpec, ring: RingSpec, target: str, precision: str) -> Plan:
     """Work out what a model needs. Raises UsageError for a precision that the target lacks."""
     activation = activation_of(target, precision)
-    weights = weight_bytes(spec, precision, activation)
+    weights = weight_bytes(spec, target, precision, activation)
     multi_head = spec.num_attention_heads // spec.num_key_value_heads
     full_ring, per_token = ring_bytes(spec, ring, activation), spec.kv_bytes_per_token(activation)
     # A decode step reads one row of the embedding, unless the output layer is the embedding.
@@ -150,17 +147,11 @@ def activation_of(target: str, precision: str) -> Dtype:
     return "float32"
 
 
-def weight_bytes(spec: ModelSpec, precision: str, activation: Dtype) -> int:
-    """Bytes of all weights: the layers' linears quantized, everything else as it computes."""
+def weight_bytes(spec: ModelSpec, target: str, precision: str, activation: Dtype) -> int:
+    """Bytes of all weights, quantized or as the graph computes."""
     if precision in UNQUANTIZED:
         return spec.num_parameters * ITEM_SIZE[activation]
-    linears = sum(
-        shape[0] * shape[1]
-        for name, shape in spec.weight_shapes().items()
-        if ".layers." in name and len(shape) == 2
-    )
-    kept = (spec.num_parameters - linears) * ITEM_SIZE[activation]
-    return round(linears * QUANTIZED_BYTES[precision]) + kept
+    return quantized_bytes(spec, target, precision, activation)
 
 
 def activation_parts(spec: ModelSpec, ring: RingSpec, activation: Dtype) -> dict[str, int]:

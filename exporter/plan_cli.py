@@ -144,15 +144,11 @@ def _rows(checkpoint: str, needed: "Plan") -> dict[str, str]:
 
 
 def _policy(needed: "Plan") -> str:
-    from exporter.plan import QUANTIZED_BYTES, UNQUANTIZED
+    from exporter.plan import UNQUANTIZED
 
     if needed.precision in UNQUANTIZED:
         return ""
-    each = QUANTIZED_BYTES[needed.precision]
-    return (
-        f": the layers' linears at {each} bytes a weight (measured), embedding, norms and output "
-        f"layer in {needed.activation}"
-    )
+    return f": codes and scales of the linears, everything else in {needed.activation}"
 
 
 def _host_rows(needed: "Plan") -> dict[str, str]:

@@ -1,13 +1,11 @@
-"""Which weights of a checkpoint a precision quantizes, and how. Knows nothing about graphs.
+"""How every weight of one checkpoint is quantized. Knows nothing about graphs.
 
-The linears of the layers are always quantized, norms never. The output layer is kept in 8 bits by
-the precisions that quantize weights only, or as it is with `--keep lm_head`; if it is the embedding
-too, that holds for the CPU, where both read the same codes. A table of calibration says for itself
-what else it quantizes.
+The schemes of `exporter/schemes.py`, but for what the checkpoint has in blocks already and what a
+table of calibration says for itself.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,36 +14,12 @@ from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint
 from exporter.gguf_blocks import block_scheme, read_blocks
 from exporter.quantized import INPUT_SCALE, Recipe
+from exporter.schemes import CALIBRATED, QuantizeOptions, fitting, layer_schemes, output_scheme
 from graphs.errors import UsageError
 from graphs.manifest import Manifest
 from graphs.qdq import Quantization
-from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups
+from graphs.scheme import QUANTIZED, Scheme, groups
 from graphs.spec import Dtype, ModelSpec
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-CALIBRATED = ("int8", "fp8")  # they round activations too, whose ranges only samples can tell
-ENGINE_BLOCK, CPU_BLOCK = 128, 32  # input features; of int4wo, and of int8wo on the CPU
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeOptions:
-    """What the user may choose about a quantized precision.
-
-    `block` is for weights without a table. `symmetric` leaves zero points out where there may be
-    some; TensorRT takes none. `keep` names linears to leave alone; there is only `lm_head` so far.
-    """
-
-    block: int | None = None
-    symmetric: bool = False
-    keep: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.block is not None and self.block not in BLOCKS:
-            known = ", ".join(map(str, BLOCKS))
-            raise UsageError(f"--block is {self.block}; one of {known} is expected.")
-        unknown = set(self.keep) - {"lm_head"}
-        if unknown:
-            raise UsageError(f"--keep is {sorted(unknown)[0]!r}; lm_head is expected.")
 
 
 def make_recipe(
@@ -63,18 +37,20 @@ def make_recipe(
         return Recipe(spec=spec, activation=activation)
     cpu = target == "cpu"
     if table is None:
-        plain = Recipe(
-            spec=spec, activation=activation, schemes=_nearest(spec, precision, options, cpu=cpu)
-        )
+        _check_rounds_weights_only(precision)
+        schemes = layer_schemes(spec, target, precision, options)
+        plain = Recipe(spec=spec, activation=activation, schemes=schemes)
         recipe = _repacked(plain, checkpoint, options) if cpu else plain
     else:
         _check_table(table, precision, options)
         recipe = Recipe(
             spec=spec, activation=activation, schemes=table.schemes, tensors=table.tensors
         )
-    if "lm_head" not in options.keep and precision.endswith("wo"):
-        recipe = _with_head(recipe, checkpoint, cpu=cpu)
-    recipe = replace(recipe, schemes=_fitting(recipe, cpu=cpu))
+    head = output_scheme(spec, target, precision, options)
+    if head is not None:
+        recipe = _with_output_layer(recipe, checkpoint, *head)
+    fitted = fitting(spec, target, recipe.schemes, decided=recipe.calibrated)
+    recipe = replace(recipe, schemes=fitted)
     weights_only = (name for name, scheme in recipe.schemes.items() if scheme.activation is None)
     return replace(recipe, nbits=frozenset(weights_only)) if cpu else recipe
 
@@ -119,19 +95,13 @@ def stored_recipe(manifest: Manifest) -> Recipe:
     )
 
 
-def _nearest(
-    spec: ModelSpec, precision: str, options: QuantizeOptions, *, cpu: bool
-) -> Mapping[str, Scheme]:
+def _check_rounds_weights_only(precision: str) -> None:
     if precision in CALIBRATED:
         raise UsageError(
             f"The precision {precision} rounds activations, whose ranges only samples of text can "
             f"tell. Run `mistralc calibrate CHECKPOINT -o TABLE --precision {precision}`, and "
             "export with --calibration TABLE."
         )
-    block = options.block or (CPU_BLOCK if cpu else ENGINE_BLOCK if precision == "int4wo" else None)
-    offset = cpu and precision == "int4wo" and not options.symmetric
-    scheme = default_scheme(precision, block=block, offset="zero_point" if offset else "none")
-    return {name: scheme for group in groups(spec) for name in group.readers}
 
 
 def _repacked(recipe: Recipe, checkpoint: Checkpoint, options: QuantizeOptions) -> Recipe:
@@ -150,15 +120,10 @@ def _repacked(recipe: Recipe, checkpoint: Checkpoint, options: QuantizeOptions) 
     return replace(recipe, schemes=schemes, repacked=exact)
 
 
-def _with_head(recipe: Recipe, checkpoint: Checkpoint, *, cpu: bool) -> Recipe:
-    """Keep the output layer in 8 bits, in the blocks of a GGUF file if those are 8 bits already."""
-    tied = recipe.spec.tie_word_embeddings
-    name = EMBEDDING if tied else HEAD
-    if tied and (not cpu or recipe.spec.hidden_size % CPU_BLOCK):
-        return recipe
-    scheme = default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
+def _with_output_layer(recipe: Recipe, checkpoint: Checkpoint, name: str, scheme: Scheme) -> Recipe:
+    """Quantize the output layer too, by the blocks of a GGUF file if those are the scheme's."""
     recipe = replace(recipe, schemes={**recipe.schemes, name: scheme})
-    if cpu and block_scheme(checkpoint.dtypes[name]) == scheme:
+    if block_scheme(checkpoint.dtypes[name]) == scheme:
         exact = {**recipe.repacked, name: read_blocks(checkpoint, name)}
         recipe = replace(recipe, repacked=exact)
     return recipe
@@ -175,33 +140,3 @@ def _check_table(table: CalibrationTable, precision: str, options: QuantizeOptio
             "--block and --symmetric were decided when the calibration table was made. Leave them "
             "out, or calibrate again with them."
         )
-
-
-def _fitting(recipe: Recipe, *, cpu: bool) -> Mapping[str, Scheme]:
-    """Give every linear a block that the target can take. Raises UsageError where none fits."""
-    shapes = recipe.spec.weight_shapes()
-    found = {}
-    for name, scheme in recipe.schemes.items():
-        columns = shapes[name][1]
-        if cpu and scheme.block is None and scheme.activation is None:
-            scheme = _per_row_in_blocks(scheme)
-        if not cpu and scheme.block is not None and columns % scheme.block:
-            scheme = _smaller(scheme, name, columns, decided=recipe.calibrated(name))
-        found[name] = scheme
-    return found
-
-
-def _per_row_in_blocks(scheme: Scheme) -> Scheme:
-    """Return the nearest thing that `MatMulNBits` takes to one scale for each row."""
-    return replace(scheme, block=CPU_BLOCK)
-
-
-def _smaller(scheme: Scheme, name: str, columns: int, *, decided: bool) -> Scheme:
-    fits = [size for size in BLOCKS if scheme.block and size < scheme.block and not columns % size]
-    if not fits or decided:
-        raise UsageError(
-            f"{name} has {columns} columns, which blocks of {scheme.block} do not divide, as "
-            f"TensorRT wants them to. {'Calibrate' if decided else 'Export'} with a --block that "
-            "does, or choose int8wo."
-        )
-    return replace(scheme, block=max(fits))

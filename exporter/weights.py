@@ -12,7 +12,6 @@ the file system can. The rest is converted a block at a time.
 
 import errno
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -35,10 +34,9 @@ from graphs.weights import weight_of
 
 FILE_NAME = "weights.safetensors"
 
-# safetensors' name of an element type, and how many of them a byte holds or how many bytes it has
-ELEMENT: Mapping[str, tuple[str, float]] = {
-    "float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2), "uint8": ("U8", 1),
-    "int8": ("I8", 1), "float8e4m3": ("F8_E4M3", 1), "int4": ("U8", 0.5),
+ELEMENT: Mapping[str, str] = {  # safetensors' name of an element type; int4 are two to a byte
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8",
+    "float8e4m3": "F8_E4M3", "int4": "U8",
 }  # fmt: skip
 ALIGNMENT = 64  # bytes; of the first tensor, so that a mapped file suits any vector load
 BLOCK = 1 << 25  # bytes converted or moved at once: 32 MiB
@@ -69,13 +67,14 @@ class Layout:
         )  # a stable sort: within a section the order stays canonical
         entries, ends, end = {}, {}, 0
         for part in ordered:
-            element, size = ELEMENT[part.element]
             shape = [*part.shape]
             if part.element == "int4":
                 shape[-1] //= 2
-            begin, end = end, end + int(math.prod(part.shape) * size)
+            begin, end = end, end + part.nbytes
             ends[part.name] = begin, end
-            entries[part.name] = {"dtype": element, "shape": shape, "data_offsets": [begin, end]}
+            entries[part.name] = {
+                "dtype": ELEMENT[part.element], "shape": shape, "data_offsets": [begin, end],
+            }  # fmt: skip
         table = {"__metadata__": {"format": "pt"}, **entries}
         text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)

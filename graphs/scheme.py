@@ -6,12 +6,13 @@ layer before, form a `Group`: they are calibrated together and share one scheme,
 still merge them.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Self
 
 from graphs.errors import UsageError
-from graphs.spec import Dtype, ModelSpec
+from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
 
 Codes = Literal["int4", "int8", "float8e4m3"]
 Offset = Literal["none", "zero_point", "minimum"]
@@ -19,6 +20,13 @@ Offset = Literal["none", "zero_point", "minimum"]
 LEAST: Mapping[Codes, float] = {"int4": -8, "int8": -128, "float8e4m3": -448.0}
 MOST: Mapping[Codes, float] = {"int4": 7, "int8": 127, "float8e4m3": 448.0}
 BLOCKS = (32, 64, 128)
+ELEMENT_SIZE: Mapping[str, float] = {
+    **ITEM_SIZE,
+    "uint8": 1,
+    "int8": 1,
+    "float8e4m3": 1,
+    "int4": 0.5,
+}
 SCALE, ZERO_POINT, MINIMUM = "_scale", "_zero_point", "_minimum"  # after the weight's name
 
 
@@ -120,6 +128,11 @@ class StoredPart(NamedTuple):
     name: str
     shape: tuple[int, ...]
     element: str  # a Dtype, `int4` (two to a byte), `int8`, `uint8` or `float8e4m3`
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return int(math.prod(self.shape) * ELEMENT_SIZE[self.element])
 
 
 def stored_parts(

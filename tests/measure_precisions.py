@@ -25,7 +25,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.export import ExportOptions, export
 from exporter.gate import Gate
 from exporter.model import load_decoder
-from exporter.precision import QuantizeOptions
+from exporter.schemes import QuantizeOptions
 from graphs.manifest import Manifest
 from runtime.bench import machine
 from runtime.corpus import read_corpus, windows

@@ -1,13 +1,14 @@
 """AWQ's smoothing: it costs nothing in float, and helps where inputs differ in size."""
 
+import pytest
 import torch
 
 from calib import awq
-from calib.clipping import STORED, fit, judge, output_error, rescaled
+from calib.clipping import STORED, fit, judge, output_error, rescaled, settle
 from calib.smoothing import scales, tied
 from exporter.quantize import quantize
 from exporter.quantized import SMOOTHING
-from graphs.scheme import Scheme, groups, layer_groups
+from graphs.scheme import Offset, Scheme, groups, layer_groups
 from tests import tiny
 from tests.calibration_samples import folded, logits, observed, with_outliers
 from tests.make_checkpoint import tiny_spec
@@ -53,6 +54,20 @@ def test_clipping_never_costs_more_than_the_whole_range() -> None:
     plain = quantize(w, INT4, STORED).dequantized()
     clipped = fit(w, judge(h, INT4), INT4).dequantized()
     assert output_error(clipped - w, alone) < output_error(plain - w, alone)
+
+
+@pytest.mark.parametrize("offset", ["none", "zero_point"])
+def test_blocks_that_know_of_each_other_cost_less(offset: Offset) -> None:
+    scheme = Scheme(codes="int4", block=32, offset=offset)
+    w = torch.randn(64, 80, generator=torch.Generator().manual_seed(1))  # a last block of 16
+    h = observed(with_outliers()[:, :80]).second_moment
+    apart = fit(w, judge(h, scheme), scheme)
+    together = settle(w, apart, h)
+    error = {found: output_error(q.dequantized() - w, h)
+             for found, q in (("apart", apart), ("together", together))}  # fmt: skip
+    assert error["together"] < 0.97 * error["apart"]
+    again = settle(w, together, h)
+    assert output_error(again.dequantized() - w, h) <= error["together"] * (1 + 1e-6)
 
 
 def test_what_blocks_are_judged_by_follows_smoothing() -> None:

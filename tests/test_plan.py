@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 
 from exporter import plan as arithmetic
+from exporter.checkpoint import open_checkpoint
 from exporter.plan import RUNTIME_RESERVE, Plan, fit, plan, require_host
+from exporter.precision import make_recipe
+from exporter.schemes import QuantizeOptions
+from exporter.weights import Layout
 from graphs.errors import MistralcError, UsageError
 from graphs.gpus import GPUS
 from graphs.spec import ModelSpec, RingSpec
@@ -74,15 +78,35 @@ def test_mistral_7b_has_its_public_figures() -> None:
     assert needed.kv_bytes_unwindowed == 32_768 * 131_072
 
 
-def test_a_quantized_model_quantizes_the_layers_linears_and_nothing_else() -> None:
-    kept = 2 * (NORMS + 2 * EMBEDDING)
-    for precision, each in (("int8wo", 1.001), ("int8", 1.02), ("fp8", 1.01), ("int4wo", 0.517)):
-        assert of_7b(precision=precision).weight_bytes == round(each * LINEARS) + kept
-    assert of_7b(precision="int4wo").weight_bytes == 4_133_129_880  # worked out on paper
-    # ONNX Runtime CPU computes in float32, and so are its embedding and its ring.
+def test_a_quantized_model_is_as_large_as_its_codes_and_scales() -> None:
+    kept, rows = 2 * (NORMS + EMBEDDING), 32 * (4096 + 2 * 1024 + 4096 + 2 * 14_336 + 4096)
+    head = EMBEDDING + 2 * 32_000  # where weights alone are quantized: 8 bits, a scale each row
+    assert of_7b(precision="int8wo").weight_bytes == LINEARS + 2 * rows + kept + head
+    blocks = LINEARS // 2 + 2 * LINEARS // 128
+    assert of_7b(precision="int4wo").weight_bytes == blocks + kept + head == 3_992_525_312
+    for precision in ("int8", "fp8"):
+        assert of_7b(precision=precision).weight_bytes == LINEARS + 2 * rows + kept + 2 * EMBEDDING
+    # ONNX Runtime CPU computes in float32, and takes blocks of 32.
     on_cpu = of_7b("cpu", "int4wo")
-    assert on_cpu.weight_bytes == round(0.517 * LINEARS) + 2 * kept
+    codes = LINEARS // 2 + (4 * 2 + 1) * LINEARS // 64  # float32 scales, two zero points to a byte
+    assert on_cpu.weight_bytes == codes + 2 * kept + EMBEDDING + 4 * EMBEDDING // 32
     assert on_cpu.kv_bytes_per_token == 2 * 131_072
+
+
+@pytest.mark.parametrize("target", ["cpu", "rtx"])
+@pytest.mark.parametrize("precision", ["int8wo", "int4wo"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_estimate_is_what_the_export_writes(
+    tmp_path: Path, target: str, precision: str, tied: bool
+) -> None:
+    spec = tiny_spec(hidden_size=128, intermediate_size=256, tie_word_embeddings=tied)
+    write_checkpoint(tmp_path, spec)
+    needed = plan(spec, RING, target, precision)
+    recipe = make_recipe(
+        open_checkpoint(tmp_path), spec, target, precision, needed.activation, QuantizeOptions(),
+        None,
+    )  # fmt: skip
+    assert needed.weight_bytes == Layout.of(recipe).weight_bytes
 
 
 def test_the_quantized_kv_ring_stays_as_it_computes() -> None:
@@ -301,7 +325,7 @@ def test_people_read_the_figures_and_what_they_rest_on(
     assert "does not fit: 7.55 GB too little" in mistralc(
         "plan", config_only, "--gpu", "rtx4090", "--precision", "fp32"
     ).out  # fmt: skip
-    assert "embedding, norms and output layer in float16" in " ".join(
+    assert "codes and scales of the linears, everything else in float16" in " ".join(
         mistralc("plan", config_only, "--gpu", "l4", "--precision", "int4wo").out.split()
     )
 

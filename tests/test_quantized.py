@@ -19,9 +19,10 @@ from exporter.export import ExportOptions, export
 from exporter.gguf_blocks import read_blocks
 from exporter.model import logits_at
 from exporter.packing import pack, pack_int4, unpack, unpack_int4
-from exporter.precision import QuantizeOptions, make_recipe
+from exporter.precision import make_recipe
 from exporter.quantize import blocked, quantize
 from exporter.quantized import Recipe, smoothed
+from exporter.schemes import QuantizeOptions
 from exporter.simulate import simulate
 from exporter.verify import bundle_reference
 from graphs.errors import MistralcError, UsageError

@@ -1,0 +1,117 @@
+"""Which weights a precision quantizes, and how, told from the model's shape. Knows no tensor.
+
+The linears of the layers are always quantized, norms never. The output layer is kept in 8 bits by
+the precisions that quantize weights only, or as it is with `--keep lm_head`; if it is the embedding
+too, that holds for the CPU, where both read the same codes.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from graphs.errors import UsageError
+from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups, stored_parts
+from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+CALIBRATED = ("int8", "fp8")  # they round activations too, whose ranges only samples can tell
+ENGINE_BLOCK, CPU_BLOCK = 128, 32  # input features; of int4wo, and of int8wo on the CPU
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """What the user may choose about a quantized precision.
+
+    `block` is for weights without a table. `symmetric` leaves zero points out where there may be
+    some; TensorRT takes none. `keep` names linears to leave alone; there is only `lm_head` so far.
+    """
+
+    block: int | None = None
+    symmetric: bool = False
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.block is not None and self.block not in BLOCKS:
+            known = ", ".join(map(str, BLOCKS))
+            raise UsageError(f"--block is {self.block}; one of {known} is expected.")
+        unknown = set(self.keep) - {"lm_head"}
+        if unknown:
+            raise UsageError(f"--keep is {sorted(unknown)[0]!r}; lm_head is expected.")
+
+
+def quantized_bytes(spec: ModelSpec, target: str, precision: str, activation: Dtype) -> int:
+    """Bytes of all weights with their scales, in a precision that needs no look at the weights.
+
+    Blocks that a GGUF file brings along may have minimums where zero points are counted here.
+    """
+    options, cpu = QuantizeOptions(), target == "cpu"
+    schemes = layer_schemes(spec, target, precision, options)
+    head = output_scheme(spec, target, precision, options)
+    schemes = {**schemes, **dict([head] if head else [])}
+    schemes = fitting(spec, target, schemes, decided=lambda _: False)
+    total = 0
+    for name, shape in spec.weight_shapes().items():
+        scheme = schemes.get(name)
+        if scheme is None:
+            total += math.prod(shape) * ITEM_SIZE[activation]
+        else:
+            nbits = cpu and scheme.activation is None
+            parts = stored_parts(name, shape, scheme, activation, nbits=nbits)
+            total += sum(part.nbytes for part in parts)
+    return total
+
+
+def layer_schemes(
+    spec: ModelSpec, target: str, precision: str, options: QuantizeOptions
+) -> Mapping[str, Scheme]:
+    """Return the scheme of every linear of the layers, by weight name."""
+    cpu = target == "cpu"
+    block = options.block or (CPU_BLOCK if cpu else ENGINE_BLOCK if precision == "int4wo" else None)
+    offset = cpu and precision == "int4wo" and not options.symmetric
+    scheme = default_scheme(precision, block=block, offset="zero_point" if offset else "none")
+    return {name: scheme for group in groups(spec) for name in group.readers}
+
+
+def output_scheme(
+    spec: ModelSpec, target: str, precision: str, options: QuantizeOptions
+) -> tuple[str, Scheme] | None:
+    """Return the output layer's weight and scheme, or None where it stays in floats."""
+    if precision not in QUANTIZED or not precision.endswith("wo") or "lm_head" in options.keep:
+        return None
+    cpu, tied = target == "cpu", spec.tie_word_embeddings
+    if tied and (not cpu or spec.hidden_size % CPU_BLOCK):
+        return None
+    return EMBEDDING if tied else HEAD, default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
+
+
+def fitting(
+    spec: ModelSpec, target: str, schemes: Mapping[str, Scheme],
+    decided: Callable[[str], bool],
+) -> Mapping[str, Scheme]:  # fmt: skip
+    """Give every linear a block that the target can take.
+
+    The blocks of those that are `decided`, by calibration, stay as they are. Raises UsageError
+    where no block fits.
+    """
+    shapes, cpu = spec.weight_shapes(), target == "cpu"
+    found = {}
+    for name, scheme in schemes.items():
+        columns = shapes[name][1]
+        if cpu and scheme.block is None and scheme.activation is None:
+            # The nearest thing that `MatMulNBits` takes to one scale for each row.
+            scheme = replace(scheme, block=CPU_BLOCK)
+        if not cpu and scheme.block is not None and columns % scheme.block:
+            scheme = _smaller(scheme, name, columns, decided=decided(name))
+        found[name] = scheme
+    return found
+
+
+def _smaller(scheme: Scheme, name: str, columns: int, *, decided: bool) -> Scheme:
+    fits = [size for size in BLOCKS if scheme.block and size < scheme.block and not columns % size]
+    if not fits or decided:
+        raise UsageError(
+            f"{name} has {columns} columns, which blocks of {scheme.block} do not divide, as "
+            f"TensorRT wants them to. {'Calibrate' if decided else 'Export'} with a --block that "
+            "does, or choose int8wo."
+        )
+    return replace(scheme, block=max(fits))
