@@ -54,6 +54,7 @@ def generate(
     seed: options.Seed = None,
     logit_bias: options.LogitBias = None,
     logprobs: options.LogProbs = None,
+    speculate: options.Speculate = 0,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     as_json: options.Json = False,
@@ -73,7 +74,7 @@ def generate(
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, seed=seed, logprobs=logprobs,
     )  # fmt: skip
-    limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()))
+    limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), speculate=speculate)
     text = _prompt(prompt, file)
     stage = stage_for(quiet=quiet or as_json)
     loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
@@ -107,6 +108,7 @@ def chat(
     presence_penalty: options.PresencePenalty = None,
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
+    speculate: options.Speculate = 0,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     quiet: options.Quiet = False,
@@ -121,7 +123,7 @@ def chat(
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty, seed=seed,
     )  # fmt: skip
-    limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()))
+    limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), speculate=speculate)
     loaded = load(bundle, threads=threads, check=not no_check, stage=stage_for(quiet=quiet))
     params = options.sampling_params(loaded.defaults, given)
     Chat(loaded, params, limits, system).run()

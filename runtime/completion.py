@@ -55,10 +55,11 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """When to stop, beside the model's own end of text."""
+    """When to stop, beside the model's own end of text, and how far to guess ahead."""
 
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         StopStrings(self.stop)  # raises UsageError where one of them cannot be
@@ -110,6 +111,7 @@ class Completion:
             self.params,
             max_new_tokens=self.limits.max_new_tokens,
             stop_ids=self.tokenizer.stop_ids,
+            speculate=self.limits.speculate,
         )
         first = None
         for token in sampled:

@@ -13,7 +13,8 @@ import numpy as np
 from graphs.errors import MistralcError
 from runtime.ring import Ring
 from runtime.sampling import Floats, Sampled, Sampler, SamplingParams
-from runtime.session import Ids, Session
+from runtime.session import Ids, Logits, Session
+from runtime.speculation import Draft, PromptLookup
 
 FinishReason = Literal["stop", "length"]
 Progress = Callable[[int], None]  # called with the number of prompt tokens just taken
@@ -45,11 +46,12 @@ class Generator:
         self._check_ids(row)
         done = 0
         for piece in self.ring.pieces(len(ids)):
-            logits = self._step(row[:, done : done + piece])
+            rows = self._step(row[:, done : done + piece])
             done += piece
             if progress is not None:
                 progress(piece)
-        return logits
+        last: Floats = rows[-1]
+        return last
 
     def feed_from_common_prefix(
         self, ids: Sequence[int], progress: Progress | None = None
@@ -84,14 +86,20 @@ class Generator:
         *,
         max_new_tokens: int | None = None,
         stop_ids: frozenset[int] = frozenset(),
+        speculate: int = 0,
     ) -> Iterator[Sampled]:
         """Sample tokens, beginning with the `logits` that `feed` returned.
+
+        With `speculate` N, up to N tokens are guessed from the text so far and verified in one
+        step. Every token is drawn as it would be without, so this changes the speed alone (as far
+        as a backend computes the same logits for a token alone and among others).
 
         Ends with `finish_reason` "stop" at one of `stop_ids`, which is yielded too, and "length"
         after `max_new_tokens` or at the end of the context.
         The last token is yielded before it is written to the ring: `feed` it to go on from it.
         """
         sampler = Sampler(params, self.vocab_size, self.tokens)
+        lookup = PromptLookup(self.tokens, speculate) if speculate else None
         room = self.ring.room()
         limit = max_new_tokens
         if room is not None:  # the token after the last position needs no place of its own
@@ -100,7 +108,7 @@ class Generator:
         if limit is not None and limit < 1:
             self.finish_reason = "length"
             return
-        count = 0
+        count, draft = 0, Draft()
         while True:
             sampled = sampler.sample(logits)
             count += 1
@@ -111,10 +119,35 @@ class Generator:
             yield sampled
             if self.finish_reason is not None:
                 return
-            self._ids[0, 0] = sampled.token_id
-            logits = self._step(self._ids)
+            token = sampled.token_id
+            if draft.confirms(token):  # it is in the ring, written by the draft's step
+                self.ring.advance(1)
+                self.tokens.append(token)
+            else:
+                if lookup is not None and draft.ids:
+                    lookup.learn(len(draft.ids), draft.right)
+                left = None if limit is None else limit - count - 1
+                draft = self._verified(token, lookup, left)
+            logits = draft.logits[draft.right]
 
-    def _step(self, ids: Ids) -> Floats:
+    def _verified(self, token: int, lookup: PromptLookup | None, left: int | None) -> Draft:
+        """Run a step for `token` and what may follow it, of which at most `left` is of use.
+
+        The sequence then ends with `token`, and the ring holds the draft beyond it.
+        """
+        ids: list[int] = []
+        if lookup is not None:
+            room = self.ring.room_of_a_piece() - 1
+            ids = lookup.draft(token, room if left is None else min(room, left))
+        if not ids:
+            self._ids[0, 0] = token
+            return Draft(ids, self._step(self._ids))
+        rows = self._step(np.array([[token, *ids]], np.int64), len(ids) + 1)
+        self.rewind(self.position - len(ids))
+        return Draft(ids, rows)
+
+    def _step(self, ids: Ids, wanted: int = 1) -> Logits:
+        """Write ids [1, S] and return the logits [T, V] after the last `wanted` of them."""
         count = ids.shape[1]
         if self.ring.grow(count):
             self.session.resize(self.ring.capacities)
@@ -124,12 +157,16 @@ class Generator:
             positions = self._positions
         else:
             positions = np.arange(here, here + count, dtype=np.int64)[None]
-        self._index[0, 0] = count - 1
-        logits = self.session.step(np.ascontiguousarray(ids), positions, self._index)
+        if wanted == 1:
+            self._index[0, 0] = count - 1
+            indices = self._index
+        else:
+            indices = np.arange(count - wanted, count, dtype=np.int64)[None]
+        logits = self.session.step(np.ascontiguousarray(ids), positions, indices)
         self.ring.advance(count)
         self.tokens.extend(ids[0].tolist())
-        last: Floats = logits[0, -1]
-        return last
+        rows: Logits = logits[0]
+        return rows
 
     def _check_ids(self, row: Ids) -> None:
         if not row.size:

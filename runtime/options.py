@@ -26,6 +26,10 @@ NoCheck = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")
 ]
+Speculate = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Guess up to N tokens ahead where the text repeats."),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 System = Annotated[str | None, typer.Option(help="System message before the chat.")]
 

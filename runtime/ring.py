@@ -54,6 +54,12 @@ class Ring:
                 "with a larger --context, or with --window to let it slide."
             )
 
+    def room_of_a_piece(self, row: int = 0) -> int:
+        """How many tokens the row can take in one step; 0 when it is full."""
+        room = self.room(row)
+        most = self.limits.chunk if room is None else min(self.limits.chunk, room)
+        return next(self.pieces(most, row), 0)
+
     def pieces(self, count: int, row: int = 0) -> Iterator[int]:
         """Cut `count` tokens into steps of at most one chunk that cross no ring's end."""
         self.check_room(count, row)
