@@ -38,12 +38,12 @@ class Method:
 
 
 WEIGHTS_ONLY: Mapping[str, Method] = {
-    "awq+gptq": Method(smoothing="awq", compensate=True, drift=1.0),
+    "awq+gptq": Method(smoothing="awq", compensate=True),
     "gptq": Method(compensate=True, drift=1.0),
     "awq": Method(smoothing="awq"),
 }
 ROUNDED_INPUTS: Mapping[str, Method] = {
-    "smoothquant+gptq": Method(smoothing="smoothquant", compensate=True, drift=1.0),
+    "smoothquant+gptq": Method(smoothing="smoothquant", compensate=True),
     "smoothquant": Method(smoothing="smoothquant"),
     "nearest": Method(),
 }

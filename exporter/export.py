@@ -270,7 +270,10 @@ def _write_graph(
                 model = trace(spec, activation)
                 if manifest.target in ENGINES:
                     specialize(model, capacities(spec, manifest.ring))
-                passes = lower(model, spec, manifest.target, quantization(recipe), activation)
+                passes = lower(
+                    model, spec, manifest.target, quantization(recipe), activation,
+                    manifest.ring.context,
+                )  # fmt: skip
             except BaseException:
                 stopped.set()
                 raise

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from graphs.merge_linears import Linear, linear_at
-from graphs.rewrite import PassError
+from graphs.rewrite import CONTRIB, PassError, constant
 from graphs.scheme import LEAST, MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
 from graphs.spec import Dtype, ModelSpec
 from graphs.weights import ONNX_DTYPE, WeightRef, weight_of
@@ -29,7 +29,6 @@ ELEMENT: Mapping[str, ir.DataType] = {
     "uint8": ir.DataType.UINT8,
     "float8e4m3": ir.DataType.FLOAT8E4M3FN,
 }
-NBITS_DOMAIN = "com.microsoft"
 ACCURACY_LEVEL = 4  # round blocks of the input to int8: the only level with a fast 8-bit kernel
 
 
@@ -70,7 +69,7 @@ class QuantizeLinears:
             scheme = schemes[parts[0]]
             if parts[0] in self.quantization.nbits:
                 _write_nbits(graph, linear, scheme, self.activation)
-                model.opset_imports.setdefault(NBITS_DOMAIN, 1)
+                model.opset_imports.setdefault(CONTRIB, 1)
             else:
                 scale = self.quantization.input_scales.get(parts[0])
                 _write_qdq(graph, linear, scheme, self.activation, scale)
@@ -112,8 +111,8 @@ def _rounded(
         (quantize,) = shared.consumers()[:1]
         return quantize.outputs[0].consumers()[0].outputs[0]
     element = ELEMENT[str(scheme.activation)]
-    scale = _constant(graph, ir.tensor(input_scale, ONNX_DTYPE[activation], name))
-    zero = _shared(graph, ir.tensor(0, element, f"zero.{element}"))
+    scale = constant(graph, ir.tensor(input_scale, ONNX_DTYPE[activation], name))
+    zero = constant(graph, ir.tensor(0, element, f"zero.{element}"))
     quantize = ir.node("QuantizeLinear", [value, scale, zero])
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero])
     quantize.outputs[0].type, quantize.outputs[0].shape = ir.TensorType(element), value.shape
@@ -133,7 +132,7 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
         "MatMulNBits", [value, *parts],
         {"K": columns, "N": rows, "bits": scheme.bits, "block_size": scheme.block or columns,
          "accuracy_level": ACCURACY_LEVEL},
-        domain=NBITS_DOMAIN,
+        domain=CONTRIB,
     )  # fmt: skip
     nodes, result = [product], product.outputs[0]
     if minimum is not None:
@@ -166,9 +165,9 @@ def _write_lookup(
         raise PassError(f"{weight.name}: an embedding is looked up in whole blocks of 8 bits")
     codes, scale = _parts(graph, weight, scheme, activation, nbits=True)
     dtype = ONNX_DTYPE[activation]
-    zero = _shared(graph, ir.tensor(float(-LEAST[scheme.codes]), dtype, f"zero_code.{dtype}"))
-    last = _shared(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
-    flat = _shared(graph, ir.tensor([0, 0, -1], ir.DataType.INT64, "joined_blocks"))
+    zero = constant(graph, ir.tensor(float(-LEAST[scheme.codes]), dtype, f"zero_code.{dtype}"))
+    last = constant(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
+    flat = constant(graph, ir.tensor([0, 0, -1], ir.DataType.INT64, "joined_blocks"))
     rows = ir.node("Gather", [codes, gather.inputs[1]], {"axis": 0})  # [B, S, J, block]
     scales = ir.node("Gather", [scale, gather.inputs[1]], {"axis": 0})  # [B, S, J]
     number = ir.node("Cast", [rows.outputs[0]], {"to": dtype})
@@ -190,8 +189,8 @@ def _block_sums(
     if value is None or scheme.block is None or columns % scheme.block:
         raise PassError(f"minimums need whole blocks; {columns} columns, blocks of {scheme.block}")
     blocks = [0, 0, columns // scheme.block, scheme.block]
-    shape = _shared(graph, ir.tensor(blocks, ir.DataType.INT64, f"blocks_{blocks[2]}"))
-    axis = _shared(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
+    shape = constant(graph, ir.tensor(blocks, ir.DataType.INT64, f"blocks_{blocks[2]}"))
+    axis = constant(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
     split = ir.node("Reshape", [value, shape])
     sums = ir.node("ReduceSum", [split.outputs[0], axis], {"keepdims": 0})
     graph.insert_before(before, [split, sums])
@@ -212,21 +211,7 @@ def _parts(
 def _reference(graph: ir.Graph, part: StoredPart, parts: tuple[str, ...]) -> ir.Value:
     # The unquantized weight keeps its name until it is cleaned away, so the codes take another.
     name = part.name if part.name.endswith((SCALE, ZERO_POINT, MINIMUM)) else f"{part.name}.codes"
-    return _shared(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
-
-
-def _shared(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """The constant of this name, made if it is not there."""
-    return graph.initializers.get(str(tensor.name)) or _constant(graph, tensor)
-
-
-def _constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )  # fmt: skip
-    graph.register_initializer(value)
-    return value
+    return constant(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
 
 
 def _typed(value: ir.Value, dtype: Dtype, sizes: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphs.spec import ModelSpec
 
 Match = TypeVar("Match")
+CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators; never in a portable graph
 
 
 class Pass(Protocol):
@@ -74,3 +75,15 @@ class Cleanup:
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:  # noqa: ARG002
         """Clean `model` in place; returns how many nodes that removed."""
         return self.run(model)
+
+
+def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """The initializer that has the tensor's name, made of it if there is none."""
+    value = graph.initializers.get(str(tensor.name))
+    if value is None:
+        value = ir.Value(
+            name=tensor.name, shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype), const_value=tensor,
+        )  # fmt: skip
+        graph.register_initializer(value)
+    return value

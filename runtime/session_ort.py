@@ -2,7 +2,8 @@
 
 Every cache is one NumPy array bound as `past_*` and as `present_*`: the graph writes one slot
 and nothing is copied. A one-token step runs on a binding made once, with buffers that live as
-long as the ring, so decoding allocates nothing.
+long as the ring, so decoding allocates nothing. Longer steps run row by row, each on its own part
+of the caches, as `GroupQueryAttention` wants it.
 """
 
 from collections.abc import Mapping
@@ -50,8 +51,9 @@ class OrtSession:
         self._caches: dict[str, NDArray[np.float32]] = {}
         self._ids, self._positions, self._indices = np.zeros((3, batch, 1), np.int64)
         self._logits = np.zeros((batch, 1, spec.vocab_size), np.float32)
+        self._many = np.empty((0, spec.vocab_size), np.float32)  # logits of longer steps
         self._decode = self._session.io_binding()
-        self._prefill = self._session.io_binding()
+        self._rows = [self._session.io_binding() for _ in range(batch)]
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Give the ring these capacities, by window, keeping the prefix that it holds."""
@@ -64,9 +66,10 @@ class OrtSession:
                     kept = min(old.shape[2], cache.shape[2])
                     cache[:, :, :kept] = old[:, :, :kept]
                 self._caches[f"{kind}.{i}"] = cache
-        self._bind_caches(self._decode)
+        self._bind_caches(self._decode, slice(None))
         self._bind_step(self._decode, self._ids, self._positions, self._indices, self._logits)
-        self._bind_caches(self._prefill)
+        for row, binding in enumerate(self._rows):
+            self._bind_caches(binding, slice(row, row + 1))
 
     def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
         """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
@@ -77,15 +80,24 @@ class OrtSession:
             self._ids[:], self._positions[:] = input_ids, position_ids
             self._session.run_with_iobinding(self._decode)
             return self._logits
-        wanted = logits_indices.shape[1]
-        logits = np.empty((self.batch, wanted, self.spec.vocab_size), np.float32)
-        self._bind_step(self._prefill, input_ids, position_ids, logits_indices, logits)
-        self._session.run_with_iobinding(self._prefill)
+        logits = self._buffer(logits_indices.shape[1])
+        for row, binding in enumerate(self._rows):
+            at = slice(row, row + 1)
+            step = input_ids[at], position_ids[at], logits_indices[at], logits[at]
+            self._bind_step(binding, *step)
+            self._session.run_with_iobinding(binding)
         return logits
 
-    def _bind_caches(self, binding: ort.IOBinding) -> None:
+    def _buffer(self, wanted: int) -> Logits:
+        """Room for `wanted` rows of logits in each row of the batch, [B, T, V]."""
+        count = self.batch * wanted
+        if len(self._many) < count:
+            self._many = np.empty((count, self.spec.vocab_size), np.float32)
+        return self._many[:count].reshape(self.batch, wanted, -1)
+
+    def _bind_caches(self, binding: ort.IOBinding, rows: slice) -> None:
         for name, cache in self._caches.items():
-            value = ort.OrtValue.ortvalue_from_numpy(cache)  # shares the array's memory
+            value = ort.OrtValue.ortvalue_from_numpy(cache[rows])  # shares the array's memory
             binding.bind_ortvalue_input(f"past_{name}", value)
             binding.bind_ortvalue_output(f"present_{name}", value)
 

@@ -48,7 +48,7 @@ def node_reading(model: ir.Model, name: str) -> ir.Node:
 def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
     """Logits of 40 tokens in chunks and single steps; `model` is filled with numbers."""
     data = ir.to_proto(tiny.fill(model, spec)).SerializeToString()
-    ring = Ring(spec, RingSpec(chunk=3, context=1))
+    ring = Ring(spec, RingSpec(chunk=3, context=1 if spec.slides else 40))
     return tiny.in_turns(tiny.load(data, spec), ring, tiny.tokens(spec, 40), [17, 1, 1, 1, 20])
 
 
@@ -62,11 +62,12 @@ def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
 )
 def test_every_pass_fires_as_often_as_it_promises(spec: ModelSpec, expected: dict[str, int]):
     fired = lower(tiny.traced(spec), spec, "cpu")
-    counts = {"merge_qkv": LAYERS, "merge_gate_up": LAYERS, **expected}
+    counts = {"merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1, **expected}
     assert {name: fired[name] for name in counts} == counts
     assert fired["fold_constants"] > 0
     assert fired["dead_code"] > 0
-    assert fired.keys() == {step.name for step in PASSES["cpu"]}
+    assert fired.keys() == {*(step.name for step in PASSES["cpu"]), "group_query_attention"}
+    assert fired["group_query_attention"] == 0, "both layers have a window"
 
 
 def test_every_target_begins_with_the_portable_passes():
@@ -97,6 +98,33 @@ def test_a_tied_embedding_becomes_one_initializer_read_by_lookup_and_head():
     assert "lm_head.weight" not in model.graph.initializers
     readers = model.graph.initializers["model.embed_tokens.weight"].consumers()
     assert sorted(node.op_type for node in readers) == ["Gather", "Transpose"]
+
+
+@pytest.mark.parametrize("windows", [(None, None), (None, 16)], ids=["full", "interleaved"])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (6, 1)], ids=["grouped", "single", "shared"])
+def test_layers_without_a_window_attend_in_one_operator(
+    windows: tuple[int | None, ...], heads: tuple[int, int]
+):
+    spec = replace(
+        SPEC, layer_windows=windows, num_attention_heads=heads[0], num_key_value_heads=heads[1]
+    )
+    expected = logits_of(tiny.traced(spec), spec)
+    model = tiny.traced(spec)
+    fired = lower(model, spec, "cpu", context=40)
+    full = windows.count(None)
+    assert fired["group_query_attention"] == operators(model)["GroupQueryAttention"] == full
+    assert operators(model)["Attention"] == operators(model)["TensorScatter"] / 2 == LAYERS - full
+    assert model.graph.initializers["rotary_cos"].shape == (40, spec.head_dim // 2)
+    # Sums in another order, and softmax in a kernel of its own; logits are about 4.
+    assert np.abs(logits_of(model, spec) - expected).max() <= 2e-5
+
+
+def test_too_few_positions_are_refused_by_the_operator_and_not_read_beyond_the_end():
+    spec = replace(SPEC, layer_windows=(None, None))
+    model = tiny.traced(spec)
+    lower(model, spec, "cpu", context=20)
+    with pytest.raises(Exception, match="cos_cache|rotary|position"):
+        logits_of(model, spec)
 
 
 def test_an_untied_head_is_left_alone():

@@ -1,0 +1,126 @@
+"""Attention without a window as ONNX Runtime's `GroupQueryAttention`: one operator for seven kinds.
+
+It takes q, k and v as the merged linear gives them, turns them by their positions, writes k and v
+into the cache in place and attends to what is filled, not to what is allocated. Positions are slots
+there, which is so where a layer has no window: its ring never wraps. Layers with a window keep
+the ring, since the operator's own windowed cache moves its contents.
+
+    qkv ── Split ─┬─ Reshape ─ Transpose ─ RotaryEmbedding ───────────────────┐
+                  ├─ Reshape ─ Transpose ─ RotaryEmbedding ─ TensorScatter ─ Attention ─ …
+                  └─ Reshape ─ Transpose ─────────────────── TensorScatter ───┘
+    qkv ── GroupQueryAttention ─ …
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.rewrite import CONTRIB, PassError, constant
+from graphs.spec import ModelSpec
+
+
+class Heads(NamedTuple):
+    """One layer's attention, from the merged linear's output to the merged heads."""
+
+    attention: ir.Node
+    scatters: tuple[ir.Node, ir.Node]  # of keys and of values
+    split: ir.Node
+    merged: ir.Value  # [B, S, H * D]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupQueryAttention:
+    """The pass. It fires once for each layer without a window.
+
+    `context` is how many positions there may be: so many angles are written into the graph.
+    """
+
+    context: int
+    name: str = "group_query_attention"
+
+    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
+        """Rewrite every layer that has no window. Raises PassError where one is not as expected."""
+        unwindowed = [i for i, window in enumerate(spec.layer_windows) if window is None]
+        if not unwindowed:
+            return 0
+        graph = model.graph
+        found = dict(_pattern(graph))
+        shared = self._shared(graph)
+        for layer in unwindowed:
+            if layer not in found:
+                raise PassError(f"pass {self.name}: layer {layer} has no attention over merged qkv")
+            _rewrite(graph, found[layer], spec, shared)
+        model.opset_imports.setdefault(CONTRIB, 1)
+        return len(unwindowed)
+
+    def _shared(self, graph: ir.Graph) -> tuple[ir.Value, ...]:
+        """What all layers read: last position [B], their number, angles, positions [B, S]."""
+        positions = next(value for value in graph.inputs if value.name == "position_ids")
+        frequencies = graph.initializers["inv_freq"].const_value
+        if frequencies is None:
+            raise ValueError("inv_freq is a constant with numbers in it")
+        angles = np.outer(np.arange(self.context, dtype=np.float32), frequencies.numpy())
+        caches = [
+            constant(graph, ir.tensor(turn(angles), name=f"rotary_{name}"))
+            for name, turn in (("cos", np.cos), ("sin", np.sin))
+        ]
+        end = constant(graph, ir.tensor(-1, ir.DataType.INT64, "last_position"))
+        one = constant(graph, ir.tensor(1, ir.DataType.INT32, "one_position"))
+        last = ir.node("Gather", [positions, end], {"axis": 1})
+        narrow = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
+        most = ir.node("ReduceMax", [narrow.outputs[0]], {"keepdims": 0})
+        total = ir.node("Add", [most.outputs[0], one])
+        graph.insert_before(graph[0], [last, narrow, most, total])
+        return narrow.outputs[0], total.outputs[0], *caches, positions
+
+
+def _pattern(graph: ir.Graph) -> Iterator[tuple[int, Heads]]:
+    for node in graph:
+        if node.op_type != "Attention":
+            continue
+        key, value = (_maker(node.inputs[i], "TensorScatter") for i in (1, 2))
+        rotary = _maker(node.inputs[0], "RotaryEmbedding")
+        if key is None or value is None or rotary is None:
+            continue
+        split = _split(rotary.inputs[0])
+        turned = _maker(key.inputs[1], "RotaryEmbedding")
+        if split is None or turned is None or _split(turned.inputs[0]) is not split:
+            continue
+        if _split(value.inputs[1]) is split:
+            merged = node.outputs[0].consumers()[0].outputs[0].consumers()[0].outputs[0]
+            layer = int(str(key.outputs[0].name).rpartition(".")[2])  # present_key.0
+            yield layer, Heads(node, (key, value), split, merged)
+
+
+def _split(value: ir.Value | None) -> ir.Node | None:
+    """The `Split` that a value with heads [B, heads, S, D] comes from."""
+    transpose = _maker(value, "Transpose")
+    reshape = None if transpose is None else _maker(transpose.inputs[0], "Reshape")
+    return None if reshape is None else _maker(reshape.inputs[0], "Split")
+
+
+def _maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    maker = None if value is None else value.producer()
+    return maker if maker is not None and maker.op_type == op_type else None
+
+
+def _rewrite(graph: ir.Graph, found: Heads, spec: ModelSpec, shared: tuple[ir.Value, ...]) -> None:
+    last, total, cos, sin, positions = shared
+    key, value = found.scatters
+    fused = ir.node(
+        "GroupQueryAttention",
+        [found.split.inputs[0], None, None, key.inputs[0], value.inputs[0], last, total, cos, sin,
+         positions],
+        {"num_heads": spec.num_attention_heads, "kv_num_heads": spec.num_key_value_heads,
+         "do_rotary": 1},
+        num_outputs=3, domain=CONTRIB,
+    )  # fmt: skip
+    graph.insert_before(found.attention, fused)
+    olds = (found.merged, key.outputs[0], value.outputs[0])
+    for new, old in zip(fused.outputs, olds, strict=True):
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = f"{old.name}.before"
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
