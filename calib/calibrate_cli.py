@@ -38,7 +38,7 @@ def calibrate(
     ],
     method: Annotated[
         str | None,
-        typer.Option(help="awq+gptq, gptq or awq for weights only; smoothquant+gptq, smoothquant "
+        typer.Option(help="gptq, awq+gptq or awq for weights only; smoothquant+gptq, smoothquant "
                      "or nearest for int8 and fp8. The first is the default."),
     ] = None,
     calibrator: Annotated[

@@ -6,16 +6,11 @@ the bytes of its weights are what bounds its speed, whatever the machine.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from graphs.manifest import Manifest
-from graphs.scheme import Scheme, stored_parts
-
-ITEM_BYTES: Mapping[str, float] = {
-    "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1, "float8e4m3": 1, "int4": 0.5,
-}  # fmt: skip
+from runtime.sizes import schemes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +53,7 @@ def front(measured: Sequence[Measured]) -> tuple[Measured, ...]:
 def name_of(manifest: Manifest) -> str:
     """How a report calls a bundle: its precision, and how its weights were made what they are."""
     words = [manifest.precision, method_of(manifest)]
-    schemes = _schemes(manifest)
+    schemes = schemes_of(manifest)
     if schemes:
         block = Counter(scheme.block for scheme in schemes.values()).most_common(1)[0][0]
         words.append("" if block is None else f"block {block}")
@@ -78,30 +73,3 @@ def distinct(measured: Iterable[Measured], labels: Iterable[str]) -> tuple[Measu
         replace(one, name=f"{one.name} ({label})") if names.count(one.name) > 1 else one
         for one, label in zip(rows, labels, strict=True)
     )
-
-
-def file_bytes(manifest: Manifest) -> int:
-    """Bytes of all files of the bundle."""
-    return sum(entry.size for entry in manifest.files.values())
-
-
-def read_bytes(manifest: Manifest) -> int:
-    """Bytes of weights that a decoded token reads: all, but one row of an untied embedding."""
-    spec, schemes = manifest.model, _schemes(manifest)
-    nbits = set((manifest.quantization or {}).get("nbits", ()))
-    total = 0.0
-    for name, shape in spec.weight_shapes().items():
-        scheme = schemes.get(name)
-        if scheme is not None:
-            parts = stored_parts(name, shape, scheme, manifest.activation, nbits=name in nbits)
-            total += sum(math.prod(part.shape) * ITEM_BYTES[part.element] for part in parts)
-        elif name == "model.embed_tokens.weight" and not spec.tie_word_embeddings:
-            total += spec.hidden_size * ITEM_BYTES[manifest.activation]
-        else:
-            total += math.prod(shape) * ITEM_BYTES[manifest.activation]
-    return round(total)
-
-
-def _schemes(manifest: Manifest) -> Mapping[str, Scheme]:
-    facts: Mapping[str, Any] = manifest.quantization or {}
-    return {name: Scheme.from_json(entry) for name, entry in facts.get("schemes", {}).items()}

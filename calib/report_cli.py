@@ -149,9 +149,10 @@ def _measure(
     bundle: Path, windows: "Ids", against: str | None, threads: int | None, stage: Stage, *,
     check: bool,
 ) -> "Measured":  # fmt: skip
-    from calib.measured import Measured, file_bytes, method_of, name_of, read_bytes
+    from calib.measured import Measured, method_of, name_of
     from exporter.evaluate import evaluate, steps
     from runtime.load import load
+    from runtime.sizes import file_bytes, read_bytes
 
     loaded, reference = load(bundle, threads=threads, check=check, stage=stage), None
     manifest = loaded.bundle.manifest

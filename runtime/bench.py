@@ -3,20 +3,29 @@
 import importlib.util
 import os
 import platform
+import resource
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat as repeat_value
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from graphs.errors import MistralcError, UsageError
+from graphs.manifest import Manifest
+from graphs.spec import ITEM_SIZE
+from runtime.bandwidth import read_bandwidth
 from runtime.generator import Generator
-from runtime.load import Loaded
+from runtime.load import Loaded, load_session, make_ring
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
+from runtime.session import Ids, Logits, Session
+from runtime.sizes import read_bytes
 
 BACKENDS = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt")
 GREEDY = SamplingParams(temperature=0.0)
@@ -38,23 +47,69 @@ def machine() -> dict[str, Any]:
 def measure(
     loaded: Loaded, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
 ) -> dict[str, Any]:
-    """Rounds of one prompt and one answer from an empty ring; medians, after one warm-up."""
+    """Rounds of one prompt and one answer from an empty ring, after one to warm up.
+
+    Medians, but for the inter-token latencies, whose percentiles are of all rounds together.
+    """
     rounds = []
-    with stage("Measuring", repeat + 1) as advance:
+    with stage("Measuring", repeat + 2) as advance:
         for _ in range(repeat + 1):
             rounds.append(_round(loaded.generator, prompt_tokens, new_tokens))
             advance(1)
-    prefill, decode = zip(*rounds[1:], strict=True)
+        threads = loaded.threads or len(os.sched_getaffinity(0))
+        bandwidth = read_bandwidth(threads)
+        advance(1)
+    kept = rounds[1:]
+    prefill, decode = median(one.ttft for one in kept), median(one.decode for one in kept)
+    latencies = np.concatenate([one.latencies for one in kept])  # seconds
+    manifest = loaded.bundle.manifest
+    step_bytes = read_bytes(manifest) + _ring_bytes(loaded, prompt_tokens + new_tokens // 2)
+    rate = (new_tokens - 1) / decode
     return {
         "machine": machine(),
         "bundle": str(loaded.bundle.path),
+        "model": f"{manifest.checkpoint['name']}, {manifest.precision} for {manifest.target}",
+        "threads": threads,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": repeat,
         "load_s": loaded.seconds,
-        "ttft_s": median(prefill),
-        "prefill_tokens_per_s": prompt_tokens / median(prefill),
-        "decode_tokens_per_s": (new_tokens - 1) / median(decode),
+        "ttft_s": prefill,
+        "prefill_tokens_per_s": prompt_tokens / prefill,
+        "decode_tokens_per_s": rate,
+        "step_ms_median": 1e3 * float(np.median(latencies)),
+        "step_ms_p95": 1e3 * float(np.percentile(latencies, 95)),
+        "step_ms_p99": 1e3 * float(np.percentile(latencies, 99)),
+        "host_share": median(one.host / one.decode for one in kept),
+        "bytes_per_token": step_bytes,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_share": rate * step_bytes / bandwidth,
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def measure_batch(
+    loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
+) -> dict[str, Any]:
+    """Decode `rows` sequences side by side: tokens per second of all of them, medians."""
+    manifest = loaded.bundle.manifest
+    session = load_session(loaded.bundle.path, manifest, batch=rows, threads=loaded.threads)
+    seconds = []
+    with stage("Measuring", repeat + 1) as advance:
+        for _ in range(repeat + 1):
+            seconds.append(_batch_round(session, manifest, rows, prompt_tokens, new_tokens))
+            advance(1)
+    prefill, decode = (median(each) for each in zip(*seconds[1:], strict=True))
+    return {
+        "machine": machine(),
+        "bundle": str(loaded.bundle.path),
+        "batch": rows,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "rounds": repeat,
+        "prefill_tokens_per_s": rows * prompt_tokens / prefill,
+        "decode_tokens_per_s": rows * (new_tokens - 1) / decode,
+        "step_ms_mean": 1e3 * decode / (new_tokens - 1),
     }
 
 
@@ -66,7 +121,7 @@ def measure_positions(
     generator.rewind(0)
     latency = np.empty(positions, np.float64)  # seconds
     resident = np.zeros(positions, np.int64)  # bytes
-    logits = generator.feed(_prompt(generator, 1))
+    logits = generator.feed(_prompt(generator.vocab_size, 1))
     steps = generator.generate(logits, GREEDY, max_new_tokens=positions)
     with stage("Generating", positions) as advance:
         for i in range(positions):
@@ -121,25 +176,91 @@ def _ended(made: int, wanted: int) -> MistralcError:
     )
 
 
-def _prompt(generator: Generator, count: int) -> list[int]:
+def _prompt(vocab_size: int, count: int) -> list[int]:
     """Pseudo-random tokens, the same every time."""
     bits = np.random.Generator(np.random.PCG64(0))
-    ids: list[int] = bits.integers(0, generator.vocab_size, count).tolist()
+    ids: list[int] = bits.integers(0, vocab_size, count).tolist()
     return ids
 
 
-def _round(generator: Generator, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One answer. Seconds: to the first token, of all others, outside the backend, between two."""
+
+    ttft: float
+    decode: float
+    host: float
+    latencies: NDArray[np.float64]
+
+
+class _Clocked:
+    """A session that adds up the time spent in it."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self.resize = session.resize
+        self.seconds = 0.0
+
+    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
+        began = perf_counter()
+        logits = self._session.step(input_ids, position_ids, logits_indices)
+        self.seconds += perf_counter() - began
+        return logits
+
+
+def _round(generator: Generator, prompt_tokens: int, new_tokens: int) -> Round:
     generator.rewind(0)
-    began = perf_counter()
-    steps = generator.generate(
-        generator.feed(_prompt(generator, prompt_tokens)), GREEDY, max_new_tokens=new_tokens
-    )
-    next(steps)
-    first = perf_counter()
-    made = 1 + sum(1 for _ in steps)
-    if made < new_tokens:
-        raise _ended(made, new_tokens)
-    return first - began, perf_counter() - first
+    session = generator.session
+    clocked = generator.session = _Clocked(session)
+    try:
+        began = perf_counter()
+        logits = generator.feed(_prompt(generator.vocab_size, prompt_tokens))
+        steps = generator.generate(logits, GREEDY, max_new_tokens=new_tokens)
+        next(steps)
+        clocked.seconds = 0.0
+        times = [perf_counter()]
+        times.extend(perf_counter() for _ in steps)
+    finally:
+        generator.session = session
+    if len(times) < new_tokens:
+        raise _ended(len(times), new_tokens)
+    decode = times[-1] - times[0]
+    return Round(
+        ttft=times[0] - began, decode=decode, host=decode - clocked.seconds,
+        latencies=np.diff(times),
+    )  # fmt: skip
+
+
+def _batch_round(
+    session: Session, manifest: Manifest, rows: int, prompt_tokens: int, new_tokens: int
+) -> tuple[float, float]:
+    """Seconds for the prompts and for the answers of `rows` equal sequences, without sampling."""
+    ring = make_ring(manifest, rows)
+    session.resize(ring.capacities)
+    ring.check_room(prompt_tokens + new_tokens)
+    prompt = np.tile(_prompt(manifest.model.vocab_size, prompt_tokens), (rows, 1))
+    done, marks = 0, [perf_counter()]
+    for steps in (ring.pieces(prompt_tokens), repeat_value(1, new_tokens - 1)):
+        for count in steps:
+            if ring.grow(count):
+                session.resize(ring.capacities)
+            ids = prompt[:, done : done + count] if done < prompt_tokens else prompt[:, :1]
+            positions = np.tile(np.arange(done, done + count), (rows, 1))
+            last = np.full((rows, 1), count - 1)
+            session.step(np.ascontiguousarray(ids), positions, last)
+            for row in range(rows):
+                ring.advance(count, row)
+            done += count
+        marks.append(perf_counter())
+    return marks[1] - marks[0], marks[2] - marks[1]
+
+
+def _ring_bytes(loaded: Loaded, position: int) -> int:
+    """Bytes of keys and values that a token at `position` attends to."""
+    manifest = loaded.bundle.manifest
+    spec, item = manifest.model, ITEM_SIZE[manifest.activation]
+    slots = sum(min(position, size or position) for size in spec.layer_windows)
+    return 2 * slots * spec.num_key_value_heads * spec.head_dim * item
 
 
 def _resident() -> int:

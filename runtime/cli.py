@@ -148,6 +148,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 128,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds; medians are quoted.")] = 5,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded side by side.")] = 1,
     positions: Annotated[
         int | None, typer.Option(min=2, help="Instead: generate N tokens, latency by position.")
     ] = None,
@@ -162,6 +163,8 @@ def bench(
 
     if plot is not None and positions is None:
         raise UsageError("--plot draws latency against position; add --positions N.")
+    if positions is not None and batch > 1:
+        raise UsageError("--positions follows one sequence; leave --batch out.")
     if plot is not None:
         benchmark.check_plot(plot)
     stage = stage_for(quiet=as_json)
@@ -169,6 +172,8 @@ def bench(
     result: dict[str, Any]
     if positions is not None:
         result = benchmark.measure_positions(loaded, positions, plot, stage)
+    elif batch > 1:
+        result = benchmark.measure_batch(loaded, batch, prompt_tokens, new_tokens, repeat, stage)
     else:
         result = benchmark.measure(loaded, prompt_tokens, new_tokens, repeat, stage)
     print(json.dumps(result) if as_json else benchmark.to_text(result))

@@ -59,13 +59,17 @@ def make_ring(manifest: Manifest, rows: int = 1) -> Ring:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """A bundle ready to generate. `defaults` is the checkpoint's `generation_config`."""
+    """A bundle ready to generate. `defaults` is the checkpoint's `generation_config`.
+
+    `threads` is what was asked for; None leaves it to the backend.
+    """
 
     bundle: Bundle
     generator: Generator
     tokenizer: Tokenizer
     defaults: dict[str, Any]
     seconds: float  # it took to check and load
+    threads: int | None = None
 
 
 def load(
@@ -93,4 +97,5 @@ def load(
         tokenizer=tokenizer,
         defaults=json.loads((path / "generation_config.json").read_text(encoding="utf-8")),
         seconds=perf_counter() - began,
+        threads=threads,
     )

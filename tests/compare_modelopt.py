@@ -59,7 +59,7 @@ FORMATS = (
         title=f"int4wo: weights alone, in blocks of {BLOCK}, without zero points",
         precision="int4wo",
         configurations=("INT4_AWQ_CFG",),
-        methods=("awq", "awq+gptq"),
+        methods=("awq", "gptq"),
     ),
 )
 NOTES = (

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from calib.measured import Measured, file_bytes, read_bytes
+from calib.measured import Measured
 from exporter import evaluate as evaluation
 from exporter import export as exporting
 from exporter.checkpoint import open_checkpoint
@@ -30,6 +30,7 @@ from graphs.manifest import Manifest
 from runtime.bench import machine
 from runtime.corpus import read_corpus, windows
 from runtime.load import load_session
+from runtime.sizes import file_bytes, read_bytes
 from runtime.tokenizer import Tokenizer
 
 CHECKPOINT = "smollm2"

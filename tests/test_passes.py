@@ -123,7 +123,7 @@ def test_too_few_positions_are_refused_by_the_operator_and_not_read_beyond_the_e
     spec = replace(SPEC, layer_windows=(None, None))
     model = tiny.traced(spec)
     lower(model, spec, "cpu", context=20)
-    with pytest.raises(Exception, match="cos_cache|rotary|position"):
+    with pytest.raises(Exception, match=r"cos_cache|rotary|position"):
         logits_of(model, spec)
 
 

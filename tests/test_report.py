@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from calib.measured import Measured, distinct, front, name_of, read_bytes
+from calib.measured import Measured, distinct, front, name_of
 from calib.report import Report, Section, grid_lines, sections, to_markdown
 from calib.report_figures import INK, THEME, of_kind
 from calib.report_page import to_html
@@ -21,6 +21,7 @@ from exporter.export import ExportOptions, export
 from graphs.manifest import Manifest
 from graphs.scheme import default_scheme, groups
 from graphs.spec import ModelSpec, RingSpec
+from runtime.sizes import read_bytes
 from tests.conftest import Command
 from tests.make_checkpoint import tiny_spec
 

@@ -1,0 +1,122 @@
+"""SmolLM2 in the form that each peer takes, all made of the same GGUF. Not a test.
+
+    python -m tests.peers.prepare FOLDER --peers-python PYTHON
+
+`hf/` is the checkpoint dequantized to float32, for transformers and for the model builder of
+onnxruntime-genai; `llama/` has what llama.cpp's own quantizer makes of it; `hf-64/` and what is made
+of it have a sliding window of 64. What is there already is left as it is.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from exporter.checkpoint import open_checkpoint
+from exporter.tokenizer import read_tokenizer
+from tests.make_checkpoint import hf_config
+
+WINDOW = 64
+LLAMA_TYPES = ("F16", "Q8_0", "Q4_0")  # beside Q4_1, which is the checkpoint itself
+GENAI = {
+    "int4": ("int4", ()),
+    "int4-pruned": ("int4", ("prune_lm_head=true",)),
+    "int8": ("int8", ()),
+    "int8-pruned": ("int8", ("prune_lm_head=true",)),
+}
+
+QUANTIZE = """
+import sys, llama_cpp
+source, target, kind = sys.argv[1:]
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+params.allow_requantize = True
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--peers-python", default=sys.executable, help="that has the peers")
+    arguments = parser.parse_args()
+    prepare(arguments.folder, arguments.peers_python)
+
+
+def prepare(folder: Path, python: str) -> None:
+    """Make what is missing in `folder`. A peer that `python` lacks is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, window in (("hf", None), (f"hf-{WINDOW}", WINDOW)):
+        if not (folder / name).exists():
+            write_hf(folder / name, window)
+    _llama(folder, python)
+    for name, (precision, options) in GENAI.items():
+        _genai(folder / "hf", folder / f"genai-{name}", precision, options, python)
+    _genai(folder / f"hf-{WINDOW}", folder / f"genai-window-{WINDOW}", "fp32", (), python)
+
+
+def write_hf(directory: Path, window: int | None) -> None:
+    """Write SmolLM2 as a Hugging Face directory in float32, as a Mistral."""
+    checkpoint = open_checkpoint("smollm2")
+    spec = checkpoint.spec
+    if window is not None:
+        spec = replace(spec, layer_windows=(window,) * spec.num_hidden_layers)
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    weights = {name: checkpoint.tensor(name) for name in spec.weight_shapes()}
+    save_file(weights, partial / "model.safetensors", {"format": "pt"})
+    files = read_tokenizer(checkpoint.path)
+    (partial / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
+    for name, content in (
+        ("config.json", hf_config(spec)),
+        ("tokenizer_config.json", files.tokenizer_config),
+        ("generation_config.json", files.generation_config),
+    ):
+        (partial / name).write_text(json.dumps(content), encoding="utf-8")
+    partial.rename(directory)
+
+
+def _llama(folder: Path, python: str) -> None:
+    if not _has(python, "llama_cpp"):
+        return
+    (folder / "llama").mkdir(exist_ok=True)
+    source = folder / "llama" / "Q4_1.gguf"
+    if not source.exists():
+        shutil.copyfile(open_checkpoint("smollm2").path, source)
+    for kind in LLAMA_TYPES:
+        target = source.with_name(f"{kind}.gguf")
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            subprocess.run([python, "-c", QUANTIZE, source, partial, kind], check=True,
+                           stdout=sys.stderr)  # fmt: skip
+            partial.rename(target)
+
+
+def _genai(
+    source: Path, target: Path, precision: str, options: tuple[str, ...], python: str
+) -> None:
+    if target.exists() or not _has(python, "onnxruntime_genai"):
+        return
+    extra = [*options]
+    if precision.startswith("int"):
+        extra += ["accuracy_level=4", "block_size=32"]
+    command = [python, "-m", "onnxruntime_genai.models.builder", "-m", source.name, "-i", source,
+               "-o", target, "-p", precision, "-e", "cpu", "-c", target.with_name("cache")]  # fmt: skip
+    if extra:
+        command += ["--extra_options", *extra]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def _has(python: str, module: str) -> bool:
+    found = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", found], check=False).returncode == 0
+
+
+if __name__ == "__main__":
+    main()
