@@ -71,6 +71,11 @@ def export(
         typer.Option(metavar="lm_head", help="Do not quantize the output layer.",
                      rich_help_panel=_QUANTIZED),
     ] = None,
+    head_bits: Annotated[
+        int,
+        typer.Option(metavar="8|4", help="Bits of the output layer; 4 is faster and loses more.",
+                     rich_help_panel=_QUANTIZED),
+    ] = 8,
     max_ppl_increase: Annotated[
         float,
         typer.Option(metavar="RATIO", help="Most perplexity a bundle for cpu may lose; 0.1 is 10%.",
@@ -120,7 +125,9 @@ def export(
     chosen = ExportOptions(
         target=target, precision=precision, window=window, context=context, chunk=chunk,
         max_batch=max_batch, force=force, engine=engine, allow_faults=allow_faults,
-        quantize=QuantizeOptions(block=block, symmetric=symmetric, keep=tuple(keep or ())),
+        quantize=QuantizeOptions(
+            block=block, symmetric=symmetric, keep=tuple(keep or ()), head_bits=head_bits
+        ),
         calibration=calibration,
         gate=Gate(max_ppl_increase=max_ppl_increase, text=tuple(text or ())),
     )  # fmt: skip

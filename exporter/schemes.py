@@ -1,8 +1,8 @@
 """Which weights a precision quantizes, and how, told from the model's shape. Knows no tensor.
 
-The linears of the layers are always quantized, norms never. The output layer is kept in 8 bits by
-the precisions that quantize weights only, or as it is with `--keep lm_head`; if it is the embedding
-too, that holds for the CPU, where both read the same codes.
+The linears of the layers are always quantized, norms never. The output layer is stored in 8 bits,
+in 4 or as it is, as asked; for engines only by the precisions that quantize weights alone, and only
+where it is not the embedding too, which on the CPU is looked up among the same codes.
 """
 
 import math
@@ -15,6 +15,7 @@ from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CALIBRATED = ("int8", "fp8")  # they round activations too, whose ranges only samples can tell
+HEAD_BITS = (8, 4)
 ENGINE_BLOCK, CPU_BLOCK = 128, 32  # input features; of int4wo, and of int8wo on the CPU
 
 
@@ -23,17 +24,22 @@ class QuantizeOptions:
     """What the user may choose about a quantized precision.
 
     `block` is for weights without a table. `symmetric` leaves zero points out where there may be
-    some; TensorRT takes none. `keep` names linears to leave alone; there is only `lm_head` so far.
+    some; TensorRT takes none. `keep` names linears to leave alone; there is only `lm_head` so far,
+    which else is stored in `head_bits`.
     """
 
     block: int | None = None
     symmetric: bool = False
     keep: tuple[str, ...] = ()
+    head_bits: int = 8
 
     def __post_init__(self) -> None:
         if self.block is not None and self.block not in BLOCKS:
             known = ", ".join(map(str, BLOCKS))
             raise UsageError(f"--block is {self.block}; one of {known} is expected.")
+        if self.head_bits not in HEAD_BITS:
+            known = " or ".join(map(str, HEAD_BITS))
+            raise UsageError(f"--head-bits is {self.head_bits}; {known} is expected.")
         unknown = set(self.keep) - {"lm_head"}
         if unknown:
             raise UsageError(f"--keep is {sorted(unknown)[0]!r}; lm_head is expected.")
@@ -76,12 +82,18 @@ def output_scheme(
     spec: ModelSpec, target: str, precision: str, options: QuantizeOptions
 ) -> tuple[str, Scheme] | None:
     """Return the output layer's weight and scheme, or None where it stays in floats."""
-    if precision not in QUANTIZED or not precision.endswith("wo") or "lm_head" in options.keep:
-        return None
     cpu, tied = target == "cpu", spec.tie_word_embeddings
-    if tied and (not cpu or spec.hidden_size % CPU_BLOCK):
+    if precision not in QUANTIZED or "lm_head" in options.keep:
         return None
-    return EMBEDDING if tied else HEAD, default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
+    if not cpu and (tied or precision in CALIBRATED):
+        return None
+    if tied and spec.hidden_size % CPU_BLOCK:
+        return None
+    if options.head_bits == 8:
+        scheme = default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
+    else:
+        scheme = default_scheme("int4wo", block=CPU_BLOCK if cpu else ENGINE_BLOCK)
+    return EMBEDDING if tied else HEAD, scheme
 
 
 def fitting(

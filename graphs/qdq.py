@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from graphs.merge_linears import Linear, linear_at
 from graphs.rewrite import CONTRIB, PassError, constant
-from graphs.scheme import LEAST, MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
+from graphs.scheme import MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
 from graphs.spec import Dtype, ModelSpec
 from graphs.weights import ONNX_DTYPE, WeightRef, weight_of
 
@@ -155,28 +155,25 @@ def _write_lookup(
 ) -> None:
     """Look rows up among the codes of a tied embedding, which the output layer multiplies with.
 
-    Codes [V, J, block] and scales [V, J] are gathered, and only the rows asked for dequantized.
+    Only the rows that are asked for are dequantized.
     """
     weight, output = weight_of(gather.inputs[0]), gather.outputs[0]
     if weight is None or weight.parts[0] not in quantization.nbits:
         return
-    scheme = quantization.schemes[weight.parts[0]]
-    if scheme.bits != 8 or scheme.block is None or weight.sizes[1] % scheme.block:
-        raise PassError(f"{weight.name}: an embedding is looked up in whole blocks of 8 bits")
-    codes, scale = _parts(graph, weight, scheme, activation, nbits=True)
-    dtype = ONNX_DTYPE[activation]
-    zero = constant(graph, ir.tensor(float(-LEAST[scheme.codes]), dtype, f"zero_code.{dtype}"))
-    last = constant(graph, ir.tensor([-1], ir.DataType.INT64, "last_axis"))
-    flat = constant(graph, ir.tensor([0, 0, -1], ir.DataType.INT64, "joined_blocks"))
-    rows = ir.node("Gather", [codes, gather.inputs[1]], {"axis": 0})  # [B, S, J, block]
-    scales = ir.node("Gather", [scale, gather.inputs[1]], {"axis": 0})  # [B, S, J]
-    number = ir.node("Cast", [rows.outputs[0]], {"to": dtype})
-    signed = ir.node("Sub", [number.outputs[0], zero])
-    wide = ir.node("Unsqueeze", [scales.outputs[0], last])
-    scaled = ir.node("Mul", [signed.outputs[0], wide.outputs[0]])
-    found = ir.node("Reshape", [scaled.outputs[0], flat])  # [B, S, K]
-    graph.insert_before(gather, [rows, scales, number, signed, wide, scaled, found])
-    result = found.outputs[0]
+    scheme, (rows, columns) = quantization.schemes[weight.parts[0]], weight.sizes
+    if scheme.block is None or columns % scheme.block or scheme.offset != "none":
+        raise PassError(f"{weight.name}: an embedding is looked up in whole blocks without offsets")
+    _, scale = _parts(graph, weight, scheme, activation, nbits=True)
+    # The same bytes as the output layer's codes, without blocks in their shape.
+    shape = (rows, columns * scheme.bits // 8)
+    codes = WeightRef(f"{weight.name}.rows", weight.parts, shape, ir.DataType.UINT8)
+    lookup = ir.node(
+        "GatherBlockQuantized", [constant(graph, codes), gather.inputs[1], scale],
+        {"bits": scheme.bits, "block_size": scheme.block, "gather_axis": 0, "quantize_axis": 1},
+        domain=CONTRIB,
+    )  # fmt: skip
+    graph.insert_before(gather, lookup)
+    result = lookup.outputs[0]
     result.type, result.shape, result.name = output.type, output.shape, output.name
     output.replace_all_uses_with(result)
     graph.remove(gather, safe=True)

@@ -176,10 +176,13 @@ def run(*arguments: object) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def test_a_killed_calibration_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])  # two streams of samples; smoothing
+def test_a_killed_calibration_goes_on_and_ends_with_the_same_bytes(
+    tmp_path: Path, method: str
+) -> None:
     path = write_checkpoint(tmp_path / "checkpoint", tiny_spec(num_hidden_layers=12, window=8))
     work = tmp_path / "work-0"
-    process = run(path, tmp_path / "work", tmp_path / "never", "awq+gptq")
+    process = run(path, tmp_path / "work", tmp_path / "never", method)
     third = work / "layer-00003.safetensors"
     while not third.exists():
         assert process.poll() is None, process.communicate()[1]
@@ -192,8 +195,8 @@ def test_a_killed_calibration_goes_on_and_ends_with_the_same_bytes(tmp_path: Pat
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        resumed = calibrate(checkpoint, samples(), options("int4wo"), work)
-        whole = calibrate(checkpoint, samples(), options("int4wo"), tmp_path / "whole")
+        resumed = calibrate(checkpoint, samples(), options("int4wo", method), work)
+        whole = calibrate(checkpoint, samples(), options("int4wo", method), tmp_path / "whole")
     finally:
         torch.set_num_threads(threads)
     assert third.stat().st_mtime_ns == before  # it was not made again

@@ -220,27 +220,32 @@ def test_a_bundle_with_quantized_weights_computes_what_its_simulation_does(
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_a_tied_embedding_is_stored_once_in_8_bits_and_read_by_both_its_users(
-    tmp_path: Path,
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_tied_embedding_is_stored_once_and_read_by_both_its_users(
+    tmp_path: Path, bits: int
 ) -> None:
     spec = replace(SPEC, tie_word_embeddings=True)
     path = write_checkpoint(tmp_path / "checkpoint", spec)
     bundle = tmp_path / "bundle"
-    manifest = export(str(path), bundle, ExportOptions(precision="int4wo"))
+    asked = QuantizeOptions(head_bits=bits)
+    manifest = export(str(path), bundle, ExportOptions(precision="int4wo", quantize=asked))
     assert_exact(manifest)
     graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
-    (codes,) = (
-        t.name for t in graph.initializer if t.name.startswith("model.embed_tokens.weight.c")
-    )
-    readers = sorted(node.op_type for node in graph.node if codes in node.input)
-    assert readers == ["Gather", "MatMulNBits"]
+    stored = {
+        tensor.name: {entry.key: entry.value for entry in tensor.external_data}["offset"]
+        for tensor in graph.initializer
+        if tensor.name in ("model.embed_tokens.weight.codes", "model.embed_tokens.weight.rows")
+    }
+    assert len(set(stored.values())) == 1, "one range of the file, in two shapes"
+    readers = {node.op_type for node in graph.node if stored.keys() & set(node.input)}
+    assert readers == {"GatherBlockQuantized", "MatMulNBits"}
     kept = ExportOptions(precision="int4wo", quantize=QuantizeOptions(keep=("lm_head",)))
     larger = export(str(path), tmp_path / "kept", kept)
     assert_exact(larger)
     size = spec.vocab_size * spec.hidden_size
     saved = [m.files["weights.safetensors"].size for m in (larger, manifest)]
-    # Four bytes a weight become one, and a scale of four for every 32; headers differ a little.
-    assert saved[0] - saved[1] == pytest.approx(size * (4 - 1 - 4 / 32), abs=500)
+    # Four bytes a weight become fewer, with a scale of four for every 32; headers differ a little.
+    assert saved[0] - saved[1] == pytest.approx(size * (4 - bits / 8 - 4 / 32), abs=500)
 
 
 @pytest.mark.usefixtures("no_tracing")
@@ -257,6 +262,7 @@ def test_a_bundle_that_rounds_activations_computes_what_its_simulation_does(
         node.op_type for node in onnx.load(tmp_path / "bundle" / "model.onnx").graph.node
     )
     assert kinds["QuantizeLinear"] == 4 * SPEC.num_hidden_layers
+    assert kinds["MatMulNBits"] == 1, "the output layer, whose input is not rounded"
     assert manifest.quantization is not None
     assert manifest.quantization["method"] == "by hand"
 

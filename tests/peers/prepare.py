@@ -2,9 +2,10 @@
 
     python -m tests.peers.prepare FOLDER --peers-python PYTHON
 
+`ours/` has our bundles and `tables/` what calibrated them; `ours-window-64` one with a window.
 `hf/` is the checkpoint dequantized to float32, for transformers and for the model builder of
-onnxruntime-genai; `llama/` has what llama.cpp's own quantizer makes of it; `hf-64/` and what is made
-of it have a sliding window of 64. What is there already is left as it is.
+onnxruntime-genai; `llama/` has what llama.cpp's own quantizer makes of it; `hf-64/` and what comes
+of that have a sliding window of 64. What is there already is left as it is.
 """
 
 import argparse
@@ -28,6 +29,20 @@ GENAI = {
     "int4-pruned": ("int4", ("prune_lm_head=true",)),
     "int8": ("int8", ()),
     "int8-pruned": ("int8", ("prune_lm_head=true",)),
+}
+
+CALIBRATED = {  # by name: options of `mistralc calibrate`
+    "int4wo-gptq-128": ("--precision", "int4wo", "--method", "gptq", "--block", "128"),
+    "int8-smoothquant": ("--precision", "int8"),
+}
+OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
+    "fp32": ("--precision", "fp32"),
+    "int4wo-exact": ("--precision", "int4wo"),
+    "int4wo-gptq-128": ("--precision", "int4wo"),
+    "int4wo-gptq-128-head4": ("--precision", "int4wo", "--head-bits", "4"),
+    "int8wo-32": ("--precision", "int8wo"),
+    "int8wo-128": ("--precision", "int8wo", "--block", "128"),
+    "int8-smoothquant": ("--precision", "int8"),
 }
 
 QUANTIZE = """
@@ -54,6 +69,13 @@ def prepare(folder: Path, python: str) -> None:
     for name, window in (("hf", None), (f"hf-{WINDOW}", WINDOW)):
         if not (folder / name).exists():
             write_hf(folder / name, window)
+    for name, options in CALIBRATED.items():
+        _calibrate(folder / "tables" / name, options)
+    for name, options in OURS.items():
+        table = next((known for known in CALIBRATED if name.startswith(known)), None)
+        given = () if table is None else ("--calibration", folder / "tables" / table)
+        _export(folder / "ours" / name, *options, *given)
+    _export(folder / f"ours-window-{WINDOW}", "--precision", "fp32", "--window", WINDOW)
     _llama(folder, python)
     for name, (precision, options) in GENAI.items():
         _genai(folder / "hf", folder / f"genai-{name}", precision, options, python)
@@ -82,6 +104,24 @@ def write_hf(directory: Path, window: int | None) -> None:
     partial.rename(directory)
 
 
+def _calibrate(table: Path, options: tuple[str, ...]) -> None:
+    if not table.exists():
+        table.parent.mkdir(exist_ok=True)
+        _mistralc("calibrate", "smollm2", "-o", table, *options, "--samples", "16")
+
+
+def _export(bundle: Path, *options: object) -> None:
+    if not bundle.exists():
+        bundle.parent.mkdir(exist_ok=True)
+        # What is lost is in the comparison, so nothing is refused here.
+        _mistralc("export", "smollm2", "-o", bundle, *options, "--max-ppl-increase", "9")
+
+
+def _mistralc(*arguments: object) -> None:
+    command = [sys.executable, "-m", "mistralc", *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
 def _llama(folder: Path, python: str) -> None:
     if not _has(python, "llama_cpp"):
         return
@@ -107,7 +147,8 @@ def _genai(
     if precision.startswith("int"):
         extra += ["accuracy_level=4", "block_size=32"]
     command = [python, "-m", "onnxruntime_genai.models.builder", "-m", source.name, "-i", source,
-               "-o", target, "-p", precision, "-e", "cpu", "-c", target.with_name("cache")]  # fmt: skip
+               "-o", target, "-p", precision, "-e", "cpu",
+               "-c", target.with_name("cache")]  # fmt: skip
     if extra:
         command += ["--extra_options", *extra]
     subprocess.run(command, check=True, stdout=sys.stderr)
