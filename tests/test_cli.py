@@ -444,8 +444,38 @@ def test_bench_reports_what_it_ran_on_and_what_it_measured(
     assert result["prefill_tokens_per_s"] == pytest.approx(20 / result["ttft_s"])
     assert result["decode_tokens_per_s"] > 0
     assert result["rounds"] == 2
+    assert 0 < result["step_ms_median"] <= result["step_ms_p95"] <= result["step_ms_p99"]
+    assert 0 < result["host_share"] < 1
+    spec = read_manifest(sliding_bundle).model
+    window = spec.layer_windows[0] or 0
+    ring = 2 * 4 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * window
+    weights = 4 * (spec.num_parameters - (spec.vocab_size - 1) * spec.hidden_size)
+    assert result["bytes_per_token"] == weights + ring, "all weights, one row of the embedding"
+    rate = result["decode_tokens_per_s"] * result["bytes_per_token"]
+    share = rate / result["read_bandwidth_bytes_per_s"]
+    assert result["bandwidth_share"] == pytest.approx(share)
+    assert result["peak_memory_bytes"] > result["bytes_per_token"]
     lines = told(mistralc(*bench, "--repeat", "1")).splitlines()
     assert any(re.fullmatch(r"decode_tokens_per_s: [\d,]+\.\d+", line) for line in lines)
+
+
+def test_bench_decodes_several_sequences_side_by_side(
+    mistralc: Command, plain_bundle: Path
+) -> None:
+    bench = ("bench", plain_bundle, "--prompt-tokens", "20", "--new-tokens", "10", "--batch", "3")
+    result = reported(mistralc(*bench, "--repeat", "1", "--json"))
+    assert result["batch"] == 3
+    assert result["decode_tokens_per_s"] == pytest.approx(3 / (1e-3 * result["step_ms_mean"]))
+    ended = mistralc(*bench, "--positions", "9")
+    assert ended.code == 2
+    assert "leave --batch out" in ended.err
+
+
+def test_guessing_ahead_changes_no_token(mistralc: Command, sliding_bundle: Path) -> None:
+    ask = ("generate", sliding_bundle, "to be or not to be or not", "-n", "60", "--json")
+    ask = (*ask, "--temperature", "0.3", "--seed", "4")
+    plain, guessed = (reported(mistralc(*ask, "--speculate", n)) for n in ("0", "6"))
+    assert plain["tokens"] == guessed["tokens"]
 
 
 def test_bench_draws_latency_against_position(

@@ -196,7 +196,7 @@ def windowed(arguments: argparse.Namespace, cut: Sequence[Sequence[int]]) -> lis
         if not Path(one.model.partition(":")[0]).exists():
             continue
         one.start(arguments.peers_python, arguments.threads)
-        answer = one.ask(do="time", prompt=cut[2][:32], count=LONG - 32)
+        answer = one.ask(do="time", prompt=cut[0][:32], count=LONG - 32)
         answers[one.title] = (answer.get("tokens", []), one.error)
         one.stop()
     expected, _ = answers.pop("transformers")
