@@ -58,6 +58,7 @@ ACTIVATION: Mapping[str, Mapping[str, Dtype]] = {
 
 ENGINES = ("rtx", "tensorrt")
 LARGEST_CHUNK, LARGEST_CONTEXT = 512, 4096  # defaults; tokens
+LARGEST_CPU_CHUNK = 256  # reads a prompt of 512 tokens 5 to 10% faster than one chunk of 512 does
 ENGINE_CHUNK = 64  # tokens; of fewer it makes a duplicate "iota", or finds no attention kernel
 TOOLS = ("mistralc", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
          "tensorrt", "tensorrt-rtx-cu13", "tokenizers")  # fmt: skip
@@ -191,7 +192,8 @@ def ring_spec(spec: ModelSpec, options: ExportOptions) -> RingSpec:
         )
     smallest = min((size for size in spec.windows if size is not None), default=context)
     least = ENGINE_CHUNK if options.target in ENGINES else 1
-    chunk = options.chunk or max(least, min(LARGEST_CHUNK, smallest))
+    largest = LARGEST_CPU_CHUNK if options.target == "cpu" else LARGEST_CHUNK
+    chunk = options.chunk or max(least, min(largest, smallest))
     if chunk < least:
         raise UsageError(
             f"--chunk is {chunk}; an engine needs at least {least}: TensorRT-RTX 1.7 fails to "

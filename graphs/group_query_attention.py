@@ -22,6 +22,9 @@ from graphs.rewrite import CONTRIB, PassError, constant
 from graphs.spec import ModelSpec
 
 
+HEAD_MULTIPLE = 16  # what the operator wants heads' sizes to be, where it turns them
+
+
 class Heads(NamedTuple):
     """One layer's attention, from the merged linear's output to the merged heads."""
 
@@ -33,7 +36,7 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupQueryAttention:
-    """The pass. It fires once for each layer without a window.
+    """The pass. It fires once for each layer without a window, if heads have a size that it takes.
 
     `context` is how many positions there may be: so many angles are written into the graph.
     """
@@ -44,7 +47,7 @@ class GroupQueryAttention:
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
         """Rewrite every layer that has no window. Raises PassError where one is not as expected."""
         unwindowed = [i for i, window in enumerate(spec.layer_windows) if window is None]
-        if not unwindowed:
+        if not unwindowed or spec.head_dim % HEAD_MULTIPLE:
             return 0
         graph = model.graph
         found = dict(_pattern(graph))

@@ -119,6 +119,13 @@ def test_layers_without_a_window_attend_in_one_operator(
     assert np.abs(logits_of(model, spec) - expected).max() <= 2e-5
 
 
+def test_heads_of_a_size_that_the_operator_lacks_keep_the_standard_attention():
+    spec = replace(SPEC, layer_windows=(None, None), head_dim=24)
+    model = tiny.traced(spec)
+    assert lower(model, spec, "cpu")["group_query_attention"] == 0
+    assert operators(model)["Attention"] == LAYERS
+
+
 def test_too_few_positions_are_refused_by_the_operator_and_not_read_beyond_the_end():
     spec = replace(SPEC, layer_windows=(None, None))
     model = tiny.traced(spec)
