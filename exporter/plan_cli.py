@@ -58,7 +58,9 @@ def plan(
 
     precision = precision or ("fp32" if target == "cpu" else "fp16")
     activation_of(target or "rtx", precision)  # refuses a wrong pair before anything is read
-    asked = ExportOptions(window=window, context=context, chunk=chunk, max_batch=batch)
+    asked = ExportOptions(
+        target=target or "rtx", window=window, context=context, chunk=chunk, max_batch=batch
+    )
     spec = read_spec(checkpoint)
     if window is not None:
         spec = override_window(spec, window)
