@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -119,9 +119,9 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Pla
     folder = str(Path(__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
-        [sys.executable, "-m", "exporter.engine"],
+        [sys.executable, "-P", "-m", "exporter.engine"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": paths},
+        cwd=request.graph.parent, env={**os.environ, "PYTHONPATH": paths},
     ) as child:  # fmt: skip
         try:
             return _followed(child, request, progress)
@@ -136,7 +136,10 @@ def _followed(
     """Hand the request to the builder's process, pass its steps on, and take its answer."""
     if child.stdin is None or child.stdout is None:
         raise ValueError("the process was started without pipes")
-    child.stdin.write(request.to_text())
+    # Names without their folder, whose length would move what TensorRT puts on the heap after them.
+    here = request.graph.parent
+    plan = Path(os.path.relpath(request.plan, here))
+    child.stdin.write(replace(request, graph=Path(request.graph.name), plan=plan).to_text())
     child.stdin.close()
     for line in child.stdout:
         answer = json.loads(line)
@@ -173,14 +176,15 @@ def fix_addresses() -> None:
     """Start this process again with its memory at the same addresses every time.
 
     The order of some lists in a plan follows addresses: of 24 builds of one graph, side by side,
-    one was different. Where the kernel does not allow it, that is how it stays.
+    one was different, and builds in folders whose names differ in length were. Where the kernel
+    does not allow it, that is how it stays.
     """
     personality = ctypes.CDLL(None).personality
     current = personality(0xFFFFFFFF)  # asks, and changes nothing
     if current == -1 or current & ADDR_NO_RANDOMIZE:
         return
     if personality(current | ADDR_NO_RANDOMIZE) != -1:
-        os.execv(sys.executable, [sys.executable, "-m", "exporter.engine"])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "exporter.engine"])  # noqa: S606
 
 
 def main() -> None:

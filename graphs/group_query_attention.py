@@ -21,7 +21,6 @@ import onnx_ir as ir
 from graphs.rewrite import CONTRIB, PassError, constant
 from graphs.spec import ModelSpec
 
-
 HEAD_MULTIPLE = 16  # what the operator wants heads' sizes to be, where it turns them
 
 
