@@ -49,6 +49,7 @@ class Row:
 
 
 SYMMETRIC = QuantizeOptions(symmetric=True)
+FLOAT_HEAD = QuantizeOptions(keep=("lm_head",))  # so that what is lost is lost by the layers
 ROWS = (
     Row(name="fp32", precision="fp32"),
     Row(name="int8wo, nearest, block 32", precision="int8wo"),
@@ -64,13 +65,14 @@ ROWS = (
               for method in ("awq", "gptq", "awq+gptq")),
         )
     ),
-    Row(name="int8, SmoothQuant", precision="int8", calibrate=("--method", "smoothquant")),
+    Row(name="int8, SmoothQuant", precision="int8", calibrate=("--method", "smoothquant"),
+        quantize=FLOAT_HEAD),
     Row(name="int8, SmoothQuant and GPTQ", precision="int8",
-        calibrate=("--method", "smoothquant+gptq")),
+        calibrate=("--method", "smoothquant+gptq"), quantize=FLOAT_HEAD),
     Row(name="int8, the same, at most a tenth of the linears kept as int8wo", precision="int8",
-        calibrate=("--method", "smoothquant+gptq", "--keep-share", "0.1")),
+        calibrate=("--method", "smoothquant+gptq", "--keep-share", "0.1"), quantize=FLOAT_HEAD),
     Row(name="fp8, SmoothQuant and GPTQ", precision="fp8",
-        calibrate=("--method", "smoothquant+gptq")),
+        calibrate=("--method", "smoothquant+gptq"), quantize=FLOAT_HEAD),
 )  # fmt: skip
 
 
