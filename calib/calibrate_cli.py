@@ -144,15 +144,10 @@ def _samples(
     from calib.samples import TOKENS, Samples, check_length, default_length, spread
     from exporter.tokenizer import read_tokenizer
     from runtime.corpus import read_corpus, windows
-    from runtime.tokenizer import Tokenizer, parse_tokenizer
 
     length = length or default_length(checkpoint.spec)
     check_length(length, checkpoint.spec)
-    files = read_tokenizer(checkpoint.path)
-    tokenizer = Tokenizer(
-        parse_tokenizer(files.tokenizer_json, "tokenizer.json"), files.tokenizer_config,
-        files.generation_config,
-    )  # fmt: skip
+    tokenizer = read_tokenizer(checkpoint.path).open()
     corpus = read_corpus(text, tokenizer, "calibration")
     ids = spread(torch.from_numpy(windows(corpus, length)), count or max(1, TOKENS // length))
     data = {"source": corpus.source, "fingerprint": corpus.fingerprint, "windows": len(ids),

@@ -30,7 +30,7 @@ from exporter.precision import describe, make_recipe, quantization
 from exporter.quantized import Recipe
 from exporter.schemes import QuantizeOptions
 from exporter.simulate import simulate
-from exporter.tokenizer import TokenizerFiles, read_tokenizer
+from exporter.tokenizer import read_tokenizer
 from exporter.trace import trace
 from exporter.verify import Agreement, cases, require, to_json, to_markdown, verify
 from exporter.weights import Layout, link_weights, stream_weights
@@ -44,7 +44,6 @@ from runtime import tensorrt
 from runtime.load import load_session
 from runtime.progress import Stage, silent
 from runtime.session import Session
-from runtime.tokenizer import Tokenizer, parse_tokenizer
 
 HALF: Mapping[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
 ENGINE: Mapping[str, Dtype] = {**HALF, **dict.fromkeys(QUANTIZED, "float16")}
@@ -155,7 +154,7 @@ def export(
         reference = simulate(recipe, checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
             lead = margin(activation, rounded=recipe.rounds_inputs)
-            texts = golden(reference, _tokenizer(tokenizer).encode, lead)
+            texts = golden(reference, tokenizer.open().encode, lead)
         manifest = replace(manifest, golden=texts)
         if options.target in ENGINES:
             manifest = _compile(model, recipe, manifest, options, directory, stage)
@@ -165,7 +164,7 @@ def export(
             agreements = _check(session, manifest, reference, stage)
             if manifest.quantization is not None:
                 quality = measure(
-                    options.gate, session, manifest, checkpoint, _tokenizer(tokenizer), stage
+                    options.gate, session, manifest, checkpoint, tokenizer.open(), stage
                 )
                 facts = {**manifest.quantization, "quality": quality}
                 manifest = replace(manifest, quantization=facts)
@@ -236,11 +235,6 @@ def _default_precision(target: str, checkpoint: Checkpoint) -> str:
     known = list(ACTIVATION[target])
     stored = set(checkpoint.dtypes.values())
     return "bf16" if stored == {"bfloat16"} and "bf16" in known else known[0]
-
-
-def _tokenizer(files: TokenizerFiles) -> Tokenizer:
-    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
-    return Tokenizer(backend, files.tokenizer_config, files.generation_config)
 
 
 def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:

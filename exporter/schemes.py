@@ -5,13 +5,13 @@ in 4 or as it is, as asked; for engines only by the precisions that quantize wei
 where it is not the embedding too, which on the CPU is looked up among the same codes.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from graphs.errors import UsageError
-from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups, stored_parts
-from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
+from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups
+from graphs.spec import Dtype, ModelSpec
+from runtime.sizes import weight_bytes
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 CALIBRATED = ("int8", "fp8")  # they round activations too, whose ranges only samples can tell
@@ -55,16 +55,8 @@ def quantized_bytes(spec: ModelSpec, target: str, precision: str, activation: Dt
     head = output_scheme(spec, target, precision, options)
     schemes = {**schemes, **dict([head] if head else [])}
     schemes = fitting(spec, target, schemes, decided=lambda _: False)
-    total = 0
-    for name, shape in spec.weight_shapes().items():
-        scheme = schemes.get(name)
-        if scheme is None:
-            total += math.prod(shape) * ITEM_SIZE[activation]
-        else:
-            nbits = cpu and scheme.activation is None
-            parts = stored_parts(name, shape, scheme, activation, nbits=nbits)
-            total += sum(part.nbytes for part in parts)
-    return total
+    nbits = [name for name, scheme in schemes.items() if cpu and scheme.activation is None]
+    return sum(weight_bytes(spec, schemes, set(nbits), activation).values())
 
 
 def layer_schemes(

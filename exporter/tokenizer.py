@@ -34,6 +34,11 @@ class TokenizerFiles:
     tokenizer_config: dict[str, Any]
     generation_config: dict[str, Any]
 
+    def open(self) -> Tokenizer:
+        """The tokenizer that a bundle with these files has. Raises `MistralcError`."""
+        backend = parse_tokenizer(self.tokenizer_json, "tokenizer.json")
+        return Tokenizer(backend, self.tokenizer_config, self.generation_config)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:

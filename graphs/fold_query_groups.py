@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphs.rewrite import Rule
+from graphs.rewrite import Rule, constant
 from graphs.spec import ModelSpec
 
 
@@ -68,17 +68,10 @@ def _rewrite(graph: ir.Graph, found: Grouped) -> None:
 
 def _reshape(graph: ir.Graph, value: ir.Value | None, heads: int) -> ir.Node:
     """[B, *, *, D] to [B, heads, inferred, D]."""
-    name = f"heads_{heads}"
-    shape = graph.initializers.get(name)
-    if shape is None:
-        # D is kept, not inferred: only one axis may be, and it is the number of rows
-        size = 0 if value is None else _axis(value, 3)
-        tensor = ir.tensor([0, heads, -1, size], ir.DataType.INT64, name)
-        shape = ir.Value(
-            name=name, shape=ir.Shape([4]), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(shape)
-    return ir.node("Reshape", [value, shape])
+    # D is kept, not inferred: only one axis may be, and it is the number of rows.
+    size = 0 if value is None else _axis(value, 3)
+    shape = ir.tensor([0, heads, -1, size], ir.DataType.INT64, f"heads_{heads}")
+    return ir.node("Reshape", [value, constant(graph, shape)])
 
 
 def _stacked(graph: ir.Graph, mask: ir.Value, groups: int) -> ir.Value:

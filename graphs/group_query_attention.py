@@ -37,10 +37,9 @@ class Heads(NamedTuple):
 class GroupQueryAttention:
     """The pass. It fires once for each layer without a window, if heads have a size that it takes.
 
-    `context` is how many positions there may be: so many angles are written into the graph.
+    Angles are written into the graph for as many positions as the model's spec allows.
     """
 
-    context: int
     name: str = "group_query_attention"
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
@@ -50,33 +49,33 @@ class GroupQueryAttention:
             return 0
         graph = model.graph
         found = dict(_pattern(graph))
-        shared = self._shared(graph)
+        shared = _shared(graph, spec.max_position_embeddings)
         for layer in unwindowed:
             if layer not in found:
                 raise PassError(f"pass {self.name}: layer {layer} has no attention over merged qkv")
             _rewrite(graph, found[layer], spec, shared)
-        model.opset_imports.setdefault(CONTRIB, 1)
         return len(unwindowed)
 
-    def _shared(self, graph: ir.Graph) -> tuple[ir.Value, ...]:
-        """What all layers read: last position [B], their number, angles, positions [B, S]."""
-        positions = next(value for value in graph.inputs if value.name == "position_ids")
-        frequencies = graph.initializers["inv_freq"].const_value
-        if frequencies is None:
-            raise ValueError("inv_freq is a constant with numbers in it")
-        angles = np.outer(np.arange(self.context, dtype=np.float32), frequencies.numpy())
-        caches = [
-            constant(graph, ir.tensor(turn(angles), name=f"rotary_{name}"))
-            for name, turn in (("cos", np.cos), ("sin", np.sin))
-        ]
-        end = constant(graph, ir.tensor(-1, ir.DataType.INT64, "last_position"))
-        one = constant(graph, ir.tensor(1, ir.DataType.INT32, "one_position"))
-        last = ir.node("Gather", [positions, end], {"axis": 1})
-        narrow = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
-        most = ir.node("ReduceMax", [narrow.outputs[0]], {"keepdims": 0})
-        total = ir.node("Add", [most.outputs[0], one])
-        graph.insert_before(graph[0], [last, narrow, most, total])
-        return narrow.outputs[0], total.outputs[0], *caches, positions
+
+def _shared(graph: ir.Graph, context: int) -> tuple[ir.Value, ...]:
+    """What all layers read: last position [B], their number, angles, positions [B, S]."""
+    positions = next(value for value in graph.inputs if value.name == "position_ids")
+    frequencies = graph.initializers["inv_freq"].const_value
+    if frequencies is None:
+        raise ValueError("inv_freq is a constant with numbers in it")
+    angles = np.outer(np.arange(context, dtype=np.float32), frequencies.numpy())
+    caches = [
+        constant(graph, ir.tensor(turn(angles), name=f"rotary_{name}"))
+        for name, turn in (("cos", np.cos), ("sin", np.sin))
+    ]
+    end = constant(graph, ir.tensor(-1, ir.DataType.INT64, "last_position"))
+    one = constant(graph, ir.tensor(1, ir.DataType.INT32, "one_position"))
+    last = ir.node("Gather", [positions, end], {"axis": 1})
+    narrow = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
+    most = ir.node("ReduceMax", [narrow.outputs[0]], {"keepdims": 0})
+    total = ir.node("Add", [most.outputs[0], one])
+    graph.insert_before(graph[0], [last, narrow, most, total])
+    return narrow.outputs[0], total.outputs[0], *caches, positions
 
 
 def _pattern(graph: ir.Graph) -> Iterator[tuple[int, Heads]]:
@@ -126,3 +125,6 @@ def _rewrite(graph: ir.Graph, found: Heads, spec: ModelSpec, shared: tuple[ir.Va
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = f"{old.name}.before"
         old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+
+GROUP_QUERY_ATTENTION = GroupQueryAttention()

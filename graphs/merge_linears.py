@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphs.rewrite import Rule
+from graphs.rewrite import Rule, constant
 from graphs.spec import ModelSpec
 from graphs.weights import WeightRef, weight_of
 
@@ -79,29 +79,18 @@ def _rewrite(graph: ir.Graph, siblings: Siblings) -> None:
         (sum(rows), weights[0].sizes[1]),
         weights[0].dtype,
     )
-    value = _initializer(graph, merged, merged.sizes)
-    stacked = ir.tensor(rows, ir.DataType.INT64, f"{siblings.merged_name}.rows")
-    sizes = _initializer(graph, stacked, (len(rows),))
-    transpose = ir.node("Transpose", [value], {"perm": [1, 0]})
+    sizes = ir.tensor(rows, ir.DataType.INT64, f"{siblings.merged_name}.rows")
+    transpose = ir.node("Transpose", [constant(graph, merged)], {"perm": [1, 0]})
     matmul = ir.node("MatMul", [first.inputs[0], transpose.outputs[0]])
-    split = ir.node("Split", [matmul.outputs[0], sizes], {"axis": -1}, num_outputs=len(rows))
+    split = ir.node(
+        "Split", [matmul.outputs[0], constant(graph, sizes)], {"axis": -1}, num_outputs=len(rows)
+    )
     graph.insert_before(first, [transpose, matmul, split])
     for linear, output in zip(siblings.linears, split.outputs, strict=True):
         old = linear.matmul.outputs[0]
         output.name, output.type, output.shape = old.name, old.type, old.shape
         old.replace_all_uses_with(output)
         graph.remove(linear.matmul, safe=True)
-
-
-def _initializer(graph: ir.Graph, tensor: ir.TensorProtocol, sizes: tuple[int, ...]) -> ir.Value:
-    value = ir.Value(
-        name=tensor.name,
-        shape=ir.Shape(sizes),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _rule(name: str, parts: tuple[str, ...], merged: str) -> Rule[Siblings]:

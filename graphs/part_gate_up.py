@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from graphs.merge_linears import Linear, linear_at
-from graphs.rewrite import Rule
+from graphs.rewrite import Rule, constant
 from graphs.spec import ModelSpec
 
 ONE = "one"
@@ -54,11 +54,7 @@ def _one(graph: ir.Graph, dtype: ir.DataType) -> ir.Value:
         if node.outputs[0].name == ONE:
             return node.outputs[0]
     positions = next(value for value in graph.inputs if value.name == "position_ids")
-    tensor = ir.tensor(0, ir.DataType.INT64, f"{ONE}.least")
-    least = ir.Value(
-        name=tensor.name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(least)
+    least = constant(graph, ir.tensor(0, ir.DataType.INT64, f"{ONE}.least"))
     first = ir.node("ReduceMin", [positions], {"keepdims": 0})
     known = ir.node("GreaterOrEqual", [first.outputs[0], least])
     one = ir.node("Cast", [known.outputs[0]], {"to": dtype})

@@ -1,17 +1,18 @@
 """Which passes run for which target, in which order. Read it aloud: it is the whole optimizer."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from graphs.dead_code import DEAD_CODE
 from graphs.fold_constants import FOLD_CONSTANTS
 from graphs.fold_query_groups import FOLD_QUERY_GROUPS
-from graphs.group_query_attention import GroupQueryAttention
+from graphs.group_query_attention import GROUP_QUERY_ATTENTION
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
 from graphs.part_gate_up import PART_GATE_UP
 from graphs.qdq import Quantization, QuantizeLinears
-from graphs.rewrite import Pass
+from graphs.rewrite import CONTRIB, Pass
 from graphs.skip_norm import SKIP_NORM
 from graphs.spec import Dtype, ModelSpec
 from graphs.tie_embedding import TIE_EMBEDDING
@@ -21,7 +22,7 @@ PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
 
 PASSES: Mapping[str, tuple[Pass, ...]] = {
     "portable": PORTABLE,
-    "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, SKIP_NORM, DEAD_CODE),
+    "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, SKIP_NORM, GROUP_QUERY_ATTENTION, DEAD_CODE),
     "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
     "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
     "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
@@ -39,17 +40,18 @@ def lower(
     """Run the passes of `target` on `model` in place; returns how often each fired.
 
     Quantized linears are written last, when the passes have merged what they merge. `context` is
-    how many positions a model without windows will be asked for. Raises PassError when a pass that
-    must fire does not.
+    how many positions there will be, by default as many as the model was trained for. Raises
+    PassError when a pass that must fire does not.
     """
     fired: dict[str, int] = {}
+    if context is not None:
+        spec = replace(spec, max_position_embeddings=context)
     passes = PASSES[target]
-    if target == "cpu":
-        attention = GroupQueryAttention(context=context or spec.max_position_embeddings)
-        passes = (*passes, attention, DEAD_CODE)
     if quantization is not None and quantization.schemes:
         write = QuantizeLinears(quantization=quantization, activation=activation)
         passes = (*passes, write, DEAD_CODE)
     for step in passes:
         fired[step.name] = fired.get(step.name, 0) + step(model, spec)
+    if any(node.domain == CONTRIB for node in model.graph):
+        model.opset_imports[CONTRIB] = 1
     return fired

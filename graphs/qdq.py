@@ -69,7 +69,6 @@ class QuantizeLinears:
             scheme = schemes[parts[0]]
             if parts[0] in self.quantization.nbits:
                 _write_nbits(graph, linear, scheme, self.activation)
-                model.opset_imports.setdefault(CONTRIB, 1)
             else:
                 scale = self.quantization.input_scales.get(parts[0])
                 _write_qdq(graph, linear, scheme, self.activation, scale)

@@ -52,7 +52,6 @@ def _rewrite(graph: ir.Graph, found: Residual) -> None:
     norm.outputs[0].replace_all_uses_with(normal)
     add.outputs[0].replace_all_uses_with(total)
     graph.remove([norm, add], safe=True)
-    graph.opset_imports.setdefault(CONTRIB, 1)
 
 
 def _expected(spec: ModelSpec) -> int:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
+from numpy.typing import NDArray
 
 BYTES = 1 << 29  # many times any cache of the last level
 ROUNDS = 7
@@ -28,5 +29,5 @@ def read_bandwidth(threads: int) -> float:
     return BYTES / min(seconds)
 
 
-def _read(part: np.ndarray) -> float:
+def _read(part: NDArray[np.float32]) -> float:
     return float(np.dot(part, part))

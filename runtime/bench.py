@@ -56,8 +56,7 @@ def measure(
         for _ in range(repeat + 1):
             rounds.append(_round(loaded.generator, prompt_tokens, new_tokens))
             advance(1)
-        threads = loaded.threads or len(os.sched_getaffinity(0))
-        bandwidth = read_bandwidth(threads)
+        bandwidth = read_bandwidth(_threads(loaded))
         advance(1)
     kept = rounds[1:]
     prefill, decode = median(one.ttft for one in kept), median(one.decode for one in kept)
@@ -66,10 +65,7 @@ def measure(
     step_bytes = read_bytes(manifest) + _ring_bytes(loaded, prompt_tokens + new_tokens // 2)
     rate = (new_tokens - 1) / decode
     return {
-        "machine": machine(),
-        "bundle": str(loaded.bundle.path),
-        "model": f"{manifest.checkpoint['name']}, {manifest.precision} for {manifest.target}",
-        "threads": threads,
+        **_setting(loaded),
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
         "rounds": repeat,
@@ -101,8 +97,7 @@ def measure_batch(
             advance(1)
     prefill, decode = (median(each) for each in zip(*seconds[1:], strict=True))
     return {
-        "machine": machine(),
-        "bundle": str(loaded.bundle.path),
+        **_setting(loaded),
         "batch": rows,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -134,8 +129,7 @@ def measure_positions(
     full = max(generator.ring.full.values())
     first, last = latency[full : full + 1000], latency[-1000:]
     result = {
-        "machine": machine(),
-        "bundle": str(loaded.bundle.path),
+        **_setting(loaded),
         "positions": positions,
         "ring_full_at": full,
         "median_step_ms_after_full": 1e3 * float(np.median(first)) if first.size else None,
@@ -155,6 +149,21 @@ def to_text(result: dict[str, Any]) -> str:
     for name, value in result.items():
         lines.append(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
     return "\n".join(lines)
+
+
+def _setting(loaded: Loaded) -> dict[str, Any]:
+    """What was measured, and on what."""
+    manifest = loaded.bundle.manifest
+    return {
+        "machine": machine(),
+        "bundle": str(loaded.bundle.path),
+        "model": f"{manifest.checkpoint['name']}, {manifest.precision} for {manifest.target}",
+        "threads": _threads(loaded),
+    }
+
+
+def _threads(loaded: Loaded) -> int:
+    return loaded.threads or len(os.sched_getaffinity(0))
 
 
 def check_plot(path: Path) -> None:

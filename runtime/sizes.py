@@ -1,11 +1,11 @@
 """How many bytes a bundle has, and how many of them a token costs. Knows no file and no session."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from graphs.manifest import Manifest
 from graphs.scheme import Scheme, stored_parts
-from graphs.spec import ITEM_SIZE
+from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
 
 
 def file_bytes(manifest: Manifest) -> int:
@@ -13,22 +13,32 @@ def file_bytes(manifest: Manifest) -> int:
     return sum(entry.size for entry in manifest.files.values())
 
 
-def read_bytes(manifest: Manifest) -> int:
-    """Bytes of weights that a decoded token reads: all, but one row of an untied embedding."""
-    spec, schemes = manifest.model, schemes_of(manifest)
-    nbits = set((manifest.quantization or {}).get("nbits", ()))
-    item = ITEM_SIZE[manifest.activation]
-    total = 0
+def weight_bytes(
+    spec: ModelSpec, schemes: Mapping[str, Scheme], nbits: Collection[str], activation: Dtype
+) -> dict[str, int]:
+    """Bytes of every weight by its name, with its scales where it is quantized.
+
+    `nbits` are those in the layout of `MatMulNBits`.
+    """
+    found = {}
     for name, shape in spec.weight_shapes().items():
         scheme = schemes.get(name)
-        if scheme is not None:
-            parts = stored_parts(name, shape, scheme, manifest.activation, nbits=name in nbits)
-            total += sum(part.nbytes for part in parts)
-        elif name == "model.embed_tokens.weight" and not spec.tie_word_embeddings:
-            total += spec.hidden_size * item
+        if scheme is None:
+            found[name] = math.prod(shape) * ITEM_SIZE[activation]
         else:
-            total += math.prod(shape) * item
-    return total
+            parts = stored_parts(name, shape, scheme, activation, nbits=name in nbits)
+            found[name] = sum(part.nbytes for part in parts)
+    return found
+
+
+def read_bytes(manifest: Manifest) -> int:
+    """Bytes of weights that a decoded token reads: all, but one row of an untied embedding."""
+    spec = manifest.model
+    nbits = (manifest.quantization or {}).get("nbits", ())
+    found = weight_bytes(spec, schemes_of(manifest), set(nbits), manifest.activation)
+    if not spec.tie_word_embeddings:
+        found["model.embed_tokens.weight"] //= spec.vocab_size
+    return sum(found.values())
 
 
 def schemes_of(manifest: Manifest) -> Mapping[str, Scheme]:

@@ -127,11 +127,8 @@ def cut_windows(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, st
     """Where the windows are from, and the windows themselves."""
     from exporter.tokenizer import read_tokenizer
     from runtime.corpus import read_corpus, windows
-    from runtime.tokenizer import Tokenizer, parse_tokenizer
 
-    files = read_tokenizer(path)
-    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
-    tokenizer = Tokenizer(backend, files.tokenizer_config, files.generation_config)
+    tokenizer = read_tokenizer(path).open()
     sources, cut = {}, {}
     for part, limit in (
         ("calibration", arguments.calibration_windows),

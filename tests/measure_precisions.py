@@ -32,9 +32,10 @@ from runtime.corpus import read_corpus, windows
 from runtime.load import load_session
 from runtime.sizes import file_bytes, read_bytes
 from runtime.tokenizer import Tokenizer
+from tests.documents import DOCS, replace_between
 
 CHECKPOINT = "smollm2"
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "calibration.md"
+MARKS = "<!-- measured by tests/measure_precisions.py -->", "<!-- end -->"
 LENGTH, SAMPLES = 512, 16  # tokens of a window; windows that calibrate
 
 
@@ -90,7 +91,7 @@ def main() -> None:
               "rows": [asdict(one) for one in found]}  # fmt: skip
     print(json.dumps(result, indent=2))
     if not arguments.only:
-        write(table(found, arguments.windows))
+        replace_between(DOCS / "calibration.md", *MARKS, table(found, arguments.windows))
 
 
 def measured(row: Row, folder: Path, count: int) -> Measured:
@@ -129,7 +130,7 @@ def calibrated(row: Row, folder: Path) -> Path | None:
     path = folder / re.sub(r"[^a-z0-9.+]+", "-", " ".join(words)).strip("-")
     if not path.exists():
         command = ["calibrate", CHECKPOINT, "--output", str(path), "--precision", *words]
-        root = DOCUMENT.parents[1]
+        root = DOCS.parent
         subprocess.run([sys.executable, "-m", "mistralc", *command], check=True, cwd=root,
                        stdout=sys.stderr)  # fmt: skip
     return path
@@ -175,15 +176,6 @@ def table(rows: Sequence[Measured], count: int) -> str:
         for one in rows
     ]
     return "\n".join(lines)
-
-
-def write(text: str) -> None:
-    """Put the table between the document's two marks."""
-    begin, end = "<!-- measured by tests/measure_precisions.py -->", "<!-- end -->"
-    document = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = document.split(begin, 1)
-    _, after = rest.split(end, 1)
-    DOCUMENT.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

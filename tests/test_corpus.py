@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 from exporter.tokenizer import TokenizerFiles, read_tokenizer
 from graphs.errors import MistralcError, UsageError
 from runtime.corpus import Corpus, read_corpus, windows
-from runtime.tokenizer import Tokenizer, parse_tokenizer
+from runtime.tokenizer import Tokenizer
 
 BOS = 1  # of the tiny vocabulary, in which every byte is a token
-
-
-def opened(files: TokenizerFiles) -> Tokenizer:
-    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
-    return Tokenizer(backend, files.tokenizer_config, files.generation_config)
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +25,11 @@ def files(plain_checkpoint: Path) -> TokenizerFiles:
 
 @pytest.fixture(scope="module")
 def tokenizer(files: TokenizerFiles) -> Tokenizer:
-    return opened(files)
+    return files.open()
 
 
 def without(files: TokenizerFiles, **settings: Any) -> Tokenizer:
-    return opened(replace(files, tokenizer_config=files.tokenizer_config | settings))
+    return replace(files, tokenizer_config=files.tokenizer_config | settings).open()
 
 
 def corpus_of(*lengths: int) -> Corpus:

@@ -22,7 +22,7 @@ from graphs.spec import ModelSpec, RingSpec
 from runtime.load import load_session
 from runtime.ring import ContextFullError
 from runtime.session import Ids, Logits
-from runtime.tokenizer import Tokenizer, parse_tokenizer
+from runtime.tokenizer import Tokenizer
 from tests import tiny
 from tests.conftest import CONTEXT, Command, Ended
 from tests.make_checkpoint import tiny_spec
@@ -133,9 +133,7 @@ def test_results_are_plain_data_and_a_table():
 
 @pytest.fixture(scope="module")
 def tokenizer(plain_checkpoint: Path) -> Tokenizer:
-    files = read_tokenizer(plain_checkpoint)
-    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
-    return Tokenizer(backend, files.tokenizer_config, files.generation_config)
+    return read_tokenizer(plain_checkpoint).open()
 
 
 def by_hand(spec: ModelSpec, ids: list[int], start: int) -> tuple[float, bool]:
@@ -204,17 +202,16 @@ def test_one_space_joins_context_and_choice_unless_there_is_white_space(tokenize
 
 def test_where_nothing_stands_before_a_choice_a_bos_does(plain_checkpoint: Path):
     files = read_tokenizer(plain_checkpoint)
-    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
 
     def opened(**settings: Any) -> Tokenizer:
-        return Tokenizer(backend, files.tokenizer_config | settings, files.generation_config)
+        return replace(files, tokenizer_config=files.tokenizer_config | settings).open()
 
     for settings, first in (({}, 1), ({"bos_token_id": None}, 2)):
         wholes, start = encode(question("", "a", "b"), opened(add_bos_token=False, **settings))
         assert start == 1
         assert [len(ids) for ids in wholes] == [2, 2]
         assert {ids[0] for ids in wholes} == {first}
-    stranger = Tokenizer(backend, {}, {})
+    stranger = replace(files, tokenizer_config={}, generation_config={}).open()
     with pytest.raises(MistralcError, match="neither a BOS nor an end of text"):
         encode(question("", "a", "b"), stranger)
 

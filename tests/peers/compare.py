@@ -26,10 +26,11 @@ from runtime.bandwidth import read_bandwidth
 from runtime.bench import machine
 from runtime.corpus import read_corpus, windows
 from runtime.sizes import read_bytes
-from runtime.tokenizer import Tokenizer, parse_tokenizer
+from tests.documents import DOCS, replace_between
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENT, CHART = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "peers.png"
+CHART = DOCS / "peers.png"
+MARKS = "<!-- measured by tests/peers/compare.py -->", "<!-- end of the peers -->"
 PROMPT, SHORT, NEW, LENGTH = 512, 128, 128, 512
 WINDOW, LONG = 64, 400
 
@@ -149,15 +150,13 @@ def main() -> None:
     lines = [*table(found, arguments), "", *long]
     print("\n".join(lines))
     if arguments.write:
-        write("\n".join(lines))
+        replace_between(DOCS / "benchmarks.md", *MARKS, "\n".join(lines))
         chart([one for one in found if one.decode])
 
 
 def evaluation(count: int) -> list[list[int]]:
     """The first windows of the odd topics."""
-    files = read_tokenizer(open_checkpoint("smollm2").path)
-    backend = parse_tokenizer(files.tokenizer_json, "tokenizer.json")
-    tokenizer = Tokenizer(backend, files.tokenizer_config, files.generation_config)
+    tokenizer = read_tokenizer(open_checkpoint("smollm2").path).open()
     cut: list[list[int]] = windows(read_corpus((), tokenizer, "evaluation"), LENGTH, count).tolist()
     return cut
 
@@ -247,15 +246,6 @@ def own(one: Contestant) -> bool:
 
 def weight_bytes(one: Contestant) -> int:
     return read_bytes(read_manifest(Path(one.model)))
-
-
-def write(text: str) -> None:
-    """Put the text between the document's two marks."""
-    begin, end = "<!-- measured by tests/peers/compare.py -->", "<!-- end of the peers -->"
-    document = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = document.split(begin, 1)
-    _, after = rest.split(end, 1)
-    DOCUMENT.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def chart(found: Sequence[Contestant]) -> None:
