@@ -189,6 +189,8 @@ def windowed(arguments: argparse.Namespace, cut: Sequence[Sequence[int]]) -> lis
                    model=str(folder / f"ours-window-{WINDOW}")),
         Contestant(title="onnxruntime-genai", engine="onnxruntime-genai", bits=32,
                    model=str(folder / f"genai-window-{WINDOW}")),
+        Contestant(title="llama.cpp F16", engine="llama.cpp", bits=16,
+                   model=str(folder / f"llama-{WINDOW}.gguf")),
     ]  # fmt: skip
     answers: dict[str, tuple[list[int], str]] = {}
     for one in cases:

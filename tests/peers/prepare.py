@@ -5,7 +5,7 @@
 `ours/` has our bundles and `tables/` what calibrated them; `ours-window-64` one with a window.
 `hf/` is the checkpoint dequantized to float32, for transformers and for the model builder of
 onnxruntime-genai; `llama/` has what llama.cpp's own quantizer makes of it; `hf-64/` and what comes
-of that have a sliding window of 64. What is there already is left as it is.
+of that, and `llama-64.gguf`, have a sliding window of 64. What is there already is left as it is.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 from safetensors.torch import save_file
 
 from exporter.checkpoint import open_checkpoint
@@ -33,6 +34,7 @@ GENAI = {
 
 CALIBRATED = {  # by name: options of `mistralc calibrate`
     "int4wo-gptq-128": ("--precision", "int4wo", "--method", "gptq", "--block", "128"),
+    "int8wo-gptq-128": ("--precision", "int8wo", "--method", "gptq", "--block", "128"),
     "int8-smoothquant": ("--precision", "int8"),
 }
 OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
@@ -41,7 +43,7 @@ OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
     "int4wo-gptq-128": ("--precision", "int4wo"),
     "int4wo-gptq-128-head4": ("--precision", "int4wo", "--head-bits", "4"),
     "int8wo-32": ("--precision", "int8wo"),
-    "int8wo-128": ("--precision", "int8wo", "--block", "128"),
+    "int8wo-gptq-128": ("--precision", "int8wo"),
     "int8-smoothquant": ("--precision", "int8"),
 }
 
@@ -136,6 +138,27 @@ def _llama(folder: Path, python: str) -> None:
             subprocess.run([python, "-c", QUANTIZE, source, partial, kind], check=True,
                            stdout=sys.stderr)  # fmt: skip
             partial.rename(target)
+    windowed = folder / f"llama-{WINDOW}.gguf"
+    if not windowed.exists():
+        _with_window(source.with_name("F16.gguf"), windowed)
+
+
+def _with_window(source: Path, target: Path) -> None:
+    """Copy a GGUF file and say in the copy that its attention slides."""
+    partial, reader = target.with_suffix(".partial"), gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(partial, "llama")
+    writer.add_sliding_window(WINDOW)
+    for name, field in reader.fields.items():
+        kind, *items = field.types
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), kind, items[-1] if items else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(target)
 
 
 def _genai(
