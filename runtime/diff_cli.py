@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from itertools import groupby
-from os.path import commonprefix  # of any sequences, for all its name
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,7 +95,8 @@ def _changes(changes: "tuple[Change, ...]") -> Iterator[str]:
         found = list(group)
         for change in found[:MOST]:
             *groups, name = change.field
-            known = len(commonprefix([above, tuple(groups)]))
+            same = (one == two for one, two in zip(above, groups, strict=False))
+            known = sum(takewhile(bool, same))
             for depth, part in enumerate(groups[known:], known + 1):
                 yield f"{'  ' * depth}{part}"
             above = tuple(groups)
