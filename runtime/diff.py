@@ -259,7 +259,7 @@ def _read(side: _Side, ids: Ids) -> Logits:
 def _latency(sides: tuple[_Side, _Side], left_out: list[str]) -> Latency | None:
     """Time one-token steps of both, a few of the one and then a few of the other."""
     rooms = [side.manifest.ring.context for side in sides if not side.manifest.model.slides]
-    steps = min(STEPS, *(room - WARM_UP for room in rooms)) // BLOCK * BLOCK
+    steps = min([STEPS, *(room - WARM_UP for room in rooms)]) // BLOCK * BLOCK
     if steps < BLOCK:
         left_out.append(f"latency: a bundle that holds {min(rooms)} tokens is too short to time")
         return None

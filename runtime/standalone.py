@@ -5,7 +5,6 @@ among them: they are for the host that builds, and `calib` and `exporter` are no
 """
 
 import sys
-from collections.abc import Callable
 
 import typer
 
@@ -37,5 +36,4 @@ def _run(arguments: list[str]) -> None:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     runtime.cli.register(app)
-    program: Callable[[list[str]], object] = app
-    program(arguments)
+    app(arguments)
