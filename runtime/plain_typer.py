@@ -6,12 +6,11 @@ installed. The same declarations then take the same arguments; only the help loo
 
 import argparse
 import inspect
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 INTERRUPTED = 130  # 128 + SIGINT
 WRONG_USAGE = 2
@@ -112,8 +111,6 @@ def _add(made: argparse.ArgumentParser, name: str, annotation: Any, default: Any
     settings: dict[str, Any] = {"help": (known.get("help") or "").replace("%", "%%")}
     if not required:
         settings["default"] = default
-    if "envvar" in known and known["envvar"] in os.environ:
-        required, settings["default"] = False, os.environ[known["envvar"]]
     if kind is bool:
         names = declared.names or (f"--{_dashed(name)}",)
         settings["action"] = "store_true" if declared.names else argparse.BooleanOptionalAction
@@ -123,9 +120,6 @@ def _add(made: argparse.ArgumentParser, name: str, annotation: Any, default: Any
     if get_origin(kind) is list:
         kind = get_args(kind)[0]
         settings["action"] = "append"
-    if get_origin(kind) is Literal:
-        settings["choices"] = get_args(kind)
-        kind = str
     settings["type"] = _bounded(kind, known.get("min"), known.get("max"))
     if declared.positional:
         made.add_argument(name, nargs=None if required else "?", **settings)

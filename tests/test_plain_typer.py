@@ -83,5 +83,7 @@ def test_a_command_line_means_the_same(line: str) -> None:
     name, *rest = line.split()
     expected = commands()[name].make_context(name, rest).params
     expected.pop("help", None)
+    # Of an option that may be repeated and was not given, typer itself makes a None of the [].
+    expected = {key: None if value == [] else value for key, value in expected.items()}
     found = stand_in()[1][LINES.index(line)]
     assert found == json.loads(json.dumps(expected, default=str))
