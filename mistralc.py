@@ -4,7 +4,6 @@ Importing a package's `cli` costs nothing heavy: torch and the backends are impo
 command that needs them, when it runs.
 """
 
-import sys
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ import typer
 import calib.cli
 import exporter.cli
 import runtime.cli
-from graphs.errors import MistralcError
+from runtime.program import DEBUG, run
 
 app = typer.Typer(
     name="mistralc",
@@ -26,10 +25,9 @@ exporter.cli.register(app)
 calib.cli.register(app)
 runtime.cli.register(app)
 
-DEBUG = "--debug"
-INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt: 128 + SIGINT
-BUILD_TOOLS = {"gguf", "google", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece",
-               "torch"}  # fmt: skip
+BUILD_TOOLS = ("gguf", "google", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece",
+               "torch")  # fmt: skip
+ADVICE = "It makes or checks bundles; install the build tools: pip install 'mistralc[export]'."
 
 
 def _version(*, asked: bool) -> None:
@@ -53,29 +51,8 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C."""
-    arguments = sys.argv[1:]
-    debug = DEBUG in arguments
-    try:
-        app([argument for argument in arguments if argument != DEBUG])
-    except MistralcError as error:
-        if debug:
-            raise
-        typer.echo(f"mistralc: {error}", err=True)
-        raise SystemExit(error.exit_code) from error
-    except ModuleNotFoundError as error:
-        if debug or str(error.name).partition(".")[0] not in BUILD_TOOLS:
-            raise
-        typer.echo(
-            f"mistralc: This command makes or checks bundles and needs the package {error.name}, "
-            "which is not installed here. Install the build tools: pip install 'mistralc[export]'.",
-            err=True,
-        )
-        raise SystemExit(1) from error
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            typer.echo("mistralc: stopped.", err=True)
-        raise
+    """Run the command line; `runtime.program.run` says how it ends."""
+    run(app, missing=dict.fromkeys(BUILD_TOOLS, ADVICE))
 
 
 if __name__ == "__main__":

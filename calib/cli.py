@@ -57,12 +57,13 @@ def evaluate(
     ] = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
+    require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
     """Measure a bundle's perplexity, its distance from the checkpoint, its answers."""
     from calib.choices import measure, read_questions
-    from graphs.manifest import read_manifest
+    from runtime.bundle import open_bundle
     from runtime.corpus import read_corpus, windows
     from runtime.load import load
     from runtime.perplexity import check_windows
@@ -72,7 +73,9 @@ def evaluate(
     result: dict[str, Any] = {"bundle": str(bundle)}
     report: list[str] = []
     # What was given is read, and refused, before the model is loaded.
-    manifest = read_manifest(bundle)
+    with stage("Checking the bundle", None):
+        opened = open_bundle(bundle, require_signature=require_signature)
+    manifest = opened.manifest
     questions = None if choices is None else read_questions(choices)
     cut: Ids | None = None
     if questions is None or text or any(value is not None for value in (against, length, limit)):
@@ -83,7 +86,7 @@ def evaluate(
         result["text"] = {"source": corpus.source, "fingerprint": corpus.fingerprint,
                           "windows": count, "length": size}  # fmt: skip
         report.append(f"Text: {corpus.source}; {count:,} windows of {size:,} tokens.\n")
-    loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
+    loaded = load(opened, threads=threads, check=not no_check, stage=stage)
     if cut is not None:
         evaluation = _evaluate(loaded, cut, against, stage)
         result |= {"against": against, **evaluation.to_json()}

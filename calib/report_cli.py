@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from calib.measured import Measured
     from exporter.calibration import CalibrationTable
     from graphs.manifest import Manifest
+    from runtime.bundle import Bundle
     from runtime.session import Ids
 
 LENGTH = 512  # tokens of a window, as for eval
@@ -54,6 +55,7 @@ def report(
     ] = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
+    require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
@@ -62,16 +64,18 @@ def report(
     from calib.report import Report, grid_lines, sections, to_markdown
     from calib.report_figures import require_matplotlib
     from calib.report_page import to_html
-    from graphs.manifest import read_manifest
+    from runtime.bundle import open_bundle
 
     require_matplotlib()
     _make(output)
-    manifests = [read_manifest(bundle) for bundle in bundles]
+    stage = stage_for(quiet=quiet or as_json)
+    with stage("Checking the bundles", None):
+        opened = [open_bundle(path, require_signature=require_signature) for path in bundles]
+    manifests = [bundle.manifest for bundle in opened]
     calibration = None if table is None else _read_table(table, manifests)
     origin, windows = _text(bundles, manifests, text or [], length, limit)
-    stage = stage_for(quiet=quiet or as_json)
     rows = [
-        _measure(bundle, windows, against, threads, stage, check=not no_check) for bundle in bundles
+        _measure(bundle, windows, against, threads, stage, check=not no_check) for bundle in opened
     ]
     measured = distinct(rows, [bundle.name for bundle in bundles])
     origin |= _origin(manifests, against)
@@ -146,7 +150,7 @@ def _text(
 
 
 def _measure(
-    bundle: Path, windows: "Ids", against: str | None, threads: int | None, stage: Stage, *,
+    bundle: "Bundle", windows: "Ids", against: str | None, threads: int | None, stage: Stage, *,
     check: bool,
 ) -> "Measured":  # fmt: skip
     from calib.measured import Measured, method_of, name_of
@@ -163,7 +167,7 @@ def _measure(
         with stage("Loading the checkpoint", None):
             reference = load_decoder(manifest.model, same_checkpoint(against, manifest).tensor)
     total = steps(windows, compared=reference is not None)
-    with stage(f"Measuring {bundle.name}", total) as advance:
+    with stage(f"Measuring {bundle.path.name}", total) as advance:
         found = evaluate(loaded.generator.session, manifest, windows, reference, advance)
     return Measured(
         name=name_of(manifest),

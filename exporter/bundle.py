@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from exporter.tokenizer import TokenizerFiles
 from graphs.errors import MistralcError, UsageError
-from graphs.manifest import FILE_NAME, FileEntry, Manifest
+from graphs.manifest import FILE_NAME, SIGNATURE, FileEntry, Manifest
 from runtime.bundle import sha256
 
 PARTIAL = ".mistralc-partial-"
@@ -103,7 +103,9 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def list_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:
-    """Size and SHA-256 of every file in a bundle's directory but the manifest, by name.
+    """Size and SHA-256 of every file in a bundle's directory, by name.
+
+    Without the manifest, which cannot have its own, and the signature, which has the manifest's.
 
     `known` are hashes taken while a file was written; 14.5 GB are not read again for them.
     """
@@ -112,7 +114,7 @@ def list_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[
     return {
         name: FileEntry(size=path.stat().st_size, sha256=(known or {}).get(name) or sha256(path))
         for name, path in names.items()
-        if name != FILE_NAME
+        if name not in (FILE_NAME, SIGNATURE)
     }
 
 

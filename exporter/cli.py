@@ -156,19 +156,21 @@ def verify(
         typer.Option(metavar="TABLE", help="With --against, of a bundle that was made with one."),
     ] = None,
     short: Annotated[bool, typer.Option("--short", help="Only the quick cases of export.")] = False,
+    require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare a bundle with the PyTorch decoder, and record the result in the bundle."""
+    """Compare a bundle with the PyTorch decoder, and record the result unless it is signed."""
     from exporter import verify as verification
     from exporter.calibration import CalibrationTable
     from exporter.export import record
     from runtime.bundle import open_bundle
     from runtime.load import load_session
+    from runtime.signature import read_signature
 
     stage = stage_for(quiet=quiet or as_json)
     with stage("Checking the bundle", None):
-        opened = open_bundle(bundle)
+        opened = open_bundle(bundle, require_signature=require_signature)
     manifest = opened.manifest
     table = None if calibration is None else CalibrationTable.read(calibration)
     if table is not None and against is None:
@@ -190,13 +192,16 @@ def verify(
     source = "its own weights" if against is None else "the checkpoint"
     result = verification.to_json(agreements, source)
     print(json.dumps(result) if as_json else verification.to_markdown(result))
-    try:
-        record(manifest, bundle, agreements, source)
-    except OSError as error:
-        raise MistralcError(
-            f"The result could not be written into {bundle} ({error}). Make it writable, and "
-            "verify again."
-        ) from error
+    if read_signature(bundle) is not None:
+        typer.echo("The bundle is signed, so this is not recorded in it.", err=True)
+    else:
+        try:
+            record(manifest, bundle, agreements, source)
+        except OSError as error:
+            raise MistralcError(
+                f"The result could not be written into {bundle} ({error}). Make it writable, and "
+                "verify again."
+            ) from error
     verification.require(agreements)
 
 

@@ -6,18 +6,16 @@ averages away. The reference is the PyTorch decoder in float32 on the checkpoint
 the bundle's own windows. Without a reference nothing here needs torch.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from graphs.manifest import Manifest
 from runtime.perplexity import (
-    ROWS,
     Progress,
     Scores,
+    divergences,
     log_likelihoods,
     predictions,
     require_finite,
@@ -104,24 +102,6 @@ def steps(windows: Ids, *, compared: bool) -> int:
     """How far `evaluate` counts: tokens that it reads, by itself and by the reference."""
     read: int = windows[:, 1:].size
     return 2 * read if compared else read
-
-
-def divergences(p: Logits, q: Logits) -> Iterator[NDArray[np.float64]]:
-    """KL(p || q) in nats of each row of logits [n, V], in blocks of rows.
-
-    All in float64: between a graph and its reference it may be 1e-10, the remainder of terms that
-    cancel, where float32 would leave nothing but its own rounding.
-    """
-    for begin in range(0, len(p), ROWS):
-        log_p, log_q = (_log_softmax(logits[begin : begin + ROWS]) for logits in (p, q))
-        yield (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
-
-
-def _log_softmax(logits: Logits) -> NDArray[np.float64]:
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return result
 
 
 def _reference_logits(reference: "Decoder", window: Ids) -> Logits:

@@ -28,6 +28,7 @@ from exporter.model import Decoder
 from exporter.plan import plan, require_host
 from exporter.precision import describe, make_recipe, quantization
 from exporter.quantized import Recipe
+from exporter.run_archive import write_run_archive
 from exporter.schemes import QuantizeOptions
 from exporter.simulate import simulate
 from exporter.tokenizer import read_tokenizer
@@ -151,6 +152,7 @@ def export(
         graph.mkdir(exist_ok=True)
         model, manifest = _write_graph(checkpoint, recipe, manifest, graph, stage)
         bundle.write_tokenizer(tokenizer, directory)
+        write_run_archive(directory)
         reference = simulate(recipe, checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
             lead = margin(activation, rounded=recipe.rounds_inputs)

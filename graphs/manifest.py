@@ -2,7 +2,8 @@
 
 Plain data and the standard library only, because both the build host and the production host
 read it. It holds no time, no host name and no absolute path: the same input gives the same bytes.
-Its last field is the SHA-256 of all others, so that damage to the manifest itself is noticed too.
+Its last field is the SHA-256 of all others, and it is read only in the layout in which it is
+written, so that no bit of it can change unnoticed, and its bytes can be signed.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from graphs.spec import Dtype, ModelSpec, RingSpec
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
+SIGNATURE = "manifest.sig"  # over the bytes of the manifest, which therefore cannot list it
 CHECKSUM = "manifest_sha256"
 
 
@@ -32,7 +34,8 @@ class FileEntry:
 class Manifest:
     """Everything a host must know before it loads a bundle.
 
-    `files` has an entry for every file but the manifest itself, by path relative to the bundle.
+    `files` has an entry for every file but the manifest itself and its signature, by path relative
+    to the bundle.
     `window_source` says whether the sliding window is the checkpoint's or the user's choice.
     """
 
@@ -87,11 +90,18 @@ class Manifest:
             data["model"] = ModelSpec.from_json(data["model"])
             data["ring"] = RingSpec(**data["ring"])
             data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
-            return cls(**data)
-        except (KeyError, TypeError, AttributeError) as error:
+            manifest = cls(**data)
+            written = manifest.to_text()
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise MistralcError(
                 f"{where} does not have the fields of schema {SCHEMA} ({error}). {remedy}"
             ) from error
+        if written != text:
+            raise MistralcError(
+                f"{where} was changed after the bundle was written: it says the same and is laid "
+                f"out differently, or says something twice. {remedy}"
+            )
+        return manifest
 
 
 def _checksum(data: Mapping[str, Any]) -> str:
@@ -101,6 +111,11 @@ def _checksum(data: Mapping[str, Any]) -> str:
 
 def read_manifest(bundle: Path) -> Manifest:
     """Read the manifest of the bundle in directory `bundle`, whatever files lie beside it."""
+    return parse_manifest(manifest_bytes(bundle), bundle)
+
+
+def manifest_bytes(bundle: Path) -> bytes:
+    """Read the manifest's file and nothing more; raises MistralcError where there is none."""
     path = bundle / FILE_NAME
     if not bundle.exists():
         raise MistralcError(
@@ -108,14 +123,27 @@ def read_manifest(bundle: Path) -> Manifest:
             f"{bundle}`, or check the path."
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MistralcError(
             f"{bundle} is not a bundle: it has no {FILE_NAME}. A directory that `mistralc export` "
             "wrote is expected; for a checkpoint, run `mistralc export` on it first."
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise MistralcError(
-            f"{path} could not be read ({error}). Copy the bundle again from where it was built."
-        ) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def parse_manifest(data: bytes, bundle: Path) -> Manifest:
+    """Read what `manifest_bytes` returned; raises MistralcError as `Manifest.from_text` does."""
+    path = bundle / FILE_NAME
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, error) from error
     return Manifest.from_text(text, str(path))
+
+
+def _unreadable(path: Path, error: Exception) -> MistralcError:
+    return MistralcError(
+        f"{path} could not be read ({error}). Copy the bundle again from where it was built."
+    )

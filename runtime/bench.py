@@ -124,7 +124,7 @@ def measure_positions(
             if next(steps, None) is None:
                 raise _ended(i, positions)
             latency[i] = perf_counter() - began
-            resident[i] = _resident()
+            resident[i] = resident_bytes()
             advance(1)
     full = max(generator.ring.full.values())
     first, last = latency[full : full + 1000], latency[-1000:]
@@ -272,7 +272,8 @@ def _ring_bytes(loaded: Loaded, position: int) -> int:
     return 2 * slots * spec.num_key_value_heads * spec.head_dim * item
 
 
-def _resident() -> int:
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, its mapped files included."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

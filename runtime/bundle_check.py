@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from graphs.errors import MistralcError
-from graphs.manifest import Manifest, read_manifest
+from graphs.errors import MistralcError, UsageError
+from graphs.manifest import Manifest, manifest_bytes, parse_manifest
 from graphs.spec import ring_bytes
 from runtime import host
-from runtime.bundle import open_bundle
+from runtime.bundle import check_files
 from runtime.check import Check, failed, ok, warning
 from runtime.engine_check import Engine, check_engine
 from runtime.host import BACKENDS, Cuda, Library, release
+from runtime.signature import check_signature, required_key
 
 OLDEST_ONNXRUNTIME = (1, 31)  # as the extra `cpu` asks: the graph is of opset 24
 
@@ -23,23 +24,45 @@ ENGINES = ("rtx", "tensorrt")  # targets whose bundle holds a plan
 
 
 def check_bundle(
-    path: Path, libraries: Mapping[str, Library], providers: tuple[str, ...], cuda: Cuda
+    path: Path,
+    libraries: Mapping[str, Library],
+    providers: tuple[str, ...],
+    cuda: Cuda,
+    require_signature: Path | None = None,
 ) -> list[Check]:
-    """Check that a bundle is whole and that this host has what it runs on."""
+    """Check that a bundle is whole and that this host has what it runs on.
+
+    `require_signature` is that of `open_bundle`. TensorRT is not shown a plan of other bytes than
+    the manifest lists.
+    """
+    checks: list[Check] = []
+    key = required_key(require_signature)
     try:
-        manifest = read_manifest(path)
+        data = manifest_bytes(path)
+        if key is not None:
+            checks.append(
+                ok("signature", f"by the required key {check_signature(data, path, key)}")
+            )
+        manifest = parse_manifest(data, path)
+    except UsageError:
+        raise
     except MistralcError as error:
-        return [failed("manifest", str(error), f"mistralc export CHECKPOINT -o {path} --force")]
+        export = f"mistralc export CHECKPOINT -o {path} --force"
+        if key is None or checks:
+            return [*checks, failed("manifest", str(error), export)]
+        return [failed("signature", str(error), f"mistralc sign {path} --key PRIVATE_KEY")]
     rebuild = rebuild_command(path, manifest)
     size = sum(entry.size for entry in manifest.files.values())
-    checks = [
+    checks.append(
         ok("manifest", f"schema {manifest.schema}, {manifest.target}, {manifest.precision}, "
            f"written by mistralc {manifest.versions.get('mistralc', '?')}")
-    ]  # fmt: skip
+    )  # fmt: skip
+    whole = True
     try:
-        open_bundle(path)
+        check_files(path, manifest, in_full=key is not None)
         checks.append(ok("files", f"{len(manifest.files)} intact, {size / 1e6:,.1f} MB"))
     except MistralcError as error:
+        whole = False
         checks.append(failed("files", str(error), rebuild))
     if manifest.target not in BACKEND_OF:
         found = f"this version of mistralc knows no target {manifest.target!r}"
@@ -47,7 +70,7 @@ def check_bundle(
     library = libraries[BACKEND_OF[manifest.target]]
     checks.append(check_backend(manifest, library, providers))
     engine = engine_of(path, manifest)
-    if engine is not None:
+    if engine is not None and whole:
         checks += check_engine(engine, library, cuda, rebuild)
     return [*checks, check_room(manifest, host.memory_total(), host.memory_available(), cuda)]
 

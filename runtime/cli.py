@@ -1,4 +1,4 @@
-"""The commands of a production host: generate, chat, inspect, bench. Knows only the command line.
+"""The commands of a production host: generate, chat, bench and more. Knows only the command line.
 
 Heavy imports stand inside the commands, so that `mistralc --help` answers at once.
 """
@@ -12,8 +12,10 @@ import typer
 
 from graphs.errors import MistralcError, UsageError
 from runtime import options
+from runtime.diff_cli import diff
 from runtime.doctor_cli import doctor
 from runtime.progress import stage_for
+from runtime.signature_cli import keygen, sign
 
 if TYPE_CHECKING:
     from runtime.load import Loaded
@@ -28,6 +30,9 @@ def register(app: typer.Typer) -> None:
     app.command()(inspect)
     app.command()(bench)
     app.command()(doctor)
+    app.command()(diff)
+    app.command()(keygen)
+    app.command()(sign)
 
 
 def generate(
@@ -57,6 +62,7 @@ def generate(
     speculate: options.Speculate = 0,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
+    require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -77,7 +83,10 @@ def generate(
     limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), speculate=speculate)
     text = _prompt(prompt, file)
     stage = stage_for(quiet=quiet or as_json)
-    loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
+    loaded = load(
+        bundle, threads=threads, check=not no_check, require_signature=require_signature,
+        stage=stage,
+    )  # fmt: skip
     params = options.sampling_params(loaded.defaults, given)
     ids = _encode(loaded, text, system, as_chat=as_chat)
     completion = Completion(loaded.generator, loaded.tokenizer, ids, params, limits, chat=as_chat)
@@ -111,6 +120,7 @@ def chat(
     speculate: options.Speculate = 0,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
+    require_signature: options.RequireSignature = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk to a bundle; what was said stays in the ring, so each turn costs only its own tokens."""
@@ -124,18 +134,26 @@ def chat(
         frequency_penalty=frequency_penalty, seed=seed,
     )  # fmt: skip
     limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), speculate=speculate)
-    loaded = load(bundle, threads=threads, check=not no_check, stage=stage_for(quiet=quiet))
+    loaded = load(
+        bundle, threads=threads, check=not no_check, require_signature=require_signature,
+        stage=stage_for(quiet=quiet),
+    )  # fmt: skip
     params = options.sampling_params(loaded.defaults, given)
     Chat(loaded, params, limits, system).run()
 
 
-def inspect(*, bundle: options.BundlePath, as_json: options.Json = False) -> None:
+def inspect(
+    *,
+    bundle: options.BundlePath,
+    require_signature: options.RequireSignature = None,
+    as_json: options.Json = False,
+) -> None:
     """Check a bundle's files and say what it is."""
     from runtime.bundle import open_bundle
     from runtime.describe import facts, show
 
     with stage_for(quiet=as_json)("Checking the bundle", None):
-        opened = open_bundle(bundle)
+        opened = open_bundle(bundle, require_signature=require_signature)
     if as_json:
         print(json.dumps(facts(opened)))
     else:
@@ -155,6 +173,7 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="PNG of --positions; needs [report].")] = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
+    require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure a bundle on this machine, and say which machine that was."""
@@ -168,7 +187,10 @@ def bench(
     if plot is not None:
         benchmark.check_plot(plot)
     stage = stage_for(quiet=as_json)
-    loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
+    loaded = load(
+        bundle, threads=threads, check=not no_check, require_signature=require_signature,
+        stage=stage,
+    )  # fmt: skip
     result: dict[str, Any]
     if positions is not None:
         result = benchmark.measure_positions(loaded, positions, plot, stage)

@@ -6,6 +6,7 @@ from typing import Any
 
 from graphs.spec import ring_bytes
 from runtime.bundle import Bundle
+from runtime.signature import read_signature
 
 
 def facts(bundle: Bundle) -> dict[str, Any]:
@@ -20,21 +21,18 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
         "endless": model.slides,
     }
-    return {"path": str(bundle.path), "manifest": json.loads(manifest.to_text()), **derived}
+    return {"path": str(bundle.path), "manifest": json.loads(manifest.to_text()),
+            "signed_by": bundle.signed_by, **derived}  # fmt: skip
 
 
 def show(bundle: Bundle) -> None:
     """Print the facts as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
     manifest, derived = bundle.manifest, facts(bundle)
     model, ring = manifest.model, manifest.ring
     by_user = " (chosen at export)" if manifest.window_source == "user" else ""
     windows = ", ".join("none" if size is None else f"{size:,}" for size in model.windows)
     end = "none: the text may run on" if model.slides else f"at {ring.context:,} tokens"
     slots = ", ".join(f"{slots:,}" for slots in derived["capacities"].values())
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
         "checkpoint": f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})",
         "runs on": f"{manifest.target}, {manifest.precision}, activations {manifest.activation}",
@@ -48,12 +46,22 @@ def show(bundle: Bundle) -> None:
         f"{derived['kv_bytes_per_token']:,} bytes a token",
         "size": f"{derived['bundle_bytes'] / 1e6:,.1f} MB in {len(manifest.files)} intact files",
         "verified": _verdict(bundle),
+        "signed": _signer(bundle),
         **_engine(manifest.engine),
         "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
     }
+    width = max(map(len, rows))
     for name, value in rows.items():
-        table.add_row(name, value)
-    Console(highlight=False, soft_wrap=True).print(table)
+        print(f"{name:<{width}}  {value}")
+
+
+def _signer(bundle: Bundle) -> str:
+    """Who signed the bundle, as far as anyone has asked."""
+    if bundle.signed_by is not None:
+        return f"by the required key {bundle.signed_by}"
+    if read_signature(bundle.path) is None:
+        return "no"
+    return "yes, and not checked: no --require-signature was given"
 
 
 def _engine(record: Mapping[str, Any] | None) -> dict[str, str]:

@@ -24,8 +24,11 @@ LEAST_CACHE = 64 << 20  # bytes of disk below which hashes cannot be kept
 REQUIRED = ("numpy", "tokenizers", "jinja2")
 
 
-def examine(bundle: Path | None = None) -> list[Check]:
-    """Every check of this host, and of a bundle if one is given."""
+def examine(bundle: Path | None = None, require_signature: Path | None = None) -> list[Check]:
+    """Every check of this host, and of a bundle if one is given.
+
+    `require_signature` is that of `open_bundle`.
+    """
     cuda = host.cuda()
     libraries = {
         name: find_library(name, carriers, load=True) for name, carriers in BACKENDS.items()
@@ -44,7 +47,7 @@ def examine(bundle: Path | None = None) -> list[Check]:
         *check_cuda(cuda),
     ]
     if bundle is not None:
-        checks += check_bundle(bundle, libraries, providers, cuda)
+        checks += check_bundle(bundle, libraries, providers, cuda, require_signature)
     return checks
 
 

@@ -1,6 +1,8 @@
 """The command doctor: its arguments and its table. Knows no check."""
 
 import json
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +18,14 @@ def doctor(
     bundle: Annotated[
         Path | None, typer.Argument(metavar="[BUNDLE]", help="Check this bundle as well.")
     ] = None,
+    require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
 ) -> None:
     """Say whether this host can run mistralc, and a bundle; exit 1 when something fails."""
     from runtime.doctor import examine
 
     with stage_for(quiet=as_json)("Checking", None):
-        checks = examine(bundle)
+        checks = examine(bundle, require_signature)
     bad = any(check.state == "failed" for check in checks)
     if as_json:
         print(json.dumps({"ok": not bad, "checks": [asdict(check) for check in checks]}))
@@ -34,13 +37,13 @@ def doctor(
 
 def _show(rows: list[tuple[str, str, str, str | None]]) -> None:
     """Print one line a check, and under it what to do; lines are not broken, to be copied whole."""
-    from rich.console import Console
-    from rich.text import Text
-
-    colours = {"ok": "green", "warning": "yellow", "failed": "bold red"}
-    console = Console(highlight=False, soft_wrap=True)
+    colours = {"ok": "32", "warning": "33", "failed": "1;31"}  # green, yellow, bold red
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = max(len(name) for _, name, _, _ in rows)
     for state, name, found, remedy in rows:
-        console.print(Text.assemble((f"{state:<9}", colours[state]), f"{name:<{width}}  {found}"))
+        word = f"{state:<9}"
+        if coloured:
+            word = f"\x1b[{colours[state]}m{word}\x1b[0m"
+        print(f"{word}{name:<{width}}  {found}")
         if remedy is not None:
-            console.print(Text(f"{'':<9}{'':<{width}}  → {remedy}"))
+            print(f"{'':<9}{'':<{width}}  → {remedy}")

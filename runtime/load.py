@@ -73,17 +73,25 @@ class Loaded:
 
 
 def load(
-    path: Path, *, threads: int | None = None, check: bool = True, stage: Stage = silent
+    source: Path | Bundle,
+    *,
+    threads: int | None = None,
+    check: bool = True,
+    require_signature: Path | None = None,
+    stage: Stage = silent,
 ) -> Loaded:
-    """Check the bundle at `path` and load it for one sequence.
+    """Check the bundle at `source`, unless it is open already, and load it for one sequence.
 
     `check` replays a known text first, and raises MistralcError where the answers are not those
-    that the checkpoint gives.
+    that the checkpoint gives. `require_signature` is that of `open_bundle`.
     """
     began = perf_counter()
-    with stage("Checking the bundle", None):
-        bundle = open_bundle(path)
-    manifest = bundle.manifest
+    if isinstance(source, Bundle):
+        bundle = source
+    else:
+        with stage("Checking the bundle", None):
+            bundle = open_bundle(source, require_signature=require_signature)
+    path, manifest = bundle.path, bundle.manifest
     with stage("Loading the model", None):
         tokenizer = Tokenizer.load(path)
         session = load_session(path, manifest, threads=threads)

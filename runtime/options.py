@@ -23,6 +23,12 @@ Threads = Annotated[
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Load without replaying the known text of the bundle.")
 ]
+RequireSignature = Annotated[
+    Path | None,
+    typer.Option("--require-signature", metavar="PUBLIC_KEY",
+                 help="Refuse a bundle that this key did not sign; $MISTRALC_REQUIRE_SIGNATURE "
+                 "if left out."),
+]  # fmt: skip
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens of an answer.")
 ]

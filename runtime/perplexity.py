@@ -125,6 +125,24 @@ def log_likelihoods(logits: Logits, targets: Ids) -> NDArray[np.float64]:
     return found
 
 
+def divergences(p: Logits, q: Logits) -> Iterator[NDArray[np.float64]]:
+    """KL(p || q) in nats of each row of logits [n, V], in blocks of rows.
+
+    All in float64: between a graph and its reference it may be 1e-10, the remainder of terms that
+    cancel, where float32 would leave nothing but its own rounding.
+    """
+    for begin in range(0, len(p), ROWS):
+        log_p, log_q = (_log_softmax(logits[begin : begin + ROWS]) for logits in (p, q))
+        yield (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return result
+
+
 def check_windows(manifest: Manifest, windows: Ids) -> None:
     """Raise UsageError unless the bundle can read windows [n, length] of such ids."""
     spec, context = manifest.model, manifest.ring.context

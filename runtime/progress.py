@@ -1,5 +1,6 @@
 """Progress on a terminal, and silence elsewhere. Knows nothing about what is being done."""
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,5 +31,6 @@ def bar(title: str, total: int | None = None) -> Iterator[Advance]:
 
 
 def stage_for(*, quiet: bool) -> Stage:
-    """Pick `bar` on a terminal, `silent` when asked for or when nobody watches."""
-    return silent if quiet or not sys.stderr.isatty() else bar
+    """Pick `bar` on a terminal, `silent` when asked for, when nobody watches, or without rich."""
+    watched = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+    return silent if quiet or not watched else bar

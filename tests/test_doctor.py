@@ -68,7 +68,7 @@ def test_people_read_a_line_for_each_check(mistralc: Command, sliding_bundle: Pa
     ended = mistralc("doctor", sliding_bundle)
     assert ended.code == 0, ended.err
     assert all(line.startswith(("ok ", "warning ")) for line in ended.out.splitlines())
-    assert "6 intact" in ended.out
+    assert "7 intact" in ended.out
 
 
 def test_to_have_no_gpu_is_no_fault() -> None:

@@ -13,13 +13,14 @@ import pytest
 import tokenizers
 
 from calib.choices import Accuracy, Question, Scorer, encode, measure, read_questions
-from exporter.evaluate import Evaluation, divergences, evaluate, steps
+from exporter.evaluate import Evaluation, evaluate, steps
 from exporter.model import load_decoder
 from exporter.tokenizer import read_tokenizer
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest, read_manifest
 from graphs.spec import ModelSpec, RingSpec
 from runtime.load import load_session
+from runtime.perplexity import divergences
 from runtime.ring import ContextFullError
 from runtime.session import Ids, Logits
 from runtime.tokenizer import Tokenizer
