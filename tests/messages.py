@@ -16,9 +16,9 @@ def messages() -> tuple[str, ...]:
         paths += sorted((ROOT / package).glob("*.py"))
     found = []
     for path in paths:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and node.args and _raises(node.func):
-                found.append(_text(node.args[0]))
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        calls = (node for node in nodes if isinstance(node, ast.Call) and node.args)
+        found += [_text(call.args[0]) for call in calls if _raises(call.func)]
     return tuple(found)
 
 
