@@ -43,7 +43,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise _beyond("a repetition")
         if operator == "%" and isinstance(left, str) and _WIDTH.search(left):
             raise _beyond("a field of text")
-        if operator == "+" and _size(left) + _size(right) > LONGEST**2:
+        most = LONGEST if isinstance(left, Sized) else LONGEST**2
+        if operator == "+" and _size(left) + _size(right) > most:
             raise _beyond("a sum")
         return super().call_binop(context, operator, left, right)
 

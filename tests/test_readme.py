@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BASH = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "TABLE", "REPORT")
+PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "TABLE", "REPORT", "FILE")
 CANNOT_RUN = {  # commands of docs/*.md that no test runs, by how they begin, and why
     "podman ": "needs a container engine, and images from a registry",
 }
@@ -122,6 +122,7 @@ def test_every_command_of_the_documents_runs(
     """On a tiny checkpoint and its bundle; what a document makes is there for its next command."""
     places = {name: tmp_path / name.lower() for name in PLACEHOLDERS}
     places["CHECKPOINT"] = sliding_checkpoint
+    places["FILE"].write_text("It was a bright cold day in April. " * 60, encoding="utf-8")
     for command in document_commands(document):
         if command.startswith(tuple(CANNOT_RUN)):
             continue

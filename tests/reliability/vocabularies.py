@@ -284,7 +284,9 @@ def _template(folder: Path) -> Prepared:
 
     def read(case: dict[str, Any]) -> None:
         template = ChatTemplate(
-            case["template"], control_tokens=PIECES, variables={"bos_token": "<s>"}
+            case["template"],
+            control_tokens=PIECES,
+            variables={"bos_token": "<s>", "eos_token": "</s>"},
         )
         parts = template.render(case["messages"], add_generation_prompt=True)
         assert all(part.text in PIECES for part in parts if part.control)
