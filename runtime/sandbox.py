@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LONGEST = 1_000_000  # characters or items; a chat of a million tokens is longer than any context
+LONGEST = 4_000_000  # characters or items: a chat of about a million tokens
 _LARGEST_EXPONENT = 64
 _WIDTH = re.compile(r"\d{6,}|\*")  # a field of a hundred thousand characters or more, or of any
 

@@ -18,7 +18,7 @@ Outcome = Literal["read", "refused"]
 
 SECONDS = 30  # of one case; the slowest takes a tenth of a second on two busy cores
 ADDRESS_SPACE = 1 << 30  # bytes on top of what the process has
-MEMORY_FLOOR, MEMORY_FACTOR = 64 << 20, 64  # a case may hold so much, and so many times its bytes
+MEMORY_FLOOR, MEMORY_FACTOR = 128 << 20, 64  # a case may hold so much, and so many times its bytes
 LONGEST_MESSAGE = 1500  # characters; a value from the file is shown, not all of it
 
 
