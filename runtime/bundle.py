@@ -17,7 +17,6 @@ from graphs.errors import MistralcError
 from graphs.manifest import FILE_NAME, FileEntry, Manifest, read_manifest
 
 BLOCK = 1 << 22  # bytes read at once while hashing: 4 MiB
-LONGEST_NAME = 200  # characters of a file's name; file systems end at 255 bytes
 
 Progress = Callable[[int], None]  # called with the number of bytes just hashed
 
@@ -67,10 +66,9 @@ def _check_names(path: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         parts = Path(name).parts
         outside = Path(name).is_absolute() or ".." in parts or not parts
-        outside = outside or len(name) > LONGEST_NAME
         if outside or any((path / folder).is_symlink() for folder in Path(name).parents[:-1]):
             raise MistralcError(
-                f"{path / FILE_NAME} lists the file {name!r:.80}, which is not inside the bundle. "
+                f"{path / FILE_NAME} lists the file {name!r}, which is not inside the bundle. "
                 "Do not use this bundle; export it again."
             )
 
