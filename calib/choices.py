@@ -232,7 +232,7 @@ def _question(line: dict[str, Any], where: str) -> Question:
         raise MistralcError(f"{where} has no two or more texts as its `choices`; {EXPECTED}.")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise MistralcError(
-            f"{where} has the answer {answer!r} to {len(choices)} choices; {EXPECTED}."
+            f"{where} has the answer {answer!r:.40} to {len(choices)} choices; {EXPECTED}."
         )
     return Question(context=contexts[0], choices=tuple(choices), answer=answer, where=where)
 

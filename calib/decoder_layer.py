@@ -4,6 +4,7 @@ Quantization goes from input to output: what a group reads is observed once the 
 are quantized. So all samples wait before each group, in files, and go on with its new weights.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,14 @@ def install(
 
 
 def mapped(path: Path, *shape: int) -> Tensor:
-    """A float32 tensor whose memory is the file: the kernel writes it out when it needs room."""
+    """A float32 tensor whose memory is the file: the kernel writes it out when it needs room.
+
+    Raises OSError where the disk has no room: of a file with holes the kernel would tell only when
+    a page is touched, and by SIGBUS.
+    """
     size = torch.Size(shape).numel()
+    with path.open("ab") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, size * torch.float32.itemsize))
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(shape)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -48,9 +48,17 @@ class Work:
 
     def layer(self, index: int) -> Layer:
         """Read the decisions of a finished layer."""
-        with safe_open(self._layer(index), "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return Layer(tensors={name: file.get_tensor(name) for name in file.keys()}, facts=facts)  # noqa: SIM118
+        try:
+            with safe_open(self._layer(index), "pt") as file:
+                facts = json.loads(file.metadata()["facts"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return Layer(tensors=tensors, facts=dict(facts))
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise MistralcError(
+                f"{self._layer(index)} was changed after a stopped calibration wrote it "
+                f"({error!s:.200}), so it cannot go on from there. Delete {self.directory} and run "
+                "the same command again."
+            ) from error
 
     def samples(self, stream: str, index: int) -> Path:
         """File of a stream's samples as they enter layer `index`."""
@@ -96,11 +104,23 @@ def opened(directory: Path, plan: Mapping[str, Any]) -> Iterator[Work]:
     there, or the directory is something else.
     """
     text = json.dumps(plan, indent=1, sort_keys=True) + "\n"
-    if directory.exists() and not (directory / LOCK).exists():
+    if directory.exists() and not (directory / LOCK).exists() and any(directory.iterdir()):
         raise MistralcError(
             f"{directory} exists and was not made by calibration, which keeps its work there. "
             "Move it away, or choose another name for the table."
         )
+    with _explained(directory), _locked(directory):
+        found = directory / PLAN
+        if not found.exists() or found.read_text(encoding="utf-8") != text:
+            for path in directory.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+            found.write_text(text, encoding="utf-8")
+        yield Work(directory=directory)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("w") as lock:
         try:
@@ -110,13 +130,20 @@ def opened(directory: Path, plan: Mapping[str, Any]) -> Iterator[Work]:
                 f"Another process is calibrating in {directory}. Wait for it, or choose another "
                 "name for the table."
             ) from error
-        found = directory / PLAN
-        if not found.exists() or found.read_text(encoding="utf-8") != text:
-            for path in directory.iterdir():
-                if path.name != LOCK:
-                    path.unlink()
-            found.write_text(text, encoding="utf-8")
-        yield Work(directory=directory)
+        yield
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Turn what the disk refuses, a full one above all, into an error of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise MistralcError(
+            f"The work of the calibration could not be written to {directory} ({error!s:.200}). "
+            "Free some space there, or choose a place on another disk; the same command goes on "
+            "after the last finished layer."
+        ) from error
 
 
 def remove(work: Work) -> None:

@@ -16,8 +16,11 @@ def merges_from_ranks(ranks: Mapping[P, int]) -> list[tuple[P, P]]:
     such as `aaa` is then cut as `aa` + `a`: hence the longest left part first.
     """
     found: list[tuple[int, int, P, P]] = []
+    lengths = {len(piece) for piece in ranks}  # a piece of a megabyte is not to be cut everywhere
     for piece, rank in ranks.items():
         for cut in range(len(piece) - 1, 0, -1):
+            if cut not in lengths or len(piece) - cut not in lengths:
+                continue
             left, right = piece[:cut], piece[cut:]
             if left in ranks and right in ranks:
                 found.append((rank, -cut, left, right))

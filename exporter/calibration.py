@@ -31,6 +31,8 @@ SCHEMA = 1
 ELEMENT: Mapping[torch.dtype, str] = {
     torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
+_FIELDS: Mapping[str, type] = {"precision": str, "method": str, "checkpoint": str, "data": dict,
+                               "versions": dict, "schemes": dict, "facts": dict}  # fmt: skip
 JSON_NAME, TENSORS_NAME = "calibration.json", "calibration.safetensors"
 
 
@@ -84,9 +86,12 @@ class CalibrationTable:
             _check(data, tensors)
             schemes = {name: Scheme.from_json(entry) for name, entry in data.pop("schemes").items()}
             return cls(schemes=schemes, tensors=tensors, **data)
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            SafetensorError,
+        ) as error:  # fmt: skip
             raise MistralcError(
-                f"{directory} is not a calibration table ({error}). {remedy}"
+                f"{directory} is not a calibration table ({error!s:.300}). {remedy}"
             ) from error
 
 
@@ -99,6 +104,9 @@ def _check(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     if data.pop("tensors_sha256") != _sha256(tensors):
         raise ValueError(f"{TENSORS_NAME} is not the one that was written with it")
     del data["schema"]
+    for name, kind in _FIELDS.items():
+        if not isinstance(data[name], kind):
+            raise TypeError(f"{name} is of type {type(data[name]).__name__}")
 
 
 def _json(table: CalibrationTable) -> bytes:

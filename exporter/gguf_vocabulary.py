@@ -27,18 +27,19 @@ def to_document(metadata: Metadata, path: Path) -> dict[str, Any]:
         "llama": _from_llama,
     }
     kind = metadata.get("ggml.model")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise MistralcError(
-            f"The tokenizer of {path} is of the kind {kind!r}; `llama` (SentencePiece) or `gpt2` "
-            "(byte-pair) is expected. Export from the original checkpoint instead of the GGUF."
+            f"The tokenizer of {path} is of the kind {kind!r:.40}; `llama` (SentencePiece) "
+            "or `gpt2` (byte-pair) is expected. Export from the original checkpoint instead of "
+            "the GGUF."
         )
     try:
         return kinds[kind](metadata, path)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:  # of the wrong type, too
         raise MistralcError(
             f"The tokenizer metadata of {path} is incomplete or damaged "
-            f"({type(error).__name__}: {error}). Download it again, or export from the original "
-            "checkpoint."
+            f"({type(error).__name__}: {error!s:.200}). Download it again, or export from the "
+            "original checkpoint."
         ) from error
 
 
@@ -68,8 +69,8 @@ def _from_gpt2(metadata: Metadata, path: Path) -> dict[str, Any]:
     if not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         known = ", ".join(f"`{name}`" for name in _PRE_TOKENIZERS)
         raise MistralcError(
-            f"The byte-pair tokenizer of {path} splits text by the rules named {pre!r}; {known} "
-            "is expected. Export from the original checkpoint instead of the GGUF."
+            f"The byte-pair tokenizer of {path} splits text by the rules named {pre!r:.40}; "
+            f"{known} is expected. Export from the original checkpoint instead of the GGUF."
         )
     tokens, kinds = metadata["ggml.tokens"], metadata["ggml.token_type"]
     ids = {text: i for i, text in enumerate(tokens)}

@@ -4,7 +4,7 @@ The schemes of `exporter/schemes.py`, but for what the checkpoint has in blocks 
 table of calibration says for itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,12 @@ import torch
 from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint
 from exporter.gguf_blocks import block_scheme, read_blocks
-from exporter.quantized import INPUT_SCALE, Recipe
+from exporter.quantized import INPUT_SCALE, SMOOTHING, Recipe
 from exporter.schemes import CALIBRATED, QuantizeOptions, fitting, layer_schemes, output_scheme
-from graphs.errors import UsageError
+from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.qdq import Quantization
-from graphs.scheme import QUANTIZED, Scheme, groups
+from graphs.scheme import QUANTIZED, SCALE, ZERO_POINT, Scheme, groups
 from graphs.spec import Dtype, ModelSpec
 
 
@@ -43,6 +43,7 @@ def make_recipe(
         recipe = _repacked(plain, checkpoint, options) if cpu else plain
     else:
         _check_table(table, precision, options)
+        _check_fit(table, spec)
         recipe = Recipe(
             spec=spec, activation=activation, schemes=table.schemes, tensors=table.tensors
         )
@@ -140,3 +141,40 @@ def _check_table(table: CalibrationTable, precision: str, options: QuantizeOptio
             "--block and --symmetric were decided when the calibration table was made. Leave them "
             "out, or calibrate again with them."
         )
+
+
+def _check_fit(table: CalibrationTable, spec: ModelSpec) -> None:
+    """Raise MistralcError unless the table's names and shapes are those of the model."""
+    allowed = _allowed_shapes(table, spec)
+    linears = {name for group in groups(spec) for name in group.readers}
+    strange = [name for name in table.schemes if name not in linears]
+    strange += [
+        n for n, value in table.tensors.items() if tuple(value.shape) not in allowed.get(n, ())
+    ]
+    strange += [
+        group.name + INPUT_SCALE
+        for group in groups(spec)
+        if any((scheme := table.schemes.get(name)) and scheme.activation for name in group.readers)
+        and group.name + INPUT_SCALE not in table.tensors
+    ]
+    if strange:
+        raise MistralcError(
+            f"The calibration table does not fit its checkpoint: {strange[0]:.80} is missing, of "
+            "another shape, or not of this model. Run `mistralc calibrate` again."
+        )
+
+
+def _allowed_shapes(
+    table: CalibrationTable, spec: ModelSpec
+) -> Mapping[str, Collection[tuple[int, ...]]]:
+    """The shapes that each tensor of a table may have, by name; see exporter/calibration.py."""
+    shapes, found = spec.weight_shapes(), {}
+    for group in groups(spec):
+        found[group.name + SMOOTHING] = {shapes[group.readers[0]][1:]}
+        found[group.name + INPUT_SCALE] = {(), (1,)}
+        for name in (name for name in group.readers if name in table.schemes):
+            n, k = shapes[name]
+            blocks = table.schemes[name].blocks(k)
+            found[name + SCALE] = found[name + ZERO_POINT] = {(n, 1), (n, blocks)}
+            found[name] = {(n, k), (n, -(-k // 2))}
+    return found

@@ -8,6 +8,7 @@ because errors should name the tensor and the file.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -21,6 +22,7 @@ _ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16
                "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
                "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
+_LONGEST_NAME = 200  # characters of a file's name; file systems end at 255 bytes
 
 Tensors = dict[str, StoredTensor]
 
@@ -85,10 +87,10 @@ def _first_of_each(where: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _shard(index: Path, name: str, file: str) -> Path:
     path = index.parent / file
-    if Path(file).name != file or not path.is_file():
+    if Path(file).name != file or len(file) > _LONGEST_NAME or not path.is_file():
         raise MistralcError(
-            f"{index} places {name} in {file}, and there is no such file in {index.parent}. All "
-            "shards are expected beside their index: fetch the missing one."
+            f"{index} places {name:.80} in {file:.80}, and there is no such file in "
+            f"{index.parent}. All shards are expected beside their index: fetch the missing one."
         )
     return path
 
@@ -112,8 +114,8 @@ def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name:.80} is there twice")
     return result
 
 

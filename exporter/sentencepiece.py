@@ -71,6 +71,7 @@ def read_model(path: Path) -> Vocabulary:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     refused = {
         "no pieces": not proto.pieces,
+        "pieces that are not UTF-8": any(not isinstance(p.piece, str) for p in proto.pieces),
         "a model type other than BPE": trainer.model_type != _BPE,
         "whitespace as suffix": trainer.treat_whitespace_as_suffix,
         "unescaped whitespace": not normalizer.escape_whitespaces,

@@ -23,6 +23,9 @@ _FIRST_SPECIAL = (
 )  # fmt: skip
 
 
+_MOST_SPECIAL = 100_000  # ids; Mistral reserves 1,000, and a damaged number must not fill memory
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tekken:
     """What a tekken file says: `special[i]` has id i, `vocabulary[r]` id `len(special) + r`."""
@@ -44,11 +47,17 @@ def read_tekken(path: Path) -> Tekken:
         named = content.get("special_tokens")
         names = [row["token_str"] for row in named] if named else list(_FIRST_SPECIAL)
         version, pattern = str(config["version"]), str(config["pattern"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise MistralcError(
-            f"{path} cannot be read as a tekken tokenizer ({type(error).__name__}: {error}); JSON "
+            f"{path} cannot be read as a tekken tokenizer "
+            f"({type(error).__name__}: {error!s:.200}); JSON "
             "with `config`, `vocab` and perhaps `special_tokens` is expected. Download it again."
         ) from error
+    if num_special > _MOST_SPECIAL or not all(isinstance(name, str) for name in names):
+        raise MistralcError(
+            f"The tekken tokenizer {path} reserves {num_special:,} special tokens, or one of them "
+            f"is no text; texts, and at most {_MOST_SPECIAL:,}, are expected. Download it again."
+        )
     special = tuple(names + [f"<SPECIAL_{i}>" for i in range(len(names), num_special)])
     single_bytes = tuple(bytes([byte]) for byte in range(256))
     wrong = {

@@ -14,10 +14,10 @@ from typing import Any
 
 from exporter import gguf_vocabulary, sentencepiece, tekken
 from exporter.chat_formats import CHAT_TEMPLATES
-from exporter.fields import read_json
+from exporter.fields import LARGEST_NUMBER, read_json
 from exporter.gguf_reader import read_gguf
 from graphs.errors import MistralcError
-from runtime.tokenizer import Tokenizer, parse_tokenizer
+from runtime.tokenizer import Tokenizer, is_token_id, parse_tokenizer
 
 _MODEL_FILE = re.compile(r".*\.model(?:\.(v\d+)(?:m\d+)?)?")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
@@ -179,6 +179,7 @@ def _with_settings(source: _Source, directory: Path) -> _Source:
             key: generation[key]
             for key in _SAMPLING
             if isinstance(generation.get(key), int | float)
+            and abs(generation[key]) < LARGEST_NUMBER  # and no NaN
         },
     )
 
@@ -190,9 +191,9 @@ def _first_said(*values: Any) -> Any:
 def _stop_ids(eos: Any, directory: Path) -> tuple[int, ...]:
     """`eos_token_id` as Hugging Face writes it: a number, a list of numbers, or nothing."""
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not all(map(is_token_id, ids)):
         raise MistralcError(
-            f"The `eos_token_id` of {directory} is {eos!r}; a token id or a list of them is "
+            f"The `eos_token_id` of {directory} is {eos!r:.60}; a token id or a list of them is "
             "expected. Correct generation_config.json or config.json."
         )
     return tuple(ids)
@@ -201,15 +202,24 @@ def _stop_ids(eos: Any, directory: Path) -> tuple[int, ...]:
 def _template_beside(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MistralcError(
+                f"The chat template {path} cannot be read ({error}); text in UTF-8 is expected. "
+                "Get the file again."
+            ) from error
     template = settings.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = (entry for entry in template if isinstance(entry, dict))
+        found = (entry.get("template") for entry in named if entry.get("name") == "default")
+        return next(found, None)
     return template
 
 
 def _files(source: _Source, path: Path) -> TokenizerFiles:
     """The three files, after opening them the way the runtime will."""
+    _check_types(source, path)
     backend = parse_tokenizer(source.tokenizer_json, str(path))
     bos, eos = (_look_up(backend, token, path) for token in (source.bos, source.eos))
     add_bos = source.add_bos
@@ -242,20 +252,39 @@ def _files(source: _Source, path: Path) -> TokenizerFiles:
     )
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "version": (str,), "bos": (int, str), "eos": (int, str), "unk_token": (str,),
+    "pad_token": (str,), "add_bos": (bool,), "chat_template": (str,),
+}  # fmt: skip
+
+
+def _check_types(source: _Source, path: Path) -> None:
+    """Raise MistralcError for the first thing said about a tokenizer that is of another type."""
+    said = {name: getattr(source, name) for name in _TYPES}
+    wrong = [name for name, v in said.items() if v is not None and type(v) not in _TYPES[name]]
+    for name in (*wrong, *([] if all(map(is_token_id, source.stop_ids)) else ["stop_ids"])):
+        expected = " or ".join(kind.__name__ for kind in _TYPES.get(name, (int,)))
+        raise MistralcError(
+            f"The settings of the tokenizer {path} say that its {name} is "
+            f"{getattr(source, name)!r:.60}; {expected} is expected. Correct the checkpoint's "
+            "settings, or get the file again."
+        )
+
+
 def _look_up(backend: Any, token: int | str | None, path: Path) -> tuple[int, str] | None:
     """Id and spelling of a token that is given as one of the two."""
     if token is None:
         return None
-    if isinstance(token, str):
-        found = backend.token_to_id(token), token
-    else:
-        found = token, backend.id_to_token(token)
-    if None in found:
+    i: int | None = backend.token_to_id(token) if isinstance(token, str) else token
+    text: str | None = token if isinstance(token, str) else None
+    if is_token_id(token):
+        text = backend.id_to_token(token)
+    if i is None or text is None:
         raise MistralcError(
-            f"The tokenizer {path} has no token {token!r}, which the checkpoint's settings name "
-            "as its BOS or EOS. Get tokenizer and settings from the same place."
+            f"The tokenizer {path} has no token {token!r:.60}, which the checkpoint's settings "
+            "name as its BOS or EOS. Get tokenizer and settings from the same place."
         )
-    return found
+    return i, text
 
 
 def _spelled(settings: Mapping[str, Any], name: str) -> str | None:

@@ -8,13 +8,14 @@ written, so that no bit of it can change unnoticed, and its bytes can be signed.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from graphs.errors import MistralcError
-from graphs.spec import Dtype, ModelSpec, RingSpec
+from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
@@ -72,12 +73,12 @@ class Manifest:
             schema = data["schema"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise MistralcError(
-                f"{where} is not a bundle's manifest ({error}). {remedy}"
+                f"{where} is not a bundle's manifest ({error!s:.200}). {remedy}"
             ) from error
-        if schema != SCHEMA:
+        if type(schema) is not int or schema != SCHEMA:
             age = "a newer" if isinstance(schema, int) and schema > SCHEMA else "another"
             raise MistralcError(
-                f"{where} has schema {schema!r} and this mistralc reads schema {SCHEMA}: the "
+                f"{where} has schema {schema!r:.40} and this mistralc reads schema {SCHEMA}: the "
                 f"bundle was written by {age} version. Install the version of mistralc that wrote "
                 "it, or export the checkpoint again with this one."
             )
@@ -87,6 +88,7 @@ class Manifest:
                 f"of its contents. {remedy}"
             )
         try:
+            _check_types(data)
             data["model"] = ModelSpec.from_json(data["model"])
             data["ring"] = RingSpec(**data["ring"])
             data["files"] = {name: FileEntry(**entry) for name, entry in data["files"].items()}
@@ -94,7 +96,7 @@ class Manifest:
             written = manifest.to_text()
         except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise MistralcError(
-                f"{where} does not have the fields of schema {SCHEMA} ({error}). {remedy}"
+                f"{where} does not have the fields of schema {SCHEMA} ({error!s:.200}). {remedy}"
             ) from error
         if written != text:
             raise MistralcError(
@@ -102,6 +104,42 @@ class Manifest:
                 f"out differently, or says something twice. {remedy}"
             )
         return manifest
+
+
+_TEXT_FIELDS = ("target", "precision", "activation", "window_source")
+_RECORDS = ("quantization", "verification", "engine")  # or null: not made, or not for this target
+
+
+def _check_types(data: Mapping[str, Any]) -> None:
+    """Raise TypeError for the first field whose type is not what its readers count on."""
+    for name in _TEXT_FIELDS:
+        _need(isinstance(data[name], str), name, "text")
+    _need(data["activation"] in ITEM_SIZE, "activation", f"one of {', '.join(ITEM_SIZE)}")
+    for name in ("checkpoint", "versions"):
+        texts = isinstance(data[name], dict) and all(
+            isinstance(v, str) for v in data[name].values()
+        )
+        _need(texts, name, "an object of texts")
+    _need({"name", "format"} <= data["checkpoint"].keys(), "checkpoint", "a name and a format")
+    for name in ("model", "ring", "files", "passes"):
+        _need(isinstance(data[name], dict), name, "an object")
+    for name in _RECORDS:
+        _need(data[name] is None or isinstance(data[name], dict), name, "an object or null")
+    _need(isinstance(data["golden"], list), "golden", "a list")
+    for name, entry in data["files"].items():
+        _need(
+            isinstance(entry, dict) and _is_entry(**entry), f"files, {name:.80}", "size and SHA-256"
+        )
+
+
+def _is_entry(size: object = None, sha256: object = None) -> bool:
+    digest = isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256)
+    return type(size) is int and size >= 0 and bool(digest)
+
+
+def _need(good: bool, name: str, expected: str) -> None:
+    if not good:
+        raise TypeError(f"{name} is not {expected}")
 
 
 def _checksum(data: Mapping[str, Any]) -> str:

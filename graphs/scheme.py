@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Self
 
-from graphs.errors import UsageError
+from graphs.errors import MistralcError, UsageError
 from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
 
 Codes = Literal["int4", "int8", "float8e4m3"]
@@ -61,8 +61,20 @@ class Scheme:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote."""
-        return cls(**data)
+        """Read what `to_json` wrote. Raises MistralcError where it says what no scheme is."""
+        try:
+            scheme = cls(**data)
+            known = scheme.codes in LEAST and scheme.offset in ("none", "zero_point", "minimum")
+            known &= scheme.block is None or (type(scheme.block) is int and scheme.block > 0)
+            known &= scheme.activation in (None, "int8", "float8e4m3")
+        except TypeError:  # another field, or a value that is no plain one
+            known = False
+        if not known:
+            raise MistralcError(
+                f"A weight's scheme is {data!r:.120}; codes, block, offset and activation as "
+                "mistralc writes them are expected. Export or calibrate again."
+            )
+        return scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ logits, C ring capacity, W window, H query heads, K key/value heads, D head size
 F feed-forward, V vocabulary, L layers.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
@@ -31,6 +32,19 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise MistralcError(
+                f"The rotary scaling is {self.rope_type!r:.40}; linear or llama3 is expected. "
+                "Check the checkpoint's configuration file."
+            )
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check_number(f"rotary scaling's {name}", getattr(self, name))
+        _check_count(
+            "rotary scaling's original_max_position_embeddings",
+            self.original_max_position_embeddings,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +73,9 @@ class ModelSpec:
                  "num_attention_heads", "num_key_value_heads", "head_dim",
                  "max_position_embeddings")  # fmt: skip
         for name in sizes:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MistralcError(
-                    f"The model's {name} is {value!r}; a whole number of at least 1 is expected. "
-                    "Check the checkpoint's configuration file."
-                )
+            _check_count(f"model's {name}", getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise MistralcError(
-                    f"The model's {name} is {getattr(self, name)!r}; a number above 0 is "
-                    "expected. Check the checkpoint's configuration file."
-                )
+            _check_number(f"model's {name}", getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise MistralcError(
                 f"The model has {self.num_attention_heads} query heads and "
@@ -88,9 +93,9 @@ class ModelSpec:
                 f"{self.num_hidden_layers} layers; one per layer is expected."
             )
         for size in self.layer_windows:
-            if size is not None and size < 1:
+            if size is not None and not _is_count(size):
                 raise MistralcError(
-                    f"A layer's sliding window is {size}; at least 1 token is expected, "
+                    f"A layer's sliding window is {size!r:.40}; at least 1 token is expected, "
                     "or null for full attention."
                 )
 
@@ -147,15 +152,15 @@ class ModelSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote. Raises MistralcError when a field is missing or unknown."""
-        fields = dict(data)
         try:
+            fields = dict(data)
             if fields["rope_scaling"] is not None:
                 fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
             fields["layer_windows"] = tuple(fields["layer_windows"])
             return cls(**fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise MistralcError(
-                f"The model description does not have the expected fields ({error}). It was "
+                f"The model description does not have the expected fields ({error!s:.200}). It was "
                 "written by another version of mistralc, or edited: export the bundle again."
             ) from error
 
@@ -174,11 +179,7 @@ class RingSpec:
 
     def __post_init__(self) -> None:
         for name in ("chunk", "context", "max_batch"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise MistralcError(
-                    f"The ring's {name} is {value!r}; a whole number of at least 1 is expected."
-                )
+            _check_count(f"ring's {name}", getattr(self, name))
 
     def capacity(self, window_size: int | None) -> int:
         """C for layers of this window: slots of the ring, a multiple of `chunk`."""
@@ -236,6 +237,26 @@ def _caches(spec: ModelSpec, activation: Dtype, prefix: str) -> tuple[TensorSpec
         for i, size in enumerate(spec.layer_windows)
         for kind in ("key", "value")
     )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+
+
+def _check_count(what: str, value: object) -> None:
+    if not _is_count(value):
+        raise MistralcError(
+            f"The {what} is {value!r:.40}; a whole number of at least 1 is expected. Check the "
+            "checkpoint's configuration, or export the bundle again."
+        )
+
+
+def _check_number(what: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise MistralcError(
+            f"The {what} is {value!r:.40}; a number above 0 is expected. Check the checkpoint's "
+            "configuration, or export the bundle again."
+        )
 
 
 def _product(shape: tuple[int, ...]) -> int:

@@ -183,7 +183,7 @@ class _HashCache:
         self._changed = False
         if path is None:
             return
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RecursionError):
             loaded = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(loaded, dict):
                 self._entries = loaded

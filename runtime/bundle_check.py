@@ -80,7 +80,7 @@ def engine_of(path: Path, manifest: Manifest) -> Engine | None:
     if manifest.target not in ENGINES:
         return None
     carriers = BACKENDS[BACKEND_OF[manifest.target]]
-    gpus = () if manifest.engine is None else manifest.engine["gpus"]
+    gpus = () if manifest.engine is None else manifest.engine.get("gpus", ())
     return Engine(
         plan=path / "engine.plan",
         target=manifest.target,

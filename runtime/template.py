@@ -7,7 +7,7 @@ tokens; `runtime.provenance` sees to that.
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -16,11 +16,11 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from graphs.errors import MistralcError, UsageError
 from runtime import provenance
 from runtime.provenance import Mask
+from runtime.sandbox import Sandbox, bounded, bounded_call
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -53,23 +53,24 @@ class ChatTemplate:
     def __init__(
         self, source: str, *, control_tokens: Collection[str], variables: Mapping[str, Any]
     ) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[LoopControlExtension, _Generation],
             autoescape=False,  # the output is a prompt, not HTML
         )
-        environment.concat = provenance.join  # type: ignore[method-assign]
-        environment.filters["tojson"] = _to_json
+        environment.concat = _join  # type: ignore[method-assign]
+        environment.filters["tojson"] = bounded_call(_to_json)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        except Exception as error:  # constants are computed here, too
+            what = _brief(str(getattr(error, "message", error)))
             raise MistralcError(
-                f"The chat template does not compile: {error.message} (line {error.lineno} of "
-                "the template). A Jinja template as Hugging Face's is expected; correct "
-                "`chat_template` in tokenizer_config.json."
+                f"The chat template does not compile: {what} (line "
+                f"{getattr(error, 'lineno', '?')} of the template). A Jinja template as Hugging "
+                "Face's is expected; correct `chat_template` in tokenizer_config.json."
             ) from error
         longest_first = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -97,19 +98,20 @@ class ChatTemplate:
             )
         except _Refusal as refusal:
             raise UsageError(
-                f"The chat template refuses these messages: {mask.reveal(str(refusal))} Give "
-                "messages in the order and of the kinds that the model was trained on."
+                "The chat template refuses these messages: "
+                f"{_brief(mask.reveal(str(refusal)))} Give messages in the order and of the kinds "
+                "that the model was trained on."
             ) from refusal
         except jinja2.exceptions.SecurityError as error:
             raise MistralcError(
-                f"The chat template was stopped: {error}. A template may only write text; do "
-                "not use this checkpoint's template unless you know why it does more."
+                f"The chat template was stopped: {_brief(str(error))}. A template may only write "
+                "text; do not use this checkpoint's template unless you know why it does more."
             ) from error
         except Exception as error:  # whatever an expression of the template's runs into
             raise MistralcError(
                 f"The chat template fails on these messages: {type(error).__name__}: "
-                f"{mask.reveal(str(error))}. Messages with `role` and `content` are expected; "
-                "if these are, correct `chat_template` in tokenizer_config.json."
+                f"{_brief(mask.reveal(str(error)))}. Messages with `role` and `content` are "
+                "expected; if these are, correct `chat_template` in tokenizer_config.json."
             ) from error
         return tuple(self._parts(text, mask))
 
@@ -130,10 +132,20 @@ def _masked(message: Mapping[str, Any], mask: Mask) -> dict[str, Any]:
     role = message.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise UsageError(
-            f"A message's role is {role!r}; a word such as `system`, `user` or `assistant` is "
+            f"A message's role is {role!r:.60}; a word such as `system`, `user` or `assistant` is "
             "expected."
         )
     return {**{key: mask.hide(value) for key, value in message.items()}, "role": role}
+
+
+def _join(parts: Iterable[str]) -> str:
+    return provenance.join(bounded(parts))
+
+
+def _brief(message: str) -> str:
+    """What a template or Python says about it, on one line and not longer than one can read."""
+    line = " ".join(message.split())
+    return line if len(line) <= 300 else line[:297] + "..."
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -28,7 +28,8 @@ class Tokenizer:
     """A bundle's tokenizer.
 
     `tokenizer_config` holds `bos_token_id`, `add_bos_token`, `chat_template` and the tokens that
-    templates name; `generation_config` holds `eos_token_id`, a list.
+    templates name; `generation_config` holds `eos_token_id`, a list. Raises MistralcError where one
+    of them is of another type.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Tokenizer:
         tokenizer_config: Mapping[str, Any],
         generation_config: Mapping[str, Any],
     ) -> None:
+        _check_settings(tokenizer_config, generation_config)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # they are text wherever a caller wrote them
@@ -194,7 +196,7 @@ def parse_tokenizer(text: str, origin: str) -> tokenizers.Tokenizer:
         return tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the package raises Exception itself
         raise MistralcError(
-            f"{origin} cannot be read as a tokenizer ({error}). A tokenizer.json of the "
+            f"{origin} cannot be read as a tokenizer ({error!s:.300}). A tokenizer.json of the "
             "`tokenizers` library is expected; the file is damaged or cut short: get it again."
         ) from error
 
@@ -202,7 +204,7 @@ def parse_tokenizer(text: str, origin: str) -> tokenizers.Tokenizer:
 def _parse_object(text: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MistralcError(f"{path} is not JSON ({error}). Export the bundle again.") from error
     if not isinstance(value, dict):
         raise MistralcError(
@@ -210,6 +212,31 @@ def _parse_object(text: str, path: Path) -> dict[str, Any]:
             "bundle again."
         )
     return value
+
+
+def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """Raise MistralcError for the first setting that is not of the type it is used as."""
+    texts = (*_TEMPLATE_TOKENS, "chat_template")
+    bos, stops = config.get("bos_token_id"), generation.get("eos_token_id", ())
+    wrong = {name: "text" for name in texts if not isinstance(config.get(name), str | None)}
+    if not isinstance(config.get("add_bos_token"), bool | None):
+        wrong |= {"add_bos_token": "true or false"}
+    if bos is not None and not is_token_id(bos):
+        wrong |= {"bos_token_id": "a token id"}
+    if not isinstance(stops, list | tuple) or not all(map(is_token_id, stops)):
+        wrong |= {"eos_token_id": "a list of token ids"}
+    for name, expected in wrong.items():
+        value = (generation if name == "eos_token_id" else config).get(name)
+        raise MistralcError(
+            f"The tokenizer's setting `{name}` is {value!r:.60}; {expected} is expected. Correct "
+            "the checkpoint's tokenizer_config.json or generation_config.json, or export the "
+            "bundle again."
+        )
+
+
+def is_token_id(value: object) -> bool:
+    """Whether `value` can be a token's id: a whole number that the backend can take."""
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _never_prepend(pre_tokenizer: Any) -> bool:

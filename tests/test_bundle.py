@@ -402,7 +402,7 @@ def test_a_file_that_the_system_refuses_to_read_is_an_error_that_names_it(
 ) -> None:
     bundle = copy_of(sliding_bundle)
     endless = "n" * 300  # longer than a file name may be: the system refuses to look
-    relist(bundle, {endless: FileEntry(size=1, sha256="")})
+    relist(bundle, {endless: FileEntry(size=1, sha256="0" * 64)})
     with pytest.raises(MistralcError, match="could not be read"):
         open_bundle(bundle)
 

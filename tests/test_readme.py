@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,11 @@ from tests.conftest import Command
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BASH = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "TABLE", "REPORT", "FILE")
+CANNOT_RUN = {  # commands of docs/*.md that no test runs, by how they begin, and why
+    "podman ": "needs a container engine, and images from a registry",
+}
 
 
 def console_commands(text: str) -> Iterator[tuple[str, str]]:
@@ -21,6 +28,14 @@ def console_commands(text: str) -> Iterator[tuple[str, str]]:
         for entry in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
             command, _, output = entry.partition("\n")
             yield command.partition(" # ")[0].strip(), output
+
+
+def document_commands(document: Path) -> list[str]:
+    """The commands of a document's console and bash blocks, in their order."""
+    text = document.read_text(encoding="utf-8")
+    commands = [command for command, _ in console_commands(text)]
+    lines = (line for block in BASH.findall(text) for line in block.splitlines())
+    return commands + [line.partition(" # ")[0].strip() for line in lines if line.strip()]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +109,82 @@ def test_links_in_the_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
+def test_every_command_of_the_documents_runs(
+    document: Path,
+    sliding_checkpoint: Path,
+    sliding_bundle: Path,
+    mistralc: Command,
+    tmp_path: Path,
+) -> None:
+    """On a tiny checkpoint and its bundle; what a document makes is there for its next command."""
+    places = {name: tmp_path / name.lower() for name in PLACEHOLDERS}
+    places["CHECKPOINT"] = sliding_checkpoint
+    places["FILE"].write_text("It was a bright cold day in April. " * 60, encoding="utf-8")
+    for command in document_commands(document):
+        if command.startswith(tuple(CANNOT_RUN)):
+            continue
+        given = shlex.split(command)
+        assert given[0] == "mistralc", f"{command}: run it here, or say in CANNOT_RUN why not"
+        if "BUNDLE" in given and "export" not in given and not places["BUNDLE"].exists():
+            shutil.copytree(sliding_bundle, places["BUNDLE"])
+        words = [str(places.get(word, word)) for word in given]
+        ended = mistralc(*words[1:], stdin=b"")
+        assert ended.code == 0, f"`{command}` of {document.name} failed: {ended.err}{ended.out}"
+
+
+def test_what_cannot_be_run_is_still_in_a_document() -> None:
+    commands = [command for document in DOCUMENTS for command in document_commands(document)]
+    for beginning in CANNOT_RUN:
+        assert any(command.startswith(beginning) for command in commands), beginning
+
+
+def test_scripts_named_in_the_documents_exist_with_their_options() -> None:
+    found = 0
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for module, options in re.findall(r"`python (?:-m )?(tests[./][\w./]+)([^`]*)`", text):
+            stem = ROOT / module.removesuffix(".py").replace(".", "/")
+            script = next(p for p in (stem.with_suffix(".py"), stem / "__main__.py") if p.exists())
+            for option in re.findall(r"--[a-z][a-z-]+", options):
+                assert f'"{option}"' in script.read_text(encoding="utf-8"), f"{script}: {option}"
+            found += 1
+    assert found >= 4, "the documents lost the commands that make their figures"
+
+
+def test_code_named_in_the_documents_is_where_they_say() -> None:
+    """`NAME` (`package/file.py`) is defined or imported there; every file named exists."""
+    pairs = 0
+    tests = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")
+    )
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for name, path in re.findall(r"`(\w+)`\s\(`([\w/]+\.py)`\)", text):
+            source = (ROOT / path).read_text(encoding="utf-8")
+            defined = rf"^(?:class |def )?{name}\b(?=[\(:\[]|: | =|, )"
+            assert re.search(defined, source, re.MULTILINE), f"{document.name}: no {name} in {path}"
+            pairs += 1
+        for path in re.findall(r"`((?:calib|exporter|graphs|runtime|tests)/[\w/]+\.py)`", text):
+            assert (ROOT / path).is_file(), f"{document.name} names {path}"
+        for name in re.findall(r"`(test_\w+)`", text):
+            assert f"def {name}(" in tests, f"{document.name} names {name}"
+    assert pairs > 20
+
+
+def test_the_container_file_copies_what_there_is_and_installs_nothing_that_builds() -> None:
+    text = (ROOT / "docs" / "Containerfile").read_text(encoding="utf-8")
+    for line in re.findall(r"^COPY (?!--from)(.+) /src", text, re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists(), f"the container file copies {name}"
+    (extras,) = re.findall(r"'/src\[([\w,]+)\]'", text)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"]]
+    for extra in extras.split(","):
+        wanted += project["optional-dependencies"][extra]
+    packages = {re.split(r"[>=\[<]", one)[0] for one in wanted}
+    assert "onnxruntime" in packages
+    assert not packages & {"torch", "onnx", "onnx-ir", "onnxscript", "gguf", "safetensors"}
+    assert re.search(r"^USER (?!0|root)", text, re.MULTILINE), "it must not run as root"

@@ -1,0 +1,172 @@
+"""Fuzzing what people write: text, JSON lines, questions, and the tables of calibration."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+from calib.choices import read_questions
+from calib.work import Layer, Work
+from exporter import calibration
+from exporter.calibration import JSON_NAME, TENSORS_NAME, CalibrationTable
+from exporter.checkpoint import open_checkpoint
+from exporter.precision import describe, make_recipe
+from exporter.quantized import INPUT_SCALE, SMOOTHING
+from exporter.schemes import QuantizeOptions
+from exporter.tokenizer import read_tokenizer
+from graphs.scheme import SCALE, groups
+from graphs.spec import ModelSpec
+from runtime.corpus import read_corpus
+from tests.make_checkpoint import tiny_spec, write_checkpoint
+from tests.reliability.checkpoints import PREAMBLE, small_spec
+from tests.reliability.damage import Draw, damaged_bytes, damaged_json
+from tests.reliability.target import Files, Folder, Prepared, Target
+
+LINES: tuple[dict[str, Any], ...] = (
+    {"text": "It was a bright cold day in April."},
+    {"messages": [{"role": "user", "content": "Hello é"}, {"role": "assistant", "content": "Hi"}]},
+)
+QUESTIONS = ({"question": "Two and two?", "choices": ["four", "five"], "answer": 0},)
+
+
+def _lines(
+    name: str, good: tuple[Any, ...], read: Callable[[Path], None]
+) -> Callable[[Path], Prepared]:
+    """A file of JSON lines, one of them damaged as a tree, or all of them as bytes."""
+
+    @st.composite
+    def cases(draw: Draw) -> Files:
+        lines = [json.dumps(line).encode() for line in draw(st.lists(st.sampled_from(good)))]
+        lines.append(draw(st.sampled_from(good).flatmap(damaged_json)))
+        data = draw(st.sampled_from((b"\n", b"\r\n", b"\n\n", b"\r"))).join(lines)
+        return {name: draw(damaged_bytes(data)) if draw(st.booleans()) else data}
+
+    def prepare(folder: Path) -> Prepared:
+        (folder / name).touch()
+        return Prepared(
+            cases=cases(),
+            read=Folder(folder).reading(lambda it: read(it / name)),
+            good={name: json.dumps(good[0]).encode()},
+        )
+
+    return prepare
+
+
+def _corpus(folder: Path) -> Prepared:
+    tokenizer = read_tokenizer(write_checkpoint(folder / "model", tiny_spec(hidden_size=16))).open()
+
+    def read(path: Path) -> None:
+        corpus = read_corpus([path], tokenizer, "evaluation")
+        assert corpus.documents
+        assert all(len(ids) and 0 <= ids.min() <= ids.max() < 320 for ids in corpus.documents)
+
+    lines = _lines("text.jsonl", LINES, read)(folder)
+    plain = (st.binary(max_size=300) | st.text(max_size=300).map(str.encode)).map(
+        lambda data: {"text.txt": data}
+    )
+    folder_of_texts = Folder(folder)
+
+    def read_one(case: Files) -> None:
+        folder_of_texts.put(case)
+        read(folder / next(iter(case)))
+
+    return Prepared(cases=lines.cases | plain, read=read_one, good={"text.txt": b"It was cold."})
+
+
+def _questions(path: Path) -> None:
+    for question in read_questions(path):
+        assert len(question.choices) >= 2
+        assert 0 <= question.answer < len(question.choices)
+
+
+def tensors_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """What SmoothQuant leaves in a table: smoothing, a scale for every row and for every input."""
+    shapes, found = spec.weight_shapes(), {}
+    for group in groups(spec):
+        found[group.name + SMOOTHING] = torch.ones(shapes[group.readers[0]][1])
+        found[group.name + INPUT_SCALE] = torch.tensor(0.5)
+        found |= {name + SCALE: torch.full((shapes[name][0], 1), 0.01) for name in group.readers}
+    return found
+
+
+def _table(folder: Path) -> Prepared:
+    """A table with damage that its sums tell, and with forgeries that they do not."""
+    spec = small_spec()
+    checkpoint = open_checkpoint(write_checkpoint(folder / "model", spec))
+    table = CalibrationTable(
+        precision="int8", method="smoothquant", checkpoint=checkpoint.fingerprint(),
+        data={"source": "text"}, versions={"mistralc": "0.1.0"}, tensors=tensors_of(spec),
+        schemes={n: calibration.Scheme(codes="int8", activation="int8")
+                 for group in groups(spec) for n in group.readers},
+    )  # fmt: skip
+    path = folder / "table"
+    path.mkdir()
+    table.write(path)
+    said, numbers = json.loads((path / JSON_NAME).read_bytes()), (path / TENSORS_NAME).read_bytes()
+    length = int.from_bytes(numbers[:PREAMBLE], "little")
+    header, body = json.loads(numbers[8 : 8 + length]), numbers[8 + length :]
+
+    @st.composite
+    def cases(draw: Draw) -> Files:
+        tensors = numbers
+        if draw(st.booleans()):
+            text = draw(damaged_json(header))
+            tensors = len(text).to_bytes(PREAMBLE, "little") + text + body
+        elif draw(st.booleans()):
+            tensors = draw(damaged_bytes(numbers, [(0, PREAMBLE)]))
+        data = draw(damaged_json(said)) if draw(st.booleans()) else json.dumps(said).encode()
+        if draw(st.booleans()):
+            data = _restamped(data, tensors)
+        return {JSON_NAME: data, TENSORS_NAME: tensors}
+
+    def read(it: Path) -> None:
+        found = CalibrationTable.read(it)
+        found.require(checkpoint.fingerprint(), "the checkpoint")
+        for target in ("cpu", "rtx"):
+            recipe = make_recipe(checkpoint, spec, target, "int8", "float16", QuantizeOptions(),
+                                 found)  # fmt: skip
+            json.dumps(describe(recipe, found))
+            for name in spec.weight_shapes():
+                weight = recipe.smoothed(name, checkpoint.tensor(name))
+                if name in recipe.schemes:
+                    recipe.quantized(name, weight)
+
+    return Prepared(cases=cases(), read=Folder(path).reading(read))
+
+
+def _restamped(data: bytes, tensors: bytes) -> bytes:
+    """The table's JSON with the sums of what is there now, where they can be made."""
+    try:
+        value = json.loads(data)
+        value.pop("sha256", None)
+        value["tensors_sha256"] = calibration._sha256(safetensors.torch.load(tensors))
+        return json.dumps(value | {"sha256": calibration._checksum(value)}).encode()
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError, SafetensorError):
+        return data
+
+
+def _working(folder: Path) -> Prepared:
+    """The decisions of a layer, from which a stopped calibration goes on."""
+    work = Work(directory=folder)
+    work.finish(0, Layer(tensors=tensors_of(small_spec()), facts={"kl": 0.5}), {})
+    (file,) = folder.glob("layer-*")
+    cases = damaged_bytes(file.read_bytes(), [(0, PREAMBLE)]).map(lambda data: {file.name: data})
+
+    def read(it: Path) -> None:
+        layer = Work(directory=it).layer(0)
+        assert isinstance(layer.facts, dict)
+
+    return Prepared(cases=cases, read=Folder(folder).reading(read))
+
+
+TARGETS = (
+    Target(name="text and JSON lines", prepare=_corpus, examples=150),
+    Target(name="questions", prepare=_lines("questions.jsonl", QUESTIONS, _questions), examples=60),
+    Target(name="calibration table", prepare=_table, examples=120),
+    Target(name="work of a stopped calibration", prepare=_working, examples=60),
+)
