@@ -73,9 +73,17 @@ class Loaded:
 
 
 def load(
-    path: Path, *, threads: int | None = None, check: bool = True, stage: Stage = silent
+    path: Path,
+    *,
+    rows: int = 1,
+    threads: int | None = None,
+    check: bool = True,
+    stage: Stage = silent,
 ) -> Loaded:
-    """Check the bundle at `path` and load it for one sequence.
+    """Check the bundle at `path` and load it with a ring of `rows` rows.
+
+    More than one are for a scheduler, which takes the generator's session and ring over; the
+    generator itself is one sequence, in the first row.
 
     `check` replays a known text first, and raises MistralcError where the answers are not those
     that the checkpoint gives.
@@ -86,8 +94,8 @@ def load(
     manifest = bundle.manifest
     with stage("Loading the model", None):
         tokenizer = Tokenizer.load(path)
-        session = load_session(path, manifest, threads=threads)
-        ring = make_ring(manifest)
+        session = load_session(path, manifest, batch=rows, threads=threads)
+        ring = make_ring(manifest, rows)
         generator = Generator(session, ring, manifest.model.vocab_size)
         if check:
             replay(session, ring, manifest.golden[:1], manifest.target)
