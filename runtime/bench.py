@@ -207,12 +207,16 @@ class _Clocked:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.resize = session.resize
+        self.batch, self.partial = session.batch, session.partial
+        self.resize, self.read_row = session.resize, session.read_row
+        self.write_row = session.write_row
         self.seconds = 0.0
 
-    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
         began = perf_counter()
-        logits = self._session.step(input_ids, position_ids, logits_indices)
+        logits = self._session.step(input_ids, position_ids, logits_indices, first)
         self.seconds += perf_counter() - began
         return logits
 

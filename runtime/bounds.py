@@ -16,18 +16,24 @@ _CUT = "Cut the tokens as runtime.ring.Ring.pieces does."
 
 
 def check_step(
-    spec: ModelSpec, ring: RingSpec, batch: int, ids: Ids, positions: Ids, indices: Ids
+    spec: ModelSpec,
+    ring: RingSpec,
+    batch: int,
+    ids: Ids,
+    positions: Ids,
+    indices: Ids,
+    first: int = 0,
 ) -> None:
     """Raise MistralcError unless every row of the step [B, S] fits into the ring and the chunk.
 
     Rows must be at consecutive positions; `indices` [B, T] must name rows of S.
     """
     rows, count = ids.shape
-    if rows != batch or positions.shape != ids.shape or indices.shape[:1] != (batch,):
+    if first or rows != batch or positions.shape != ids.shape or indices.shape[:1] != (batch,):
         raise MistralcError(
             f"A step got tokens {ids.shape}, positions {positions.shape} and logits indices "
-            f"{indices.shape}; the session was made for {batch} rows, the first two alike. Make "
-            "another session for another batch."
+            f"{indices.shape} from row {first} on; the session was made for {batch} rows, and the "
+            "first two alike. Make another session for another batch."
         )
     if not 1 <= count <= ring.chunk or not 1 <= indices.shape[1] <= ring.chunk:
         raise MistralcError(

@@ -4,7 +4,7 @@ Addresses never change, so that a decode step can be captured once and replayed.
 and indices lie in one block, host and device alike, and go over in one copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ from graphs.spec import (
 )
 from runtime.gpu import Bytes, Gpu
 from runtime.half import to_float32
-from runtime.session import Ids, Logits
+from runtime.session import Caches, Ids, Logits, Slots
 
 STEP_INPUTS = ("input_ids", "position_ids", "logits_indices")
 _ALIGNMENT = 256  # bytes, what cudaMalloc aligns to; each input begins on such a boundary
@@ -114,6 +114,37 @@ class StepBuffers:
         for name, address in self.addresses.items():
             if name.startswith("past_"):
                 self._gpu.clear(address, self._cache_bytes(name))
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        item = np.dtype(np.float32 if ITEM_SIZE[self._activation] == 4 else np.uint16)
+        heads, dim = self._spec.num_key_value_heads, self._spec.head_dim
+        found: Caches = []
+        for size in (size for size in self._spec.layer_windows for _ in ("key", "value")):
+            count = slots[size].stop - slots[size].start
+            found.append(np.empty((heads, count, dim), item))
+        for part, address in self._parts(row, slots, found):
+            self._gpu.copy_out(part, address)
+        self._gpu.wait()
+        return found
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        for part, address in self._parts(row, slots, caches):
+            self._gpu.copy_in(address, part)
+        self._gpu.wait()
+
+    def _parts(self, row: int, slots: Slots, caches: Caches) -> Iterator[tuple[Bytes, int]]:
+        """Where each head of `caches` is on the device: its slots lie one after the other."""
+        names = [name for name in self.addresses if name.startswith("past_")]
+        windows = [size for size in self._spec.layer_windows for _ in ("key", "value")]
+        for name, size, cache in zip(names, windows, caches, strict=True):
+            _, heads, capacity, dim = self.shapes[name]
+            slot = dim * ITEM_SIZE[self._activation]  # bytes
+            for head in range(heads):
+                at = (row * heads + head) * capacity + slots[size].start
+                part = np.ascontiguousarray(cache[head]).view(np.uint8).reshape(-1)
+                yield part, self.addresses[name] + at * slot
 
     def _cache_bytes(self, name: str) -> int:
         return int(np.prod(self.shapes[name])) * ITEM_SIZE[self._activation]

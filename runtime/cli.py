@@ -60,6 +60,7 @@ def generate(
     logit_bias: options.LogitBias = None,
     logprobs: options.LogProbs = None,
     speculate: options.Speculate = 0,
+    session: options.SessionFile = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     require_signature: options.RequireSignature = None,
@@ -69,6 +70,7 @@ def generate(
     """Continue a prompt, or answer it with --chat."""
     from runtime.completion import Completion, Limits
     from runtime.load import load
+    from runtime.resume import keep, resume
 
     if system is not None and not as_chat:
         raise UsageError("--system belongs to a chat; add --chat, or put it into the prompt.")
@@ -88,6 +90,7 @@ def generate(
         stage=stage,
     )  # fmt: skip
     params = options.sampling_params(loaded.defaults, given)
+    note = {} if session is None else resume(session, loaded)
     ids = _encode(loaded, text, system, as_chat=as_chat)
     completion = Completion(loaded.generator, loaded.tokenizer, ids, params, limits, chat=as_chat)
     with stage("Reading the prompt", len(ids)) as advance:
@@ -95,6 +98,8 @@ def generate(
     for piece in completion:
         if stream and not as_json:
             print(piece, end="", flush=True)
+    if session is not None:
+        keep(session, loaded, note)
     if as_json:
         load_s = {"load_s": loaded.seconds}
         result = completion.to_json()
@@ -118,6 +123,7 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     speculate: options.Speculate = 0,
+    session: options.SessionFile = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     require_signature: options.RequireSignature = None,
@@ -127,6 +133,7 @@ def chat(
     from runtime.chat import Chat
     from runtime.completion import Limits
     from runtime.load import load
+    from runtime.resume import keep, resume
 
     given = options.chosen(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -139,7 +146,15 @@ def chat(
         stage=stage_for(quiet=quiet),
     )  # fmt: skip
     params = options.sampling_params(loaded.defaults, given)
-    Chat(loaded, params, limits, system).run()
+    talk = Chat(loaded, params, limits, system)
+    if session is None:
+        talk.run()
+        return
+    talk.resume(resume(session, loaded).get("messages", []))
+    try:
+        talk.run()
+    finally:
+        keep(session, loaded, {"messages": talk.messages})
 
 
 def inspect(

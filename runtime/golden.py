@@ -21,11 +21,13 @@ Golden = Mapping[str, Any]  # {"ids": [token, …], "expected": [[position, toke
 def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -> None:
     """Run each text as it would be used, first half at once, then token by token.
 
-    Leaves the ring at position 0. Raises MistralcError, naming the first position that differs,
-    unless every clear preference is the reference's.
+    Several rows, where the session has them, run it side by side: a kernel for one row may be
+    another than that for many. Leaves the ring at position 0. Raises MistralcError, naming the
+    first position that differs, unless every clear preference is the reference's.
     """
+    side_by_side = min(session.batch, 2) if session.partial else session.batch
     for text in texts:
-        ids = np.asarray(text["ids"], np.int64)[None]  # [1, n]
+        ids = np.tile(np.asarray(text["ids"], np.int64), (side_by_side, 1))  # [rows, n]
         ring.rewind(0)
         answers: list[int] = []
         turns = [ids.shape[1] // 2, *[1] * (ids.shape[1] - ids.shape[1] // 2)]
@@ -33,7 +35,7 @@ def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -
             if ring.grow(count):
                 session.resize(ring.capacities)
             here = ring.positions[0]
-            rows = np.arange(count, dtype=np.int64)[None]
+            rows = np.tile(np.arange(count, dtype=np.int64), (side_by_side, 1))
             step = np.ascontiguousarray(ids[:, here : here + count])
             answers += session.step(step, rows + here, rows)[0].argmax(-1).tolist()
             ring.advance(count)

@@ -75,12 +75,16 @@ class Loaded:
 def load(
     source: Path | Bundle,
     *,
+    rows: int = 1,
     threads: int | None = None,
     check: bool = True,
     require_signature: Path | None = None,
     stage: Stage = silent,
 ) -> Loaded:
-    """Check the bundle at `source`, unless it is open already, and load it for one sequence.
+    """Check the bundle at `source`, unless it is open already, and load it with `rows` rows.
+
+    More than one are for a scheduler, which takes the generator's session and ring over; the
+    generator itself is one sequence, in the first row.
 
     `check` replays a known text first, and raises MistralcError where the answers are not those
     that the checkpoint gives. `require_signature` is that of `open_bundle`.
@@ -94,8 +98,8 @@ def load(
     path, manifest = bundle.path, bundle.manifest
     with stage("Loading the model", None):
         tokenizer = Tokenizer.load(path)
-        session = load_session(path, manifest, threads=threads)
-        ring = make_ring(manifest)
+        session = load_session(path, manifest, batch=rows, threads=threads)
+        ring = make_ring(manifest, rows)
         generator = Generator(session, ring, manifest.model.vocab_size)
         if check:
             replay(session, ring, manifest.golden[:1], manifest.target)

@@ -69,7 +69,10 @@ class Ring:
 
     def grow(self, count: int, row: int = 0) -> bool:
         """Make room for a step of `count` tokens; True when `capacities` has changed."""
-        needed = self.positions[row] + count
+        return self.grow_to(self.positions[row] + count)
+
+    def grow_to(self, needed: int) -> bool:
+        """Make room for positions below `needed`; True when `capacities` has changed."""
         grown = {
             size: self.capacities[size] if needed <= self.capacities[size] else
             min(full, max(needed, 2 * self.capacities[size]))
@@ -82,6 +85,13 @@ class Ring:
         """Note that a step of `count` tokens has run."""
         self.positions[row] += count
         self.written[row] = max(self.written[row], self.positions[row])
+
+    def idle(self, count: int, row: int = 0) -> None:
+        """Note that a step wrote `count` tokens of no meaning after the row's last.
+
+        They will be overwritten; what their slots held before is lost to `rewind`.
+        """
+        self.written[row] = max(self.written[row], self.positions[row] + count)
 
     def rewind(self, position: int, row: int = 0) -> None:
         """Go back to `position`, so that the next token is written there.

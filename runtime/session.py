@@ -5,23 +5,42 @@ or where a sequence stands.
 """
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
+Slots = Mapping[int | None, slice]  # by window: a range of the ring's slots
+Caches = list[NDArray[Any]]  # each layer's key, then its value: [K, slots, D]
 
 
 class Session(Protocol):
-    """A loaded model with its ring."""
+    """A loaded model with a ring of `batch` rows.
+
+    Where `partial` is false, the shapes that the backend was given are fixed and every step takes
+    all rows.
+    """
+
+    batch: int
+    partial: bool
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Give the ring these capacities, by window, keeping the prefix that it holds."""
 
-    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
         """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
 
-        The result is the session's own buffer, valid until the next step.
+        A session that is `partial` may be given n rows, [n, S], which are `first` and those after
+        it; the others are not touched. The result is the session's own buffer, valid until the
+        next step.
         """
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring, in the type that the backend keeps."""
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""

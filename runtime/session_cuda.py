@@ -20,7 +20,7 @@ from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, gr
 from runtime.bounds import check_capacities, check_step
 from runtime.buffers import StepBuffers, sized, sizes
 from runtime.gpu import Gpu
-from runtime.session import Ids, Logits
+from runtime.session import Caches, Ids, Logits, Slots
 
 PROVIDER = "CUDAExecutionProvider"
 DEVICE = "cuda"  # as ONNX Runtime's bindings call where the memory is
@@ -40,6 +40,7 @@ class CudaOrtSession:
     def __init__(
         self, model: Path, spec: ModelSpec, ring: RingSpec, activation: Dtype, *, batch: int = 1
     ) -> None:
+        self.partial = False  # a captured graph has the shapes of all rows
         self.spec, self.ring, self.batch, self.activation = spec, ring, batch, activation
         _require_provider()
         self._gpu = Gpu("cuda")
@@ -60,15 +61,18 @@ class CudaOrtSession:
         """Check the capacities, by window: this ring is full from the start and keeps its size."""
         check_capacities(self.spec, self.ring, capacities)
 
-    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
         """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
 
-        The result is the session's own buffer, valid until the next step. Raises MistralcError,
-        before anything is written, for a step that the ring cannot take.
+        All rows take part, so `first` is 0. The result is the session's own buffer, valid until
+        the next step. Raises MistralcError, before anything is written, for a step that the ring
+        cannot take.
         """
         if self._session is None:
             raise MistralcError("This session was closed. Load the bundle again.")
-        check_step(self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices)
+        check_step(self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices, first)
         self._buffers.write(input_ids, position_ids, logits_indices)
         self._buffers.copy_in()
         tokens, wanted = input_ids.shape[1], logits_indices.shape[1]
@@ -81,6 +85,14 @@ class CudaOrtSession:
         self._buffers.copy_out(wanted)
         self._gpu.wait()
         return self._buffers.result(wanted)
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        return self._buffers.read_row(row, slots)
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        self._buffers.write_row(row, slots, caches)
 
     def close(self) -> None:
         """Give all memory back; may be called twice."""

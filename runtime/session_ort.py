@@ -1,13 +1,14 @@
 """A session on ONNX Runtime CPU, with the ring updated in place. Knows nothing about text.
 
 Every cache is one NumPy array bound as `past_*` and as `present_*`: the graph writes one slot
-and nothing is copied. A one-token step runs on a binding made once, with buffers that live as
-long as the ring, so decoding allocates nothing. Longer steps run row by row, each on its own part
-of the caches, as `GroupQueryAttention` wants it.
+and nothing is copied. A one-token step runs on a binding made once for its rows, with buffers that
+live as long as the ring, so decoding allocates nothing. Longer steps run row by row, each on its
+own part of the caches, as `GroupQueryAttention` wants it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -15,7 +16,14 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
-from runtime.session import Ids, Logits
+from runtime.session import Caches, Ids, Logits, Slots
+
+
+class _Decoding(NamedTuple):
+    """A one-token step of some rows: what is bound, and where its logits [n, 1, V] go."""
+
+    binding: ort.IOBinding
+    logits: Logits
 
 
 class OrtSession:
@@ -34,7 +42,7 @@ class OrtSession:
         threads: int | None = None,
         fuse_qdq: bool = True,
     ) -> None:
-        self.spec, self.batch = spec, batch
+        self.spec, self.batch, self.partial = spec, batch, True
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0 lets ONNX Runtime take the physical cores
         options.inter_op_num_threads = 1
@@ -52,7 +60,7 @@ class OrtSession:
         self._ids, self._positions, self._indices = np.zeros((3, batch, 1), np.int64)
         self._logits = np.zeros((batch, 1, spec.vocab_size), np.float32)
         self._many = np.empty((0, spec.vocab_size), np.float32)  # logits of longer steps
-        self._decode = self._session.io_binding()
+        self._decode: dict[tuple[int, int], _Decoding] = {}  # by first row and end
         self._rows = [self._session.io_binding() for _ in range(batch)]
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
@@ -66,34 +74,64 @@ class OrtSession:
                     kept = min(old.shape[2], cache.shape[2])
                     cache[:, :, :kept] = old[:, :, :kept]
                 self._caches[f"{kind}.{i}"] = cache
-        self._bind_caches(self._decode, slice(None))
-        self._bind_step(self._decode, self._ids, self._positions, self._indices, self._logits)
+        self._decode.clear()
         for row, binding in enumerate(self._rows):
             self._bind_caches(binding, slice(row, row + 1))
 
-    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
-        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
+        """Write tokens [n, S] at positions [n, S] of the rows from `first` on; the rest is idle.
 
-        The result is the session's own buffer, valid until the next step.
+        Returns logits [n, T, V] of the rows asked for, in the session's own buffer, valid until
+        the next step.
         """
+        rows = slice(first, first + len(input_ids))
         if input_ids.shape[1] == 1 and logits_indices.shape[1] == 1:
-            self._ids[:], self._positions[:] = input_ids, position_ids
-            self._session.run_with_iobinding(self._decode)
-            return self._logits
-        logits = self._buffer(logits_indices.shape[1])
-        for row, binding in enumerate(self._rows):
+            self._ids[rows], self._positions[rows] = input_ids, position_ids
+            decoding = self._decoding(rows)
+            self._session.run_with_iobinding(decoding.binding)
+            return decoding.logits
+        logits = self._buffer(len(input_ids), logits_indices.shape[1])
+        for row, binding in enumerate(self._rows[rows]):
             at = slice(row, row + 1)
             step = input_ids[at], position_ids[at], logits_indices[at], logits[at]
             self._bind_step(binding, *step)
             self._session.run_with_iobinding(binding)
         return logits
 
-    def _buffer(self, wanted: int) -> Logits:
-        """Room for `wanted` rows of logits in each row of the batch, [B, T, V]."""
-        count = self.batch * wanted
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring, in the type that the backend keeps."""
+        return [cache[row, :, slots[size]].copy() for size, cache in self._in_order()]
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        for (size, cache), kept in zip(self._in_order(), caches, strict=True):
+            cache[row, :, slots[size]] = kept
+
+    def _in_order(self) -> Iterator[tuple[int | None, NDArray[np.float32]]]:
+        """Every layer's key and value, with the layer's window."""
+        for i, size in enumerate(self.spec.layer_windows):
+            for kind in ("key", "value"):
+                yield size, self._caches[f"{kind}.{i}"]
+
+    def _decoding(self, rows: slice) -> _Decoding:
+        """A one-token step of these rows, bound when they first run together."""
+        found = self._decode.get((rows.start, rows.stop))
+        if found is None:
+            found = _Decoding(self._session.io_binding(), self._logits[rows])
+            self._bind_caches(found.binding, rows)
+            inputs = self._ids[rows], self._positions[rows], self._indices[rows]
+            self._bind_step(found.binding, *inputs, found.logits)
+            self._decode[rows.start, rows.stop] = found
+        return found
+
+    def _buffer(self, rows: int, wanted: int) -> Logits:
+        """Room for `wanted` rows of logits in each of `rows` sequences, [n, T, V]."""
+        count = rows * wanted
         if len(self._many) < count:
             self._many = np.empty((count, self.spec.vocab_size), np.float32)
-        return self._many[:count].reshape(self.batch, wanted, -1)
+        return self._many[:count].reshape(rows, wanted, -1)
 
     def _bind_caches(self, binding: ort.IOBinding, rows: slice) -> None:
         for name, cache in self._caches.items():

@@ -23,7 +23,7 @@ from runtime.bounds import check_capacities, check_step
 from runtime.buffers import STEP_INPUTS, StepBuffers
 from runtime.gpu import Gpu, out_of_memory
 from runtime.plan_contract import check_plan
-from runtime.session import Ids, Logits
+from runtime.session import Caches, Ids, Logits, Slots
 from runtime.validity import COPY, DRIVER, MEMORY, REBUILD, validity
 
 KEPT_WORDS = 20  # errors of TensorRT, the last of which explain a failure
@@ -57,6 +57,7 @@ class TrtSession:
         cache: Path | None = None,
         weight_budget: int | None = None,
     ) -> None:
+        self.partial = False  # shapes and addresses are those of all rows
         self.spec, self.ring, self.batch, self.target = spec, ring, batch, target
         self._trt = tensorrt.load(target)
         self._log = _log(target)
@@ -84,15 +85,18 @@ class TrtSession:
         """Check the capacities, by window: this ring is full from the start and keeps its size."""
         check_capacities(self.spec, self.ring, capacities)
 
-    def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
         """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
 
-        The result is the session's own buffer, valid until the next step. Raises MistralcError,
-        before anything is written, for a step that the ring cannot take.
+        All rows take part, so `first` is 0. The result is the session's own buffer, valid until
+        the next step. Raises MistralcError, before anything is written, for a step that the ring
+        cannot take.
         """
         if self._decode is None:
             raise MistralcError("This session was closed. Load the bundle again.")
-        check_step(self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices)
+        check_step(self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices, first)
         self._buffers.write(input_ids, position_ids, logits_indices)
         tokens, wanted = input_ids.shape[1], logits_indices.shape[1]
         if tokens != 1 or wanted != 1:
@@ -104,6 +108,14 @@ class TrtSession:
             self._enqueue(self._decode, 1)
         self._gpu.wait()
         return self._buffers.result(wanted)
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        return self._buffers.read_row(row, slots)
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        self._buffers.write_row(row, slots, caches)
 
     def close(self) -> None:
         """Keep the compiled kernels, and give all memory back; may be called twice."""
