@@ -14,6 +14,7 @@ from graphs.errors import MistralcError, UsageError
 from runtime import options
 from runtime.doctor_cli import doctor
 from runtime.progress import stage_for
+from runtime.serve.cli import serve
 
 if TYPE_CHECKING:
     from runtime.load import Loaded
@@ -28,6 +29,7 @@ def register(app: typer.Typer) -> None:
     app.command()(inspect)
     app.command()(bench)
     app.command()(doctor)
+    app.command()(serve)
 
 
 def generate(
