@@ -38,7 +38,7 @@ class Answer:
     ) -> None:
         self.count = 0  # tokens sampled, the end-of-text token among them
         self.stopped = False  # a stop string was met
-        self._stop_ids = tokenizer.stop_ids
+        self._stop_ids, self._bytes_of = tokenizer.stop_ids, tokenizer.bytes_of
         self._decoder = tokenizer.stream(continuation=not chat)
         self._stops = StopStrings(stops)
         self._logprobs = logprobs
@@ -51,10 +51,12 @@ class Answer:
         if self.stopped:
             return Piece("", ())
         self.count += 1
-        if self._logprobs and sampled.token_id not in self._stop_ids:
-            self._waiting.append(Scored(self._read, sampled))
-        text = self._decoder.push(sampled.token_id)
+        text, before = self._decoder.push(sampled.token_id), self._read
         self._read += len(text)
+        if self._logprobs and sampled.token_id not in self._stop_ids:
+            own = self._bytes_of(sampled.token_id).decode("utf-8", errors="replace")
+            # What the token does not spell itself is what broken bytes before it became.
+            self._waiting.append(Scored(max(before, self._read - len(own)), sampled))
         certain, self.stopped = self._stops.push(text)
         return self._given(certain)
 

@@ -154,8 +154,8 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
         told = ApiError(400, f"The body is not JSON: {first['ctx']['error']}.")
     elif first["type"] == "extra_forbidden":
         told = ApiError(
-            400, f"{'.'.join(map(str, where))} is not supported here, and ignoring it could change the answer. Leave "
-            "it out.", param=param, code="unsupported_parameter",
+            400, f"{'.'.join(map(str, where))} is not supported here, and ignoring it could change "
+            "the answer. Leave it out.", param=param, code="unsupported_parameter",
         )  # fmt: skip
     elif param is None:
         told = ApiError(
