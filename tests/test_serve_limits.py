@@ -89,9 +89,9 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_its_row(server: Serv
 
 
 def test_a_client_that_leaves_while_it_waits_gives_its_place_up(server: Server) -> None:
-    with closing(server.connection(STREAM)), closing(server.connection(STREAM)):
+    with closing(server.connection(ENDLESS)), closing(server.connection(ENDLESS)):
         until(lambda: server.metric("running_rows") == 2, "two rows in use")
-        with closing(server.connection(STREAM)):
+        with closing(server.connection(ENDLESS)):
             until(lambda: server.metric("waiting_requests") == 1, "one that waits")
         until(lambda: server.metric("waiting_requests") == 0, "nobody that waits")
     idle(server)
@@ -109,9 +109,9 @@ def test_closing_openais_stream_is_enough(server: Server) -> None:
 
 
 def test_a_full_queue_is_a_429_with_a_time_to_come_back(server: Server) -> None:
-    with closing(server.connection(STREAM)), closing(server.connection(STREAM)):
+    with closing(server.connection(ENDLESS)), closing(server.connection(ENDLESS)):
         until(lambda: server.metric("running_rows") == 2, "two rows in use")
-        with closing(server.connection(STREAM)):
+        with closing(server.connection(ENDLESS)):
             until(lambda: server.metric("waiting_requests") == 1, "one that waits")
             refused = server.complete(max_tokens=1)
             assert refused.status == 429
@@ -209,10 +209,14 @@ def test_keys_come_from_the_environment_too(sliding_bundle: Path) -> None:
 
 
 def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(sliding_bundle: Path) -> None:
-    with serving(sliding_bundle, "--rows", 2, *FREE) as server:
-        expected = server.complete(max_tokens=3000, logit_bias=NO_END).json()["choices"][0]["text"]
-        asked = STREAM | {"max_tokens": 3000}
-        with closing(server.connection(asked)) as one, closing(server.connection(asked)) as two:
+    with serving(sliding_bundle, "--rows", 3, *FREE) as server:
+        expected = server.complete(max_tokens=500, logit_bias=NO_END).json()["choices"][0]["text"]
+        asked = STREAM | {"max_tokens": 500}
+        with (
+            closing(server.connection(ENDLESS)) as last,
+            closing(server.connection(asked)) as one,
+            closing(server.connection(asked)) as two,
+        ):
             begins = begun(one), begun(two)
             server.signal()
             until(lambda: server.ask("/ready").status == 503, "draining")
@@ -223,7 +227,9 @@ def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(sliding_bundle: Pat
             assert int(refused.headers["Retry-After"]) >= 1
             for begin, connection in zip(begins, (one, two), strict=True):
                 assert _text(begin + rest(connection)) == expected
-        assert server.wait() == 0
+            assert server.ask("/ready").json() == {"status": "draining"}  # for the last
+            last.close()
+            assert server.wait() == 0
 
 
 def test_what_outlasts_the_drain_is_told_and_cut_off(sliding_bundle: Path) -> None:
@@ -241,9 +247,9 @@ def test_what_outlasts_the_drain_is_told_and_cut_off(sliding_bundle: Path) -> No
 def test_a_second_signal_ends_it_at_once(sliding_bundle: Path) -> None:
     with (
         serving(sliding_bundle, "--drain-seconds", 600, *FREE) as server,
-        closing(server.connection(STREAM)) as connection,
+        closing(server.connection(ENDLESS)),
     ):
-        begun(connection)
+        until(lambda: server.metric("running_rows") == 1, "a row in use")
         server.signal()
         until(lambda: server.ask("/ready").status == 503, "draining")
         server.signal()
