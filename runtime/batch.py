@@ -11,7 +11,7 @@ those for many (`MatMulNBits` rounds its input in other groups), and those for t
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,13 +74,17 @@ class Batch:
         """Raise MistralcError unless `ids` are this model's, ContextFullError unless they fit."""
         if not ids:
             raise MistralcError("No token was given; at least one is expected.")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.vocab_size:
-            raise MistralcError(
-                f"Token {low if low < 0 else high} was given; this model's tokens are 0 to "
-                f"{self.vocab_size - 1}. Encode the text with the bundle's own tokenizer."
-            )
+        self.check_ids(ids)
         self.ring.check_room_from(0, len(ids))
+
+    def check_ids(self, ids: Iterable[int]) -> None:
+        """Raise MistralcError unless all of `ids` are this model's."""
+        wrong = next((at for at in ids if not 0 <= at < self.vocab_size), None)
+        if wrong is not None:
+            raise MistralcError(
+                f"Token {wrong} was given; this model's tokens are 0 to {self.vocab_size - 1}. "
+                "Encode the text with the bundle's own tokenizer."
+            )
 
     def room(self) -> bool:
         """Whether a row is free."""

@@ -6,11 +6,14 @@ reaches that far.
 """
 
 import sys
+from collections.abc import Sequence
 
-from graphs.errors import MistralcError
+from graphs.errors import MistralcError, UsageError
 from runtime.completion import Completion, Limits
 from runtime.load import Loaded
 from runtime.sampling import SamplingParams
+
+Message = dict[str, str]
 
 HELP = """\
 /new    start over            /undo   take the last question and answer back
@@ -25,9 +28,26 @@ class Chat:
         self, loaded: Loaded, params: SamplingParams, limits: Limits, system: str | None
     ) -> None:
         self.loaded, self.params, self.limits = loaded, params, limits
-        self.opening = [] if system is None else [{"role": "system", "content": system}]
+        self.opening: list[Message] = (
+            [] if system is None else [{"role": "system", "content": system}]
+        )
         self.messages = list(self.opening)
         self.last: Completion | None = None
+
+    def resume(self, messages: Sequence[Message]) -> None:
+        """Go on from these messages, of a chat that was kept.
+
+        Raises UsageError where it began with another system message than was given for this one.
+        """
+        if not messages:
+            return
+        began = [message for message in messages[:1] if message["role"] == "system"]
+        if self.opening and began != self.opening:
+            raise UsageError(
+                "--system is not what the chat in --session began with. Leave --system out to go "
+                "on with it, or name another file to start a new one."
+            )
+        self.opening, self.messages = began, list(messages)
 
     def run(self) -> None:
         """Read, answer, repeat, until the input ends."""

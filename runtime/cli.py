@@ -57,6 +57,7 @@ def generate(
     logit_bias: options.LogitBias = None,
     logprobs: options.LogProbs = None,
     speculate: options.Speculate = 0,
+    session: options.SessionFile = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     as_json: options.Json = False,
@@ -65,6 +66,7 @@ def generate(
     """Continue a prompt, or answer it with --chat."""
     from runtime.completion import Completion, Limits
     from runtime.load import load
+    from runtime.resume import keep, resume
 
     if system is not None and not as_chat:
         raise UsageError("--system belongs to a chat; add --chat, or put it into the prompt.")
@@ -81,6 +83,7 @@ def generate(
     stage = stage_for(quiet=quiet or as_json)
     loaded = load(bundle, threads=threads, check=not no_check, stage=stage)
     params = options.sampling_params(loaded.defaults, given)
+    note = {} if session is None else resume(session, loaded)
     ids = _encode(loaded, text, system, as_chat=as_chat)
     completion = Completion(loaded.generator, loaded.tokenizer, ids, params, limits, chat=as_chat)
     with stage("Reading the prompt", len(ids)) as advance:
@@ -88,6 +91,8 @@ def generate(
     for piece in completion:
         if stream and not as_json:
             print(piece, end="", flush=True)
+    if session is not None:
+        keep(session, loaded, note)
     if as_json:
         load_s = {"load_s": loaded.seconds}
         result = completion.to_json()
@@ -111,6 +116,7 @@ def chat(
     frequency_penalty: options.FrequencyPenalty = None,
     seed: options.Seed = None,
     speculate: options.Speculate = 0,
+    session: options.SessionFile = None,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     quiet: options.Quiet = False,
@@ -119,6 +125,7 @@ def chat(
     from runtime.chat import Chat
     from runtime.completion import Limits
     from runtime.load import load
+    from runtime.resume import keep, resume
 
     given = options.chosen(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
@@ -128,7 +135,15 @@ def chat(
     limits = Limits(max_new_tokens=max_new_tokens, stop=tuple(stop or ()), speculate=speculate)
     loaded = load(bundle, threads=threads, check=not no_check, stage=stage_for(quiet=quiet))
     params = options.sampling_params(loaded.defaults, given)
-    Chat(loaded, params, limits, system).run()
+    talk = Chat(loaded, params, limits, system)
+    if session is None:
+        talk.run()
+        return
+    talk.resume(resume(session, loaded).get("messages", []))
+    try:
+        talk.run()
+    finally:
+        keep(session, loaded, {"messages": talk.messages})
 
 
 def inspect(*, bundle: options.BundlePath, as_json: options.Json = False) -> None:

@@ -30,6 +30,12 @@ Speculate = Annotated[
     int,
     typer.Option(min=0, metavar="N", help="Guess up to N tokens ahead where the text repeats."),
 ]
+SessionFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--session", help="Go on from the text in this file, where it exists; keep the text there."
+    ),
+]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")]
 System = Annotated[str | None, typer.Option(help="System message before the chat.")]
 

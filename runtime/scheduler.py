@@ -142,10 +142,12 @@ class Scheduler:
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
         """Queue a request. `deliver` gets each token and at last an End, on the loop's thread.
 
+        It must not wait for anything: everyone would wait with it.
         Raises ContextFullError when the prompt does not fit, QueueFullError and StoppedError when
-        nothing is taken now, MistralcError for ids that are not this model's.
+        nothing is taken now, MistralcError for tokens that are not this model's.
         """
         self._batch.check(request.ids)
+        self._batch.check_ids(request.params.logit_bias)
         ticket = Ticket(request, deliver)
         with self._wake:
             if self._fault is not None:
@@ -282,11 +284,7 @@ class Scheduler:
         if limit is not None and limit < 1:
             self._end(ticket, "length")
             return False
-        try:
-            ticket._sampler = Sampler(request.params, self._batch.vocab_size, ids)
-        except Exception as error:
-            self._end(ticket, "error", error)
-            return False
+        ticket._sampler = Sampler(request.params, self._batch.vocab_size, ids)
         ticket._row, ticket._cached = self._batch.claim(ids)
         ticket.started = perf_counter()
         self._prompt += len(ids)

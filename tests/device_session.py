@@ -16,6 +16,7 @@ from runtime import host
 from runtime.generator import Generator
 from runtime.ring import Ring
 from runtime.sampling import SamplingParams
+from runtime.scheduler import End, Request, Scheduler
 from runtime.session import Session
 from tests import tiny
 from tests.make_checkpoint import tiny_spec
@@ -101,6 +102,25 @@ def check_generator(session: Session, spec: ModelSpec, ring: RingSpec) -> None:
             tokens += [step.token_id for step in steps]
         said.append(tokens)
     assert said[0] == said[1]
+
+
+def check_scheduler(session: Session, spec: ModelSpec, ring: RingSpec) -> None:
+    """Requests side by side get what the generator says on ONNX Runtime CPU, each alone."""
+    prompts = [tiny.tokens(spec, count, seed=count).tolist() for count in (2, 19, 9, 31, 5, 21)]
+    where = Ring(spec, ring, session.batch, grows=False)
+    subject = Scheduler(session, where, spec.vocab_size)
+    got: list[list[int]] = [[] for _ in prompts]
+    for prompt, tokens in zip((*prompts, prompts[3]), (*got, again := []), strict=True):
+        request = Request(ids=tuple(prompt), params=GREEDY, max_new_tokens=long(spec, ring))
+        subject.submit(request, lambda item, to=tokens: to.append(getattr(item, "token_id", item)))
+    while subject.turn():
+        pass
+    assert subject.stats().cached_tokens == 30, "ten chunks of the prompt that came twice"
+    for prompt, tokens in zip((*prompts, prompts[3]), (*got, again), strict=True):
+        generator = Generator(tiny.session(spec), Ring(spec, ring), spec.vocab_size)
+        steps = generator.generate(generator.feed(prompt), GREEDY, max_new_tokens=long(spec, ring))
+        assert tokens[:-1] == [step.token_id for step in steps]
+        assert isinstance(tokens[-1], End)
 
 
 def check_choices(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: float) -> None:

@@ -25,6 +25,7 @@ from tests.device_session import (
     check_decode,
     check_decoder,
     check_generator,
+    check_scheduler,
     full_ring,
     requires_gpu,
 )
@@ -79,6 +80,11 @@ def test_decoding_agrees_with_prefill(session: CudaOrtSession):
 def test_the_generator_does_not_know_which_session_it_has(session: CudaOrtSession):
     check_generator(session, SPEC, RING)
     check_choices(session, SPEC, RING, FLOAT32)
+
+
+def test_the_scheduler_serves_requests_on_the_rows_of_a_batch(fake: FakeCudart, model: Path):
+    with CudaOrtSession(model, SPEC, RING, "float32", batch=3) as rows:
+        check_scheduler(rows, SPEC, RING)
 
 
 # Memory

@@ -53,7 +53,7 @@ import onnxruntime as ort
 session.resize(ring.full)
 for name, cache in session._caches.items():
     other = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(cache))
-    session._decode.bind_ortvalue_output("present_" + name, other)
+    session._decoding(slice(0, 1)).bind_ortvalue_output("present_" + name, other)
 one = np.zeros((1, 1), np.int64)
 session.step(one, one, one)
 """

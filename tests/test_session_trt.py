@@ -33,6 +33,7 @@ from tests.device_session import (
     check_decode,
     check_decoder,
     check_generator,
+    check_scheduler,
     full_ring,
     requires_gpu,
 )
@@ -99,6 +100,12 @@ def test_rows_of_a_batch_are_independent(plan: Path):
     for row in range(2):
         expected = tiny.at_once(tiny.decoder(SPEC), ids[row])
         assert np.abs(found[row] - expected).max() <= FLOAT32 * np.abs(expected).max()
+
+
+def test_the_scheduler_serves_requests_on_the_rows_of_a_batch(plan: Path):
+    ring = RingSpec(chunk=3, context=1, max_batch=3)
+    with fake_tensorrt(SPEC, ring), TrtSession(plan, SPEC, ring, "float32", "rtx", batch=3) as rows:
+        check_scheduler(rows, SPEC, ring)
 
 
 # Memory

@@ -1,0 +1,35 @@
+"""A text that goes on where it stopped: a generator's snapshot in a file. Knows no command.
+
+What the file holds of the next prompt is not computed again; what it does not is read as always.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime import snapshot
+from runtime.load import Loaded
+
+
+def resume(path: Path, loaded: Loaded) -> Mapping[str, Any]:
+    """Bring the text in `path` back, if the file exists; returns the note that came with it.
+
+    Raises MistralcError, and leaves everything as it is, for a file that is damaged or foreign.
+    """
+    if not path.exists():
+        return {}
+    generator, manifest = loaded.generator, loaded.bundle.manifest
+    found = snapshot.load(path, manifest)
+    snapshot.restore(found, generator.session, generator.ring, manifest)
+    generator.tokens = found.tokens
+    return found.note
+
+
+def keep(path: Path, loaded: Loaded, note: Mapping[str, Any]) -> None:
+    """Put the text that the ring holds into `path`, in place of what was there."""
+    generator = loaded.generator
+    generator.rewind(min(len(generator.tokens), generator.position))  # after an interrupted step
+    taken = snapshot.take(
+        generator.session, generator.ring, generator.tokens, loaded.bundle.manifest, note=note
+    )
+    snapshot.save(taken, path)
