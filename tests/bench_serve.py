@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from openai import AsyncOpenAI
 
-from runtime.host import host_facts
+from runtime.bench import machine
 from tests.serving import Server, serving
 
 TOPICS = ("a clock that ran backwards", "the sea in winter", "an honest merchant", "two sisters",
@@ -160,7 +160,7 @@ def main() -> None:
         arguments.bundle, "--rows", arguments.rows, "--threads", arguments.threads
     ) as server:
         figures = asyncio.run(measure(server, arguments))
-    print(f"{arguments.bundle.name} on {json.dumps(host_facts())}\n")
+    print(f"{arguments.bundle.name} on {json.dumps(machine())}\n")
     print("| figure | value |\n| --- | --- |")
     for name, value in figures.items():
         print(f"| {name.strip()} | {value} |")
