@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "The ring turns"
 NO_END = ("--logit-bias", "2=-100")  # bans the end-of-text token, so that lengths are certain
 COMMANDS = ("export", "verify", "calibrate", "eval", "report", "generate", "chat", "inspect",
-            "bench", "plan", "doctor")  # fmt: skip
+            "bench", "plan", "doctor", "serve")  # fmt: skip
 
 
 def told(ended: Ended) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from graphs.errors import MistralcError
 from runtime import options
-from runtime.serve.settings import KEYS_VARIABLE, Limits, Settings, read_api_keys
+from runtime.serve.settings import KEYS_VARIABLE, PREFIX_BYTES, Limits, Settings, read_api_keys
 
 _LIMITS = "Limits"
 LIMITS = Limits()
@@ -54,6 +54,9 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish after SIGTERM.", rich_help_panel=_LIMITS)
     ] = LIMITS.drain_s,
+    prefix_bytes: Annotated[
+        int, typer.Option(min=0, help="Memory for prompts that begin alike.")
+    ] = PREFIX_BYTES,
     threads: options.Threads = None,
     no_check: options.NoCheck = False,
     as_json: options.Json = False,
@@ -73,6 +76,7 @@ def serve(
         model=model or bundle.resolve().name,
         rows=rows,
         threads=threads,
+        prefix_bytes=prefix_bytes,
         check=not no_check,
         api_keys=keys,
         limits=Limits(

@@ -17,6 +17,7 @@ from runtime.tokenizer import Tokenizer
 
 # As `json.dumps` writes it. Free white space would let a small model write blanks without end.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+QUOTED = 500  # characters of a reason, which may quote the whole grammar
 
 
 class _Vocabulary:
@@ -66,7 +67,7 @@ class Grammars:
         if failed or matcher.is_error():
             reason = messages[0] if failed else matcher.get_error()
             raise UsageError(
-                f"The {what} cannot be followed: {reason.strip()}. Leave out what is not "
+                f"The {what} cannot be followed: {reason.strip()[:QUOTED]}. Leave out what is not "
                 "supported, or simplify it."
             )
         return GrammarConstraint(matcher, self._tokenizer.vocab_size)

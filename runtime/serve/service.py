@@ -95,6 +95,7 @@ class Service:
                 loaded.generator.ring,
                 vocab_size,
                 max_waiting=settings.limits.max_waiting,
+                prefix_bytes=settings.prefix_bytes,
             )
             translator = Translator(loaded.tokenizer, vocab_size, loaded.defaults, settings.limits)
             manifest = (settings.bundle / FILE_NAME).read_bytes()

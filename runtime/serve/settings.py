@@ -6,6 +6,7 @@ from pathlib import Path
 
 from graphs.errors import UsageError
 
+PREFIX_BYTES = 1 << 29  # of prompts that are kept for those that begin alike
 KEYS_VARIABLE = "MISTRALC_API_KEYS"  # keys separated by white space
 
 
@@ -32,6 +33,7 @@ class Settings:
     model: str
     rows: int = 8
     threads: int | None = None
+    prefix_bytes: int = PREFIX_BYTES
     check: bool = True
     api_keys: tuple[str, ...] = ()
     limits: Limits = Limits()
