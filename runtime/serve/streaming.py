@@ -18,7 +18,7 @@ from runtime.serve.answer import Answer, Piece, Scored
 from runtime.serve.calls import Call
 from runtime.serve.errors import ApiError, JsonResponse, error_body
 from runtime.serve.jobs import Arrival, Job
-from runtime.serve.schemas import FinishReason
+from runtime.serve.schemas import FinishReason, Usage
 from runtime.serve.shapes import Finished, Shape, usage_of
 from runtime.tokenizer import Tokenizer
 
@@ -42,14 +42,18 @@ class Progress:
     """The choices of one call as their tokens arrive."""
 
     def __init__(self, job: Job, call: Call, tokenizer: Tokenizer) -> None:
-        self.cached_tokens = 0
-        self._job = job
+        self._job, self._n = job, call.n
+        self._cached: dict[int, int] = {}  # by prompt: what even its first choice found
         wanted = call.logprobs is not None
         self.answers = [
             Answer(tokenizer, call.stops, chat=call.chat, logprobs=wanted)
             for _ in range(len(call.prompts) * call.n)
         ]
-        self._prompts_billed: set[int] = set()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of all prompts' tokens, those that did not have to be read for any choice."""
+        return sum(self._cached.values())
 
     async def steps(self) -> AsyncIterator[list[Step]]:
         """What came, as often as something did, until every choice has ended.
@@ -69,7 +73,8 @@ class Progress:
         stopped_before = answer.stopped
         for arrival in arrivals:
             if isinstance(arrival.item, End):
-                self.cached_tokens += arrival.item.cached_tokens
+                prompt, cached = choice // self._n, arrival.item.cached_tokens
+                self._cached[prompt] = min(cached, self._cached.get(prompt, cached))
                 piece = answer.finish()
                 if not answer.stopped:
                     reason = _reason(arrival.item)
@@ -174,11 +179,9 @@ class Reply(Response):
             end = _event(self._shape.event([]) | usage) + DONE
         await send(_body(end, more=False))
 
-    def _usage(self) -> Any:
+    def _usage(self) -> Usage:
         completion_tokens = sum(answer.count for answer in self._progress.answers)
-        prompt_tokens = self._call.prompt_tokens
-        cached = min(prompt_tokens, self._progress.cached_tokens)
-        return usage_of(prompt_tokens, completion_tokens, cached)
+        return usage_of(self._call.prompt_tokens, completion_tokens, self._progress.cached_tokens)
 
 
 def _reason(end: End) -> FinishReason:
