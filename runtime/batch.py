@@ -11,7 +11,7 @@ those for many (`MatMulNBits` rounds its input in other groups), and those for t
 """
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,26 +93,31 @@ class Batch:
     def claim(self, ids: Sequence[int]) -> tuple[int, int]:
         """Give the prompt `ids` a free row; returns it and how many of the tokens it has already.
 
-        It is the row that holds most of them; among equals the one that was idle longest.
+        It is the row with which most of them need not be computed; among equals one beside those
+        that are busy, because all between them run in every step; then the one idle longest.
         """
+        keys = self.prefixes.keys(ids, self.chunk)
+        busy = [at for at, row in enumerate(self.rows) if row.busy]
         free = [at for at, row in enumerate(self.rows) if not row.busy]
-        found = {at: self._held(at, ids) for at in free}
-        at = min(free, key=lambda at: (-found[at], self.rows[at].used))
-        row, cached = self.rows[at], found[at]
-        self._count += 1
-        row.busy, row.prompt, row.used = True, ids, self._count
-        row.keys = self.prefixes.keys(ids, self.chunk)
-        self._rewind(at, cached)
-        self.prefixes.renew(row.keys)
-        while cached < self._whole(ids):
-            kept = self.prefixes.get(row.keys[cached // self.chunk])
-            if kept is None:
-                break
-            self._grow(cached + self.chunk)
-            self.session.write_row(at, self._slots(cached, self.chunk), kept)
+        held = {at: self._held(at, ids) for at in free}
+        known = {at: self._known(held[at], keys, self._whole(ids)) for at in free}
+
+        def rank(at: int) -> tuple[int, int, int]:
+            first, end = self._span([*busy, at])
+            return -known[at], end - first, self.rows[at].used
+
+        at = min(free, key=rank)
+        row, self._count = self.rows[at], self._count + 1
+        row.busy, row.prompt, row.keys, row.used = True, ids, keys, self._count
+        self._rewind(at, held[at])
+        for here in range(held[at], known[at], self.chunk):
+            self._grow(here + self.chunk)
+            kept = self.prefixes.kept[keys[here // self.chunk]]
+            self.session.write_row(at, self._slots(here, self.chunk), kept)
             self._advance(at, self.chunk)
-            cached = row.settled = cached + self.chunk
-        return at, cached
+        row.settled = known[at]
+        self.prefixes.renew(keys)
+        return at, known[at]
 
     def prefill(self, at: int) -> Floats | None:
         """Run one chunk of the row's prompt; returns the logits [V] after its last token.
@@ -174,6 +179,12 @@ class Batch:
             common += self.chunk
         return common if common >= self.ring.oldest_rewind(at) else 0
 
+    def _known(self, held: int, keys: Sequence[Key], whole: int) -> int:
+        """How many tokens need not be computed in a row with `held`: up to the store's first gap."""
+        while held < whole and keys[held // self.chunk] in self.prefixes.kept:
+            held += self.chunk
+        return held
+
     def _whole(self, ids: Sequence[int]) -> int:
         """How many of a prompt's tokens may be found: whole chunks, and not the last token."""
         return (len(ids) - 1) // self.chunk * self.chunk
@@ -193,7 +204,7 @@ class Batch:
         if self.ring.grow_to(needed):
             self.session.resize(self.ring.capacities)
 
-    def _span(self, rows: Mapping[int, int]) -> tuple[int, int]:
+    def _span(self, rows: Collection[int]) -> tuple[int, int]:
         """First row and end of the rows that have to run so that `rows` do."""
         first, end = min(rows), max(rows) + 1
         short = self.least - (end - first)

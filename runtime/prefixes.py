@@ -15,14 +15,14 @@ Key = bytes  # SHA-256 of the text up to the chunk's end
 
 
 class PrefixStore:
-    """At most `limit` bytes of chunks; what was not asked for longest goes first.
+    """At most `limit` bytes of chunks in `kept`; what was not asked for longest goes first.
 
     A text's later chunks go before its earlier ones, without which they are of no use.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.nbytes = limit, 0
-        self._kept: OrderedDict[Key, tuple[Caches, int]] = OrderedDict()
+        self.kept: OrderedDict[Key, Caches] = OrderedDict()
 
     def keys(self, ids: Sequence[int], chunk: int) -> list[Key]:
         """The keys of the whole chunks of `ids`, in order."""
@@ -33,26 +33,23 @@ class PrefixStore:
             found.append(digest.digest())
         return found
 
-    def get(self, key: Key) -> Caches | None:
-        """The chunk's keys and values, if they are here; not to be written to."""
-        found = self._kept.get(key)
-        return None if found is None else found[0]
-
     def wants(self, key: Key) -> bool:
         """Whether this chunk is not here yet and may be."""
-        return self.limit > 0 and key not in self._kept
+        return self.limit > 0 and key not in self.kept
 
     def put(self, key: Key, caches: Caches) -> None:
-        """Keep a chunk."""
-        nbytes = sum(cache.nbytes for cache in caches)
-        self._kept[key] = caches, nbytes
-        self.nbytes += nbytes
+        """Keep a chunk; nobody may write to it any more."""
+        self.kept[key] = caches
+        self.nbytes += _nbytes(caches)
         while self.nbytes > self.limit:
-            _, (_, nbytes) = self._kept.popitem(last=False)
-            self.nbytes -= nbytes
+            self.nbytes -= _nbytes(self.kept.popitem(last=False)[1])
 
     def renew(self, keys: Sequence[Key]) -> None:
         """Note that the text with these keys was asked for."""
         for key in reversed(keys):
-            if key in self._kept:
-                self._kept.move_to_end(key)
+            if key in self.kept:
+                self.kept.move_to_end(key)
+
+
+def _nbytes(caches: Caches) -> int:
+    return sum(cache.nbytes for cache in caches)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import onnx
 import pytest
 import safetensors
@@ -31,6 +32,7 @@ from graphs.pipeline import lower
 from graphs.qdq import Quantization
 from graphs.rewrite import PassError
 from graphs.scheme import Scheme, default_scheme, groups, stored_parts
+from runtime.load import load_session, make_ring
 from tests import tiny
 from tests.conftest import Command
 from tests.make_checkpoint import tiny_spec, write_checkpoint
@@ -265,6 +267,37 @@ def test_a_bundle_that_rounds_activations_computes_what_its_simulation_does(
     assert kinds["MatMulNBits"] == 1, "the output layer, whose input is not rounded"
     assert manifest.quantization is not None
     assert manifest.quantization["method"] == "by hand"
+
+
+@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.parametrize("precision", ["fp32", "int8wo", "int4wo", "int8", "fp8"])
+def test_a_rows_logits_are_the_same_in_bits_among_two_rows_and_more(
+    checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    """What the scheduler relies on for answers that do not depend on who else is there."""
+    table = None
+    if precision in ("int8", "fp8"):
+        table = written(table_for(checkpoint, precision), tmp_path / "table")
+    options = ExportOptions(precision=precision, calibration=table)
+    manifest = export(str(checkpoint), bundle := tmp_path / "bundle", options)
+    session = load_session(bundle, manifest, batch=7, threads=1)
+    session.resize(make_ring(manifest).full)
+    positions = np.array([[3], [9], [0], [5], [2], [7], [4]])  # a token after the past of each
+    dice = np.random.default_rng(0)
+    full = {size: slice(0, manifest.ring.capacity(size)) for size in SPEC.windows}
+    past = [dice.standard_normal(cache.shape, np.float32) for cache in session.read_row(0, full)]
+    found = []
+    for row, first, count in ((0, 0, 2), (1, 0, 2), (3, 2, 3), (2, 0, 5), (6, 2, 5), (4, 0, 7)):
+        for other in range(7):
+            noise = [dice.standard_normal(cache.shape, np.float32) for cache in past]
+            session.write_row(other, full, past if other == row else noise)
+        ids = dice.integers(0, SPEC.vocab_size, (count, 1))
+        ids[row - first] = 11
+        where = positions[:count].copy()
+        where[row - first] = 6
+        logits = session.step(ids, where, np.zeros_like(ids), first)
+        found.append(logits[row - first, 0].copy())
+    assert all(np.array_equal(found[0], other) for other in found)
 
 
 def assert_exact(manifest: Manifest) -> None:
