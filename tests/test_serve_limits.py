@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,16 @@ def rest(connection: socket.socket) -> bytes:
     return data
 
 
+@contextmanager
+def both_rows_taken(server: Server) -> Iterator[None]:
+    """Two requests without end, one after the other, since only one may wait."""
+    with closing(server.connection(ENDLESS)):
+        until(lambda: server.metric("running_rows") == 1, "a row in use")
+        with closing(server.connection(ENDLESS)):
+            until(lambda: server.metric("running_rows") == 2, "two rows in use")
+            yield
+
+
 # clients that leave
 
 
@@ -89,8 +99,7 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_its_row(server: Serv
 
 
 def test_a_client_that_leaves_while_it_waits_gives_its_place_up(server: Server) -> None:
-    with closing(server.connection(ENDLESS)), closing(server.connection(ENDLESS)):
-        until(lambda: server.metric("running_rows") == 2, "two rows in use")
+    with both_rows_taken(server):
         with closing(server.connection(ENDLESS)):
             until(lambda: server.metric("waiting_requests") == 1, "one that waits")
         until(lambda: server.metric("waiting_requests") == 0, "nobody that waits")
@@ -109,16 +118,14 @@ def test_closing_openais_stream_is_enough(server: Server) -> None:
 
 
 def test_a_full_queue_is_a_429_with_a_time_to_come_back(server: Server) -> None:
-    with closing(server.connection(ENDLESS)), closing(server.connection(ENDLESS)):
-        until(lambda: server.metric("running_rows") == 2, "two rows in use")
-        with closing(server.connection(ENDLESS)):
-            until(lambda: server.metric("waiting_requests") == 1, "one that waits")
-            refused = server.complete(max_tokens=1)
-            assert refused.status == 429
-            assert int(refused.headers["Retry-After"]) >= 1
-            assert refused.json()["error"]["type"] == "rate_limit_error"
-            with pytest.raises(openai.RateLimitError):
-                server.client().completions.create(model="tiny", prompt="x", max_tokens=1)
+    with both_rows_taken(server), closing(server.connection(ENDLESS)):
+        until(lambda: server.metric("waiting_requests") == 1, "one that waits")
+        refused = server.complete(max_tokens=1)
+        assert refused.status == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"]["type"] == "rate_limit_error"
+        with pytest.raises(openai.RateLimitError):
+            server.client().completions.create(model="tiny", prompt="x", max_tokens=1)
     idle(server)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -30,6 +31,14 @@ CHECKS: Any = [
 ]  # fmt: skip
 
 
+MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+OPERATIONS = [
+    ("/health", "GET"), ("/ready", "GET"), ("/metrics", "GET"), ("/v1/models", "GET"),
+    ("/v1/models/{name}", "GET"), ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"),
+]  # fmt: skip
+NOTHING_TO_BREAK = {path for path, method in OPERATIONS if method == "GET"}  # any name is a name
+
+
 @pytest.fixture(scope="module")
 def api(plain_bundle: Path) -> Iterator[Any]:
     with serving(plain_bundle, "--rows", 4, "--max-new-tokens", 16) as server:
@@ -43,13 +52,25 @@ def api(plain_bundle: Path) -> Iterator[Any]:
         assert server.metric("running_rows") == 0
 
 
-requests = schemathesis.pytest.from_fixture("api")
+def test_every_path_of_the_schema_is_tested(api: Any) -> None:
+    found = [(operation.ok().path, operation.ok().method) for operation in api.get_all_operations()]
+    assert sorted((path, method.upper()) for path, method in found) == sorted(OPERATIONS)
 
 
-@requests.parametrize()
-@settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
-def test_the_server_answers_as_its_schema_says(case: Any) -> None:
-    case.call_and_validate(checks=CHECKS, timeout=60)
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
+@pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=lambda value: value)
+def test_the_server_answers_as_its_schema_says(
+    api: Any, path: str, method: str, mode: GenerationMode
+) -> None:
+    if mode is GenerationMode.NEGATIVE and path in NOTHING_TO_BREAK:
+        pytest.skip("no body, and any name is a name: no request breaks the schema")
+
+    @settings(
+        max_examples=40, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=api[path][method].as_strategy(generation_mode=mode))
+    def answers(case: Any) -> None:
+        case.call_and_validate(checks=CHECKS, timeout=60)
+
+    answers()

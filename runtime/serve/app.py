@@ -51,7 +51,7 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    protected = [Security(HTTPBearer(auto_error=False))]
+    protected = _announced_key(service)
 
     def told(status: schemas.Status, *, good: bool) -> Response:
         return JsonResponse({"status": status}, 200 if good else 503)
@@ -78,7 +78,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
-    protected = [Security(HTTPBearer(auto_error=False))]
+    protected = _announced_key(service)
     model = Model(id=service.settings.model, created=service.created)
 
     @app.get("/v1/models", dependencies=protected, responses=ERRORS)
@@ -121,6 +121,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def chat_completions(body: ChatRequest) -> Response:
         """Answer the last message of a chat."""
         return await reply(body.model, lambda e: e.translator.chat(body), ChatShape, "chatcmpl")
+
+
+def _announced_key(service: Service) -> list[Any]:
+    """Tells the schema that a key is asked for, if one is; `Gate` asks for it."""
+    return [Security(HTTPBearer(auto_error=False))] if service.settings.api_keys else []
 
 
 def _check_model(asked: str, served: str) -> None:
