@@ -180,7 +180,7 @@ class Batch:
         return common if common >= self.ring.oldest_rewind(at) else 0
 
     def _known(self, held: int, keys: Sequence[Key], whole: int) -> int:
-        """How many tokens need not be computed in a row with `held`: up to the store's first gap."""
+        """How far a prompt is known: what is held, then chunks of the store up to a gap."""
         while held < whole and keys[held // self.chunk] in self.prefixes.kept:
             held += self.chunk
         return held

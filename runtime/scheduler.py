@@ -130,6 +130,7 @@ class Scheduler:
         self._wake = threading.Condition()  # guards all that follows but what the loop alone uses
         self._waiting: deque[Ticket] = deque()
         self._stopping = self._closed = False
+        self._in_turn = False  # Ends may still be on their way
         self._fault: Exception | None = None
         self._thread: threading.Thread | None = None
         self._reading: Ticket | None = None  # whose prompt is being read
@@ -142,9 +143,9 @@ class Scheduler:
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
         """Queue a request. `deliver` gets each token and at last an End, on the loop's thread.
 
-        It must not wait for anything: everyone would wait with it.
-        Raises ContextFullError when the prompt does not fit, QueueFullError and StoppedError when
-        nothing is taken now, MistralcError for tokens that are not this model's.
+        It must not wait for anything: everyone would wait with it. Raises ContextFullError when
+        the prompt does not fit, QueueFullError and StoppedError when nothing is taken now,
+        MistralcError for tokens that are not this model's.
         """
         self._batch.check(request.ids)
         self._batch.check_ids(request.params.logit_bias)
@@ -166,9 +167,7 @@ class Scheduler:
 
     def cancel(self, ticket: Ticket) -> None:
         """End a request, if it has not ended yet: it is delivered End("cancelled")."""
-        with self._wake:
-            ticket._cancelled = True
-            self._wake.notify_all()
+        ticket._cancelled = True  # seen at the beginning of the next turn
 
     def stats(self) -> Stats:
         """Where things stand now."""
@@ -200,9 +199,9 @@ class Scheduler:
         deadline = monotonic() + seconds
         with self._wake:
             self._stopping = True
-            while self._busy() and (left := deadline - monotonic()) > 0:
+            while (busy := self._busy() or self._in_turn) and (left := deadline - monotonic()) > 0:
                 self._wake.wait(left)
-            if not self._busy():
+            if not busy:
                 return True
         self.close()
         return False
@@ -221,6 +220,8 @@ class Scheduler:
 
     def turn(self) -> bool:
         """One turn of the loop, for those who have not started it; False when all is done."""
+        with self._wake:
+            self._in_turn = True
         try:
             self._drop_cancelled()
             self._read_a_chunk()
@@ -230,6 +231,7 @@ class Scheduler:
                 self._fault, self._stopping = error, True
             self._end_all("error", error)
         with self._wake:
+            self._in_turn = False
             if not self._busy():
                 self._wake.notify_all()
                 return False
@@ -350,5 +352,3 @@ class Scheduler:
         reading = [] if self._reading is None else [self._reading]
         for ticket in (*self._running.copy().values(), *reading, *waiting):
             self._end(ticket, reason, error)
-        with self._wake:
-            self._wake.notify_all()

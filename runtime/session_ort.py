@@ -8,6 +8,7 @@ own part of the caches, as `GroupQueryAttention` wants it.
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -16,6 +17,13 @@ from numpy.typing import NDArray
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 from runtime.session import Caches, Ids, Logits, Slots
+
+
+class _Decoding(NamedTuple):
+    """A one-token step of some rows: what is bound, and where its logits [n, 1, V] go."""
+
+    binding: ort.IOBinding
+    logits: Logits
 
 
 class OrtSession:
@@ -52,7 +60,7 @@ class OrtSession:
         self._ids, self._positions, self._indices = np.zeros((3, batch, 1), np.int64)
         self._logits = np.zeros((batch, 1, spec.vocab_size), np.float32)
         self._many = np.empty((0, spec.vocab_size), np.float32)  # logits of longer steps
-        self._decode: dict[tuple[int, int], ort.IOBinding] = {}  # by first row and end
+        self._decode: dict[tuple[int, int], _Decoding] = {}  # by first row and end
         self._rows = [self._session.io_binding() for _ in range(batch)]
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
@@ -81,8 +89,9 @@ class OrtSession:
         rows = slice(first, first + len(input_ids))
         if input_ids.shape[1] == 1 and logits_indices.shape[1] == 1:
             self._ids[rows], self._positions[rows] = input_ids, position_ids
-            self._session.run_with_iobinding(self._decoding(rows))
-            return self._logits[rows]
+            decoding = self._decoding(rows)
+            self._session.run_with_iobinding(decoding.binding)
+            return decoding.logits
         logits = self._buffer(len(input_ids), logits_indices.shape[1])
         for row, binding in enumerate(self._rows[rows]):
             at = slice(row, row + 1)
@@ -106,15 +115,16 @@ class OrtSession:
             for kind in ("key", "value"):
                 yield size, self._caches[f"{kind}.{i}"]
 
-    def _decoding(self, rows: slice) -> ort.IOBinding:
-        """The binding of a one-token step of these rows, made when they first run together."""
-        binding = self._decode.get((rows.start, rows.stop))
-        if binding is None:
-            binding = self._decode[rows.start, rows.stop] = self._session.io_binding()
-            self._bind_caches(binding, rows)
+    def _decoding(self, rows: slice) -> _Decoding:
+        """A one-token step of these rows, bound when they first run together."""
+        found = self._decode.get((rows.start, rows.stop))
+        if found is None:
+            found = _Decoding(self._session.io_binding(), self._logits[rows])
+            self._bind_caches(found.binding, rows)
             inputs = self._ids[rows], self._positions[rows], self._indices[rows]
-            self._bind_step(binding, *inputs, self._logits[rows])
-        return binding
+            self._bind_step(found.binding, *inputs, found.logits)
+            self._decode[rows.start, rows.stop] = found
+        return found
 
     def _buffer(self, rows: int, wanted: int) -> Logits:
         """Room for `wanted` rows of logits in each of `rows` sequences, [n, T, V]."""
