@@ -517,7 +517,8 @@ for command in {["", *COMMANDS]!r}:
         mistralc.main()
     except SystemExit as ended:
         assert ended.code == 0, command
-heavy = {{"torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "jinja2", "tokenizers"}}
+heavy = {{"torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "jinja2", "tokenizers",
+         "fastapi", "llguidance", "uvicorn"}}
 loaded = heavy & sys.modules.keys()
 assert not loaded, f"--help has imported {{loaded}}"
 """
