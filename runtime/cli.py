@@ -15,6 +15,7 @@ from runtime import options
 from runtime.diff_cli import diff
 from runtime.doctor_cli import doctor
 from runtime.progress import stage_for
+from runtime.serve.cli import serve
 from runtime.signature_cli import keygen, sign
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command()(diff)
     app.command()(keygen)
     app.command()(sign)
+    app.command()(serve)
 
 
 def generate(

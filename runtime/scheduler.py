@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import Literal, Protocol
 
 import numpy as np
@@ -63,10 +63,14 @@ Deliver = Callable[[Sampled | End], None]
 
 
 class Ticket:
-    """A request on its way; what it holds beside `request` is the scheduler's."""
+    """A request on its way; what it holds beside `request` and `started` is the scheduler's.
+
+    `started` is when it got its row, in `perf_counter`'s seconds; None while it waits.
+    """
 
     def __init__(self, request: Request, deliver: Deliver) -> None:
         self.request = request
+        self.started: float | None = None
         self._deliver = deliver
         self._cancelled = False
         self._row = -1
@@ -284,6 +288,7 @@ class Scheduler:
             return False
         ticket._sampler = Sampler(request.params, self._batch.vocab_size, ids)
         ticket._row, ticket._cached = self._batch.claim(ids)
+        ticket.started = perf_counter()
         self._prompt += len(ids)
         self._cached += ticket._cached
         return True

@@ -89,6 +89,10 @@ class Tokenizer:
         """A decoder for ids that arrive one by one; all it returns, joined, is `decode(ids)`."""
         return self._detokenizer.stream(continuation=continuation)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token stands for: none for control tokens, perhaps half a character."""
+        return self._detokenizer.bytes_of(token_id)
+
     def encode_chat(
         self,
         messages: Messages,

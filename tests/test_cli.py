@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "The ring turns"
 NO_END = ("--logit-bias", "2=-100")  # bans the end-of-text token, so that lengths are certain
 COMMANDS = ("export", "verify", "calibrate", "eval", "report", "generate", "chat", "inspect",
-            "bench", "plan", "doctor", "diff", "keygen", "sign")  # fmt: skip
+            "bench", "plan", "doctor", "diff", "keygen", "sign", "serve")  # fmt: skip
 
 
 def told(ended: Ended) -> str:
@@ -517,7 +517,8 @@ for command in {["", *COMMANDS]!r}:
         mistralc.main()
     except SystemExit as ended:
         assert ended.code == 0, command
-heavy = {{"torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "jinja2", "tokenizers"}}
+heavy = {{"torch", "onnx", "onnx_ir", "onnxruntime", "safetensors", "jinja2", "tokenizers",
+         "fastapi", "llguidance", "uvicorn"}}
 loaded = heavy & sys.modules.keys()
 assert not loaded, f"--help has imported {{loaded}}"
 """

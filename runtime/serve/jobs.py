@@ -1,0 +1,122 @@
+"""Between the scheduler's thread and the event loop's tasks. Knows neither HTTP nor text.
+
+The scheduler delivers a token for each running row in every step. They are collected, and the
+event loop is woken once for all of them.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from time import perf_counter
+from typing import NamedTuple
+
+from graphs.errors import MistralcError, UsageError
+from runtime.ring import ContextFullError
+from runtime.sampling import Sampled
+from runtime.scheduler import End, QueueFullError, Request, Scheduler, Ticket
+from runtime.serve.errors import ApiError
+from runtime.serve.metrics import Metrics
+
+
+class Arrival(NamedTuple):
+    """What the scheduler delivered for one choice, and when (`perf_counter`)."""
+
+    choice: int
+    at: float
+    item: Sampled | End
+
+
+class Inbox:
+    """Hands over what the scheduler's thread delivers."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._new: deque[tuple[Job, Arrival]] = deque()
+        self._waking = False
+
+    def post(self, job: "Job", choice: int, item: Sampled | End) -> None:
+        """Take one delivery; called on the scheduler's thread, never waits."""
+        self._new.append((job, Arrival(choice, perf_counter(), item)))
+        if not self._waking:
+            self._waking = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody reads
+                self._loop.call_soon_threadsafe(self._distribute)
+
+    def _distribute(self) -> None:
+        self._waking = False  # first: what comes from now on wakes the loop again
+        while self._new:
+            job, arrival = self._new.popleft()
+            job.put(arrival)
+
+
+class Job:
+    """The choices of one HTTP request while the scheduler works on them."""
+
+    def __init__(self, scheduler: Scheduler, inbox: Inbox, metrics: Metrics, buffered: int) -> None:
+        self.open = 0  # choices that have not ended
+        self.overflow = asyncio.Event()  # the client does not keep up
+        self._scheduler, self._inbox, self._metrics = scheduler, inbox, metrics
+        self._buffered = buffered
+        self._tickets: list[Ticket] = []
+        self._latest: list[float | None] = []  # when each choice's last token came
+        self._arrivals: list[Arrival] = []
+        self._arrived = asyncio.Event()
+        self._began = perf_counter()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Submit one request a choice: all of them, or none and ApiError is raised."""
+        self._latest = [None] * len(requests)  # first: tokens may come before the last is refused
+        try:
+            for choice, request in enumerate(requests):
+                deliver = partial(self._inbox.post, self, choice)
+                self._tickets.append(self._scheduler.submit(request, deliver))
+        except MistralcError as error:
+            self.cancel()
+            raise _refusal(error) from error
+        self.open = len(self._tickets)
+
+    def put(self, arrival: Arrival) -> None:
+        """Note what came for a choice; on the event loop."""
+        if isinstance(arrival.item, End):
+            self.open -= 1
+        else:
+            self._observe(arrival)
+        self._arrivals.append(arrival)
+        self._arrived.set()
+        if len(self._arrivals) > self._buffered * len(self._tickets):
+            self.overflow.set()
+
+    async def take(self) -> list[Arrival]:
+        """Everything that came since the last call; waits until there is something."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        taken, self._arrivals = self._arrivals, []
+        return taken
+
+    def cancel(self, choice: int | None = None) -> None:
+        """Give up one choice or all of them. What has ended is not touched."""
+        for ticket in self._tickets if choice is None else [self._tickets[choice]]:
+            self._scheduler.cancel(ticket)
+
+    def _observe(self, arrival: Arrival) -> None:
+        before = self._latest[arrival.choice]
+        if before is None:
+            started = self._tickets[arrival.choice].started
+            self._metrics.queue.observe((started or arrival.at) - self._began)
+            self._metrics.ttft.observe(arrival.at - self._began)
+        else:
+            self._metrics.inter_token.observe(arrival.at - before)
+        self._latest[arrival.choice] = arrival.at
+
+
+def _refusal(error: MistralcError) -> ApiError:
+    match error:
+        case QueueFullError():
+            return ApiError(429, str(error), code="queue_full")
+        case ContextFullError():
+            return ApiError(400, str(error), code="context_length_exceeded")
+        case UsageError():
+            return ApiError(400, str(error))
+    return ApiError(503, str(error))

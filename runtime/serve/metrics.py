@@ -1,0 +1,84 @@
+"""What Prometheus is told. Knows nothing about requests.
+
+The scheduler's own counts are read when Prometheus asks.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from runtime.scheduler import Stats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+LONG = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Metrics:
+    """Histograms and counters of one server, in a registry of its own. Times are in seconds."""
+
+    def __init__(self, stats: Callable[[], Stats | None]) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_SchedulerCollector(stats))
+        self.ttft = self._histogram(
+            "time_to_first_token", "From a request's arrival to its first token", LONG
+        )
+        self.inter_token = self._histogram(
+            "inter_token", "Between a token and the next of its choice", SHORT
+        )
+        self.queue = self._histogram("queue", "From a request's arrival to its row", LONG)
+        self.duration = self._histogram("request", "From a request's arrival to its end", LONG)
+        self.requests = Counter(
+            "mistralc_requests", "Requests by path and HTTP status; 499: the client left",
+            ("path", "status"), registry=self._registry,
+        )  # fmt: skip
+
+    def text(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(
+            f"mistralc_{name}_seconds", meaning, buckets=buckets, registry=self._registry
+        )
+
+
+class _SchedulerCollector(Collector):
+    """Reads the scheduler when Prometheus does; nothing while the bundle is being loaded."""
+
+    def __init__(self, stats: Callable[[], Stats | None]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        if stats is None:
+            return
+        yield _gauge("rows", "Rows of the ring", stats.rows)
+        yield _gauge("running_rows", "Rows that a request has", stats.running)
+        yield _gauge("waiting_requests", "Requests that wait for a row", stats.waiting)
+        yield _gauge("ring_capacity_tokens", "Tokens that one row can hold", stats.capacity)
+        held = [min(position, stats.capacity) for position in stats.positions]
+        yield _gauge(
+            "ring_occupancy_ratio", "Filled part of all rows",
+            sum(held) / max(1, stats.capacity * len(held)),
+        )  # fmt: skip
+        rows = GaugeMetricFamily(
+            "mistralc_row_tokens", "Tokens that a row of the ring holds", labels=["row"]
+        )
+        for row, count in enumerate(held):
+            rows.add_metric([str(row)], count)
+        yield rows
+        yield _counter("prompt_tokens", "Tokens of prompts", stats.prompt_tokens)
+        yield _counter("cached_tokens", "Of these, found in the ring", stats.cached_tokens)
+        yield _counter("generated_tokens", "Tokens sampled", stats.generated_tokens)
+        yield _counter("steps", "Steps of the model", stats.steps)
+
+
+def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"mistralc_{name}", meaning, value=value)
+
+
+def _counter(name: str, meaning: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"mistralc_{name}", meaning, value=value)
