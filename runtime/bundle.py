@@ -43,8 +43,8 @@ def open_bundle(path: Path, progress: Progress | None = None) -> Bundle:
             _check_file(path / name, entry, cache, progress)
         except OSError as error:
             raise MistralcError(
-                f"{path / name!s:.300} could not be read ({error.strerror}); a file that this user may read is "
-                "expected. Check its permissions and the disk."
+                f"{path / name!s:.300} could not be read ({error.strerror}); a file that "
+                "this user may read is expected. Check its permissions and the disk."
             ) from error
     cache.save()
     return Bundle(path=path, manifest=manifest)
