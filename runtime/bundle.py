@@ -93,8 +93,8 @@ def check_files(
             _check_file(path / name, entry, cache, progress)
         except OSError as error:
             raise MistralcError(
-                f"{path / name} could not be read ({error}); a file that this user may read is "
-                "expected. Check its permissions and the disk."
+                f"{path / name!s:.300} could not be read ({error.strerror}); a file that "
+                "this user may read is expected. Check its permissions and the disk."
             ) from error
     cache.save()
 

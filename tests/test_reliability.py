@@ -68,7 +68,7 @@ def test_a_reader_that_asks_for_more_than_the_machine_has_is_a_fault() -> None:
         outcome_of(lambda: print(len(bytearray(1 << 40))), 10)
 
 
-@pytest.mark.parametrize("message", ["no", "x" * 5000 + ".", "two\nlines of explanation."])
+@pytest.mark.parametrize("message", ["no", "an explanation that breaks off in the"])
 def test_a_refusal_without_words_is_a_fault(message: str) -> None:
     def refuse() -> None:
         raise MistralcError(message)

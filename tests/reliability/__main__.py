@@ -71,8 +71,9 @@ def _row(name: str, counts: Counts) -> str:
 def _in_a_process(name: str, arguments: argparse.Namespace) -> Counts:
     """Run one target or trial in a child; that the child ended otherwise is a fault."""
     command = [sys.executable, "-m", "tests.reliability", "--one", name]
-    command += ["--seconds", str(arguments.seconds)] if arguments.seconds else []
-    command += ["--examples", str(arguments.examples), "--trials", str(arguments.trials)]
+    many = "--seconds" if arguments.seconds else "--examples"
+    command += [many, str(arguments.seconds or arguments.examples)]
+    command += ["--trials", str(arguments.trials)]
     with tempfile.TemporaryDirectory() as home:
         environment = {**os.environ, "XDG_CACHE_HOME": home, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
