@@ -73,8 +73,6 @@ class Audit:
     plan_bytes: int
     weight_bytes: int
     plan_sha256: str
-    seconds: float
-    peak_memory: int
     tensorrt: str
     warnings: tuple[str, ...]
 
@@ -123,8 +121,6 @@ def audit(
         plan_bytes=plan.nbytes,
         weight_bytes=weights,
         plan_sha256=plan.sha256,
-        seconds=plan.seconds,
-        peak_memory=plan.peak_memory,
         tensorrt=plan.version,
         warnings=plan.warnings,
     )
@@ -154,8 +150,6 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         "interface": record["interface"],
         "plan": f"{record['plan_bytes']:,} bytes, {ratio:.3f} times the weights'",
         "SHA-256": record["plan_sha256"],
-        "built in": f"{record['seconds']:.0f} s with at most {record['peak_memory'] / 1e9:.2f} GB "
-        "of anonymous memory",
         "faults": "; ".join(record["faults"]) or "none",
     }
     lines = ["# Engine", "", "| | |", "| --- | --- |"]

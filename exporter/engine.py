@@ -22,20 +22,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from time import perf_counter
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from exporter.memory import PeakMemory
 from graphs.errors import MistralcError, UsageError
 from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, capacity_letter, graph_inputs
 from runtime import kernel_cache, tensorrt
 from runtime.host import memory_available
 
 Progress = Callable[[int], None]  # called with the number of bytes just compiled or written
+
+KEPT_VARIABLES = ("CUDA", "HOME", "LD_", "NVIDIA", "PATH", "TMPDIR", "XDG_CACHE_HOME")
+"""How the names of the environment's variables begin that the process of a build is given."""
 
 KEPT_WARNINGS = 50  # of different text; a builder can repeat one for every layer
 
@@ -57,15 +58,13 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A finished plan: its size and SHA-256, and what building it took and said.
+    """A finished plan: its size and SHA-256, and what building it said.
 
     `layers` is TensorRT's own list of the engine's layers, one line each.
     """
 
     nbytes: int
     sha256: str
-    seconds: float
-    peak_memory: int  # anonymous bytes of the whole process
     version: str
     warnings: tuple[str, ...]
     layers: tuple[str, ...]
@@ -117,17 +116,27 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Pla
     Raises MistralcError with TensorRT's own words when it cannot.
     """
     folder = str(Path(__file__).resolve().parents[1])
-    paths = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "exporter.engine"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        cwd=request.graph.parent, env={**os.environ, "PYTHONPATH": paths},
+        cwd=request.graph.parent, env=_environment(folder),
     ) as child:  # fmt: skip
         try:
             return _followed(child, request, progress)
         except BaseException:
             child.kill()
             raise
+
+
+def _environment(folder: str) -> dict[str, str]:
+    """What the builder's process needs to know; anything more moves what comes after it in memory.
+
+    A time zone or a hash seed that was set gave another plan of the same graph.
+    """
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = dict.fromkeys([folder, *filter(None, given)])
+    kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT_VARIABLES)}
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
 
 
 def _followed(
@@ -214,8 +223,7 @@ def build_here(request: BuildRequest, progress: Progress | None = None) -> Plan:
     trt = tensorrt.load(target)
     log = _log(trt)
     meter = _Meter(request.weight_bytes, progress)
-    began = perf_counter()
-    with PeakMemory() as memory, request.plan.open("wb") as file:
+    with request.plan.open("wb") as file:
         builder = trt.Builder(log)
         network = builder.create_network()
         parser = trt.OnnxParser(network, log)
@@ -247,8 +255,6 @@ def build_here(request: BuildRequest, progress: Progress | None = None) -> Plan:
     return Plan(
         nbytes=writer.nbytes,
         sha256=writer.digest.hexdigest(),
-        seconds=perf_counter() - began,
-        peak_memory=memory.peak,
         version=str(trt.__version__),
         warnings=tuple(log.warnings),
         layers=tuple(log.layers),
