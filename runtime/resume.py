@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from graphs.errors import UsageError
 from runtime import snapshot
 from runtime.load import Loaded
 
@@ -14,9 +15,15 @@ from runtime.load import Loaded
 def resume(path: Path, loaded: Loaded) -> Mapping[str, Any]:
     """Bring the text in `path` back, if the file exists; returns the note that came with it.
 
-    Raises MistralcError, and leaves everything as it is, for a file that is damaged or foreign.
+    Raises MistralcError, and leaves everything as it is, for a file that is damaged or foreign,
+    UsageError where the file does not exist and could not be written either.
     """
     if not path.exists():
+        if not path.absolute().parent.is_dir():
+            raise UsageError(
+                f"--session is {path}; a file in a directory that exists is expected. Make the "
+                "directory first."
+            )
         return {}
     generator, manifest = loaded.generator, loaded.bundle.manifest
     found = snapshot.load(path, manifest)

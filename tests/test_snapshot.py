@@ -343,3 +343,11 @@ def test_another_system_message_than_the_chat_began_with_is_wrong_usage(
     assert mistralc(*options, "--system", "be brief", stdin=b"/undo\n").code == 0
     ended = mistralc(*options, "--system", "be long", stdin=b"hello\n")
     assert (ended.code, "--system is not what" in ended.err) == (2, True)
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_the_chat(
+    mistralc: Command, plain_bundle: Path, tmp_path: Path
+):
+    ended = mistralc("chat", plain_bundle, "--session", tmp_path / "no" / "x", stdin=b"hello\n")
+    assert (ended.code, ended.out) == (2, "")
+    assert "a directory that exists is expected" in ended.err
