@@ -191,6 +191,16 @@ class Tokenizer:
                 f"The text {text[:40]!r} cannot be encoded: it holds half of a UTF-16 surrogate "
                 "pair. Valid Unicode is expected; decode the input with errors='replace'."
             ) from error
+        except BaseException as error:
+            if (
+                type(error).__name__ != "PanicException"
+            ):  # the backend's: it can be imported nowhere
+                raise
+            raise MistralcError(
+                f"The tokenizer breaks down on the text {text[:40]!r} ({error}): its vocabulary is "
+                "not one that the `tokenizers` package can work with. Get the checkpoint's "
+                "tokenizer again, or update tokenizers."
+            ) from error
         return ids
 
 

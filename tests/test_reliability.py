@@ -17,7 +17,7 @@ import pytest
 from calib.work import Layer, Work
 from exporter.bpe import merges_from_ranks
 from exporter.tekken import read_tekken
-from exporter.tokenizer import read_tokenizer
+from exporter.tokenizer import convert_file, read_tokenizer
 from graphs.errors import MistralcError
 from graphs.manifest import CHECKSUM, FILE_NAME, _checksum, read_manifest
 from runtime.bundle import cache_file, open_bundle
@@ -226,6 +226,22 @@ def test_a_gguf_vocabulary_with_a_column_of_another_type_is_refused(
     path.write_bytes(gguf_bytes(good | {f"tokenizer.ggml.{column}": value}))
     with pytest.raises(MistralcError):
         read_tokenizer(path)
+
+
+def test_a_panic_of_the_tokenizers_package_is_an_error_of_ours(tmp_path: Path) -> None:
+    from tests.reliability.vocabularies import _model
+
+    proto = _model()
+    proto.pieces[0].piece, proto.pieces[0].type = (
+        "\u2581\u2581",
+        4,
+    )  # user-defined, nothing but spaces
+    proto.normalizer_spec.remove_extra_whitespaces = True
+    path = tmp_path / "tokenizer.model.v3"
+    path.write_bytes(proto.SerializeToString())
+    tokenizer = convert_file(path).open()
+    with pytest.raises(MistralcError, match="breaks down on the text"):
+        tokenizer.encode(" a")
 
 
 def test_a_damaged_layer_of_a_stopped_calibration_says_what_to_delete(tmp_path: Path) -> None:
