@@ -16,9 +16,13 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BASH = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "TABLE", "REPORT", "FILE")
+PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE")
 CANNOT_RUN = {  # commands of docs/*.md that no test runs, by how they begin, and why
     "podman ": "needs a container engine, and images from a registry",
+    "pip install ": "needs a package index",
+    "cd ": "test_run_archive.py runs the commands that follow, in an environment of their own",
+    "python run.pyz ": "the same",
+    "mistralc serve ": "ends when it is told to; test_serve_openai.py starts it",
 }
 
 
@@ -118,18 +122,21 @@ def test_every_command_of_the_documents_runs(
     sliding_bundle: Path,
     mistralc: Command,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a tiny checkpoint and its bundle; what a document makes is there for its next command."""
     places = {name: tmp_path / name.lower() for name in PLACEHOLDERS}
     places["CHECKPOINT"] = sliding_checkpoint
     places["FILE"].write_text("It was a bright cold day in April. " * 60, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     for command in document_commands(document):
         if command.startswith(tuple(CANNOT_RUN)):
             continue
         given = shlex.split(command)
         assert given[0] == "mistralc", f"{command}: run it here, or say in CANNOT_RUN why not"
-        if "BUNDLE" in given and "export" not in given and not places["BUNDLE"].exists():
-            shutil.copytree(sliding_bundle, places["BUNDLE"])
+        for name in {"BUNDLE", "OTHER"} & {*given}:
+            if "export" not in given and not places[name].exists():
+                shutil.copytree(sliding_bundle, places[name])
         words = [str(places.get(word, word)) for word in given]
         ended = mistralc(*words[1:], stdin=b"")
         assert ended.code == 0, f"`{command}` of {document.name} failed: {ended.err}{ended.out}"
