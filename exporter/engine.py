@@ -13,6 +13,7 @@ is measured alone; and if the kernel kills it for memory, that is an error messa
 import ctypes
 import hashlib
 import json
+import mmap
 import os
 import re
 import signal
@@ -299,9 +300,16 @@ def _map_weights(graph: Path) -> list[Mapped]:
     files: dict[Path, NDArray[np.uint8]] = {}
     found = []
     for name, path, offset, length in _stored_weights(graph):
-        file = files.setdefault(path, np.memmap(path, np.uint8, mode="r"))
-        found.append(Mapped(name, file[offset : offset + length]))
+        if path not in files:
+            files[path] = _mapped(path)
+        found.append(Mapped(name, files[path][offset : offset + length]))
     return found
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """Map a file, which numpy.memmap would remember by its folder too."""
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 def _parse(parser: Any, graph: Path, weights: list[Mapped]) -> bool:
