@@ -132,12 +132,14 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Pla
 def _environment(folder: str) -> dict[str, str]:
     """What the builder's process needs to know; anything more moves what comes after it in memory.
 
-    A time zone or a hash seed that was set gave another plan of the same graph.
+    A time zone or a hash seed that was set gave another plan of the same graph; so did another
+    order of the same variables.
     """
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = dict.fromkeys([folder, *filter(None, given)])
     kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT_VARIABLES)}
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
+    found = {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
+    return dict(sorted(found.items()))
 
 
 def _followed(

@@ -25,7 +25,7 @@ NoCheck = Annotated[
 ]
 RequireSignature = Annotated[
     Path | None,
-    typer.Option("--require-signature", metavar="PUBLIC_KEY",
+    typer.Option("--require-signature", metavar="KEY",
                  help="Refuse a bundle that this key did not sign; $MISTRALC_REQUIRE_SIGNATURE "
                  "if left out."),
 ]  # fmt: skip

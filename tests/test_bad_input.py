@@ -525,7 +525,7 @@ def test_a_checkpoint_in_place_of_a_bundle(mistralc: Command, sliding_checkpoint
     "name",
     [
         "model.onnx", "weights.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "generation_config.json", "report/verify.md", "manifest.json",
+        "generation_config.json", "run.pyz", "report/verify.md", "manifest.json",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("command", ["generate", "verify"])
@@ -566,7 +566,11 @@ def test_a_bundle_for_a_target_that_this_host_cannot_run(
     bundle = copy_of(sliding_bundle)
     manifest = read_manifest(bundle)
     values = {name: getattr(manifest, name) for name in manifest.__slots__}
-    other = Manifest(**{**values, "target": "rtx"})
+    plan = manifest.files["model.onnx"]
+    (bundle / "model.onnx").rename(bundle / "engine.plan")
+    files = {**manifest.files, "engine.plan": plan}
+    del files["model.onnx"]
+    other = Manifest(**{**values, "target": "rtx", "files": files})
     (bundle / "manifest.json").write_text(other.to_text(), encoding="utf-8")
     refused(mistralc("generate", bundle, "hi"), "rtx", "GPU")
 

@@ -96,7 +96,10 @@ def test_the_readme_lists_exactly_the_commands_that_there_are(mistralc: Command)
     assert commands == documented, "`mistralc --help` and the README's table differ"
 
 
-def test_options_named_in_the_documents_exist(mistralc: Command) -> None:
+def test_options_named_in_the_documents_exist(
+    mistralc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # fewer cut the longest names
     commands = set(
         re.findall(r"^│ ([a-z]+)  ", mistralc("--help").out.partition("Commands")[2], re.MULTILINE)
     )

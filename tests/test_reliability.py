@@ -85,7 +85,7 @@ def forged(folder: Path, **values: Any) -> Path:
     write_bundle(folder)
     data = json.loads((folder / FILE_NAME).read_bytes()) | values
     del data[CHECKSUM]
-    text = json.dumps(data | {CHECKSUM: _checksum(data)})
+    text = json.dumps(data | {CHECKSUM: _checksum(data)}, indent=2) + "\n"
     (folder / FILE_NAME).write_text(text, encoding="utf-8")
     return folder
 
@@ -123,8 +123,9 @@ def test_a_manifest_with_a_model_that_cannot_be_is_refused(
 
 def test_a_long_name_in_a_manifest_is_cut_in_the_message(tmp_path: Path) -> None:
     entry = {"size": 1, "sha256": "0" * 64}
+    good = json.loads(write_bundle(tmp_path / "good").to_text())["files"]
     with pytest.raises(MistralcError, match="could not be read") as refusal:
-        open_bundle(forged(tmp_path, files={"x" * 5000: entry}))
+        open_bundle(forged(tmp_path / "bad", files=good | {"x" * 5000: entry}))
     assert len(str(refusal.value)) < 1500
     assert str(refusal.value).endswith("Check its permissions and the disk.")
 
@@ -134,6 +135,7 @@ def test_a_nested_cache_of_hashes_is_as_good_as_none(tmp_path: Path) -> None:
     open_bundle(tmp_path)
     cache = cache_file()
     assert cache is not None
+    cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text("[" * 100_000, encoding="utf-8")
     open_bundle(tmp_path)
 

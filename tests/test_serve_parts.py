@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.errors import UsageError
-from runtime.sampling import Sampled
+from runtime.sampling import Sampled, SamplingParams
 from runtime.scheduler import End, Request
 from runtime.serve.answer import Answer, Piece
+from runtime.serve.calls import Call
 from runtime.serve.errors import ApiError
 from runtime.serve.grammar import Grammars
 from runtime.serve.jobs import Inbox, Job
@@ -20,6 +21,7 @@ from runtime.serve.metrics import Metrics
 from runtime.serve.page import page_response
 from runtime.serve.service import Service
 from runtime.serve.settings import Settings, read_api_keys
+from runtime.serve.streaming import Progress
 from runtime.stopping import StopStrings
 from runtime.tokenizer import Tokenizer
 
@@ -139,6 +141,28 @@ def test_a_client_that_takes_nothing_is_noticed_before_memory_is(tokenizer: Toke
         return within, job.overflow.is_set(), len(await job.take())
 
     assert asyncio.run(run()) == (False, True, 102)
+
+
+def test_nothing_is_lost_where_all_came_before_anyone_looked(tokenizer: Tokenizer) -> None:
+    ids = [LETTERS[0], LETTERS[1]]
+
+    async def run() -> list[str]:
+        scheduler: Any = Recorder()
+        job = Job(scheduler, Inbox(asyncio.get_running_loop()), Metrics(lambda: None), buffered=100)
+        job.submit([None])  # type: ignore[list-item]
+        for token in ids:
+            scheduler.delivers[0](Sampled(token_id=token))
+        scheduler.delivers[0](End(reason="length", cached_tokens=0))
+        await asyncio.sleep(0)
+        call = Call(
+            prompts=((1,),), n=1, params=SamplingParams(), max_new_tokens=2, stop_ids=frozenset(),
+            stops=(), chat=False, constrain=None, stream=True, include_usage=False,
+        )  # fmt: skip
+        steps = [step async for found in Progress(job, call, tokenizer).steps() for step in found]
+        return [*(step.piece.text for step in steps), str(steps[-1].reason)]
+
+    answer = Answer(tokenizer, (), chat=False, logprobs=False)
+    assert asyncio.run(run()) == ["".join(piece.text for piece in read(answer, ids)), "length"]
 
 
 def test_a_service_that_is_not_loaded_says_so(tmp_path: Path) -> None:

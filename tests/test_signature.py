@@ -318,7 +318,7 @@ def test_an_accomplice_with_the_key_cannot_sign_a_file_outside_the_bundle_in(
     signed: Path, keys: Path
 ) -> None:
     manifest = read_manifest(signed)
-    outside = {"../other": FileEntry(size=0, sha256="")}
+    outside = {"../other": FileEntry(size=0, sha256="0" * 64)}
     text = replace(manifest, files={**manifest.files, **outside}).to_text()
     (signed / "manifest.json").write_text(text, encoding="utf-8")
     resign(signed, keys)

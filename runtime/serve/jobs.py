@@ -88,6 +88,11 @@ class Job:
         if len(self._arrivals) > self._buffered * len(self._tickets):
             self.overflow.set()
 
+    @property
+    def done(self) -> bool:
+        """Whether every choice has ended, and all that came has been taken."""
+        return not self.open and not self._arrivals
+
     async def take(self) -> list[Arrival]:
         """Everything that came since the last call; waits until there is something."""
         await self._arrived.wait()

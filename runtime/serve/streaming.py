@@ -61,7 +61,7 @@ class Progress:
         Tokens that came while the client was busy with earlier ones are put together. Raises
         ApiError where the model or the scheduler failed.
         """
-        while self._job.open:
+        while not self._job.done:
             came: dict[int, list[Arrival]] = {}
             for arrival in await self._job.take():
                 came.setdefault(arrival.choice, []).append(arrival)

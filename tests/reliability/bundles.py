@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from graphs.manifest import CHECKSUM, FILE_NAME, FileEntry, Manifest, _checksum
 from graphs.spec import RingSpec
-from runtime.bundle import cache_file, open_bundle, sha256
+from runtime.bundle import SETTLED_NS, cache_file, open_bundle, sha256
 from runtime.bundle_check import check_bundle, rebuild_command
 from runtime.describe import facts
 from runtime.host import Cuda, Library
@@ -18,7 +19,8 @@ from tests.reliability.damage import Draw, Raw, damaged_bytes, damaged_json
 from tests.reliability.target import Files, Folder, Prepared, Target
 
 FILES = {"model.onnx": b"a graph" * 30, "weights.safetensors": bytes(range(256)) * 4,
-         "tokenizer.json": b"{}", "report/verify.md": b"# Passed\n"}  # fmt: skip
+         "tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "generation_config.json": b"{}",
+         "engine.plan": b"a plan", "report/verify.md": b"# Passed\n"}  # fmt: skip
 LIBRARIES = {
     name: Library(name=name, version=None) for name in ("onnxruntime", "tensorrt_rtx", "tensorrt")
 }
@@ -26,6 +28,7 @@ LIBRARIES = {
 
 def write_bundle(folder: Path) -> Manifest:
     """A bundle in everything but that its graph computes nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
     entries = {}
     for name, data in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +51,7 @@ def restamped(data: bytes) -> bytes:
     try:
         value = json.loads(data)
         value.pop(CHECKSUM, None)
-        return json.dumps(value | {CHECKSUM: _checksum(value)}).encode()
+        return (json.dumps(value | {CHECKSUM: _checksum(value)}, indent=2) + "\n").encode()
     except (ValueError, AttributeError, TypeError, RecursionError):
         return data
 
@@ -100,6 +103,7 @@ def _hashes(folder: Path) -> Prepared:
     """The cache is a convenience: whatever it holds, the bundle opens as if it were not there."""
     bundle = folder / "bundle"
     write_bundle(bundle)
+    time.sleep(1e-9 * SETTLED_NS)  # younger files are not remembered
     open_bundle(bundle)
     cache = cache_file()
     assert cache is not None
