@@ -44,10 +44,9 @@ class Cluster(Server):
     def deploy(self) -> None:
         """Deploy the application again, as for a new version; wait until that is done."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write("again\n")
         self.process.stdin.flush()
-        assert self.process.stdout.readline() == "serving\n"
+        await_serving(self.process)
 
     def names(self, count: int = 16) -> set[str]:
         """The replicas that answer `count` requests."""
@@ -83,6 +82,15 @@ class Stream:
         self._stream.close()
 
 
+def await_serving(process: "subprocess.Popen[str]") -> None:
+    """Read what the host prints, Ray's own words among it, until it serves."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line == "serving\n":
+            return
+    raise RuntimeError(f"Ray ended with {process.wait()} before it served")
+
+
 def free_port() -> int:
     """One that the system chose; Ray does not take 0."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -103,14 +111,9 @@ def cluster(sliding_bundle: Path) -> Iterator[Cluster]:
         command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdin is not None
-        assert process.stdout is not None
         family: list[psutil.Process] = []
         try:
-            for line in process.stdout:
-                if line == "serving\n":
-                    break
-            else:
-                raise RuntimeError(f"Ray ended with {process.wait()} before it served")
+            await_serving(process)
             yield Cluster(process, f"http://127.0.0.1:{port}", "tiny")
             family = psutil.Process(process.pid).children(recursive=True)
             process.stdin.close()
