@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from exporter.plan_cli import plan
+from exporter.triton_cli import triton
 from graphs.errors import MistralcError, UsageError
 from runtime import options
 from runtime.progress import stage_for
@@ -23,6 +24,7 @@ def register(app: typer.Typer) -> None:
     app.command()(export)
     app.command()(verify)
     app.command()(plan)
+    app.command()(triton)
 
 
 def export(
@@ -106,6 +108,11 @@ def export(
         typer.Option("--allow-faults", help="Keep an engine that fails its audit.",
                      rich_help_panel=_ENGINE),
     ] = False,
+    repository: Annotated[
+        Path | None,
+        typer.Option("--triton", metavar="REPOSITORY",
+                     help="Then write a Triton model repository, as the command triton does."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle that is there.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -116,7 +123,10 @@ def export(
     from exporter.export import export as run
     from exporter.gate import Gate
     from exporter.schemes import QuantizeOptions
+    from exporter.triton import check_repository, write_repository
 
+    if repository is not None:
+        check_repository(repository)
     engine = EngineOptions(
         gpus=tuple(name.strip() for name in gpu.split(",")) if gpu else (),
         two_profiles=two_profiles,
@@ -134,6 +144,8 @@ def export(
     name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
     path = output or Path("build") / "-".join([name, target, chosen.precision_or_default])
     manifest = run(checkpoint, path, chosen, stage_for(quiet=quiet or as_json))
+    if repository is not None:
+        write_repository(path, repository)
     if as_json:
         print(json.dumps({"bundle": str(path), "manifest": json.loads(manifest.to_text())}))
         return

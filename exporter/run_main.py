@@ -36,13 +36,18 @@ class ArchiveFinder:
         return spec
 
 
-def main(archive: str) -> None:
-    """Make the archive the only place of our packages, and run its command line."""
+def use(archive: str) -> None:
+    """Make the archive the only place of our packages in this process."""
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     sys.meta_path.insert(0, ArchiveFinder(archive))
     if importlib.util.find_spec("typer") is None:
         sys.modules["typer"] = importlib.import_module("runtime.plain_typer")
+
+
+def main(archive: str) -> None:
+    """Run the archive's command line."""
+    use(archive)
     importlib.import_module("runtime.standalone").main(VERSION)
 
 

@@ -16,13 +16,15 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BASH = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE")
+PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE", "REPOSITORY")
 CANNOT_RUN = {  # commands of docs/*.md that no test runs, by how they begin, and why
     "podman ": "needs a container engine, and images from a registry",
     "pip install ": "needs a package index",
     "cd ": "test_run_archive.py runs the commands that follow, in an environment of their own",
     "python run.pyz ": "the same",
     "mistralc serve ": "ends when it is told to; test_serve_openai.py starts it",
+    "serve run ": "needs the extra ray; test_serve_ray.py deploys the same application",
+    "tritonserver ": "needs Triton; test_triton.py calls the model as it would",
 }
 
 
