@@ -162,11 +162,13 @@ def test_verify_does_not_break_a_signature(mistralc: Command, signed: Path, keys
 
 # Requiring a signature
 
-OPENING = ("generate", "chat", "bench", "verify", "eval", "inspect", "doctor", "diff", "report")
+OPENING = ("generate", "chat", "bench", "verify", "eval", "inspect", "doctor", "diff", "report",
+           "serve")  # fmt: skip
 ARGUMENTS = {
     "generate": ("hi", "-n", "2"),
     "bench": ("--prompt-tokens", "4", "--new-tokens", "2", "--repeat", "1"),
     "verify": ("--short",),
+    "serve": ("--port", "0"),
     "eval": ("--length", "8", "--limit", "1"),
 }
 
