@@ -1,5 +1,6 @@
 """What several test files share: the command line in process, tiny checkpoints, their bundles."""
 
+import fcntl
 import io
 import shutil
 import sys
@@ -93,3 +94,19 @@ def plain_bundle(plain_checkpoint: Path) -> Path:
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """`copy_of(bundle)` is a copy that a test may damage, alone in a directory of its own."""
     return lambda path: Path(shutil.copytree(path, tmp_path / "copies" / path.name))
+
+
+@pytest.fixture(scope="session")
+def default_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `make export` has done its work for the CPU: half a minute, once a run."""
+    from exporter.export import ExportOptions, export
+
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if own.name.startswith("popen-") else own  # workers of one run share it
+    bundle = shared / "default" / "build" / "smollm2-cpu-fp32"
+    with (shared / "default.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not bundle.exists():
+            bundle.parent.mkdir(parents=True)
+            export("smollm2", bundle, ExportOptions())
+    return shared / "default"

@@ -44,23 +44,13 @@ def document_commands(document: Path) -> list[str]:
     return commands + [line.partition(" # ")[0].strip() for line in lines if line.strip()]
 
 
-@pytest.fixture(scope="module")
-def build_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `make export` has done its work, on the real default model."""
-    from exporter.export import ExportOptions, export
-
-    folder = tmp_path_factory.mktemp("readme")
-    export("smollm2", folder / "build" / "smollm2-cpu-fp32", ExportOptions())
-    return folder
-
-
 def test_every_mistralc_command_of_the_readme_works_and_prints_what_it_shows(
-    build_folder: Path,
+    default_build: Path,
     sliding_checkpoint: Path,
     mistralc: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(build_folder)
+    monkeypatch.chdir(default_build)
     ran = []
     for command, shown in console_commands((ROOT / "README.md").read_text(encoding="utf-8")):
         if not command.startswith("mistralc "):

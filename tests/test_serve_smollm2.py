@@ -9,25 +9,18 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from exporter.export import ExportOptions, export
 from tests.conftest import Command
 from tests.serving import serving
 
 pytestmark = pytest.mark.smollm2
 
+BUNDLE = Path("build", "smollm2-cpu-fp32")
 FRANCE = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("serve") / "smollm2"
-    export("smollm2", path, ExportOptions())
-    return path
-
-
-@pytest.fixture(scope="module")
-def client(bundle: Path) -> Iterator[OpenAI]:
-    with serving(bundle, "--rows", 4) as server:
+def client(default_build: Path) -> Iterator[OpenAI]:
+    with serving(default_build / BUNDLE, "--rows", 4) as server:
         yield server.client()
 
 
@@ -39,8 +32,9 @@ def ask(client: OpenAI, text: str, **options: Any) -> Any:
 
 
 def test_the_capital_of_france_is_paris_for_everyone_who_asks(
-    client: OpenAI, bundle: Path, mistralc: Command
+    client: OpenAI, default_build: Path, mistralc: Command
 ) -> None:
+    bundle = default_build / BUNDLE
     command = mistralc("generate", bundle, "--chat", FRANCE, "--quiet").out.strip()
     assert command == "The capital of France is Paris."
     others = [f"Count from {i} to ten." for i in range(1, 6)]
