@@ -36,6 +36,8 @@ from runtime.host import memory_available
 
 Progress = Callable[[int], None]  # called with the number of bytes just compiled or written
 
+BUILDER = (sys.executable, "-P", "-m", "exporter.engine")  # the process that builds
+
 KEPT_VARIABLES = ("CUDA", "HOME", "LD_", "NVIDIA", "PATH", "TMPDIR", "XDG_CACHE_HOME")
 """How the names of the environment's variables begin that the process of a build is given."""
 
@@ -117,8 +119,8 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Pla
     Raises MistralcError with TensorRT's own words when it cannot.
     """
     folder = str(Path(__file__).resolve().parents[1])
-    with subprocess.Popen(
-        [sys.executable, "-P", "-m", "exporter.engine"],
+    with subprocess.Popen(  # noqa: S603
+        BUILDER,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         cwd=request.graph.parent, env=_environment(folder),
     ) as child:  # fmt: skip
@@ -196,7 +198,7 @@ def fix_addresses() -> None:
     if current == -1 or current & ADDR_NO_RANDOMIZE:
         return
     if personality(current | ADDR_NO_RANDOMIZE) != -1:
-        os.execv(sys.executable, [sys.executable, "-P", "-m", "exporter.engine"])  # noqa: S606
+        os.execv(sys.executable, BUILDER)  # noqa: S606
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from graphs.errors import MistralcError
 from runtime.prefixes import Key, PrefixStore
 from runtime.ring import Ring
 from runtime.sampling import Floats
-from runtime.session import Ids, Session, Slots
+from runtime.session import Ids, Session, Slots, check_ids, check_prompt, fewest_rows
 
 CHUNK = 64  # most tokens of a prompt in one step: what the other rows wait for between two tokens
 
@@ -52,12 +52,8 @@ class Batch:
         prefixes: PrefixStore,
         chunk: int | None = None,
     ) -> None:
-        self.session, self.ring, self.vocab_size, self.prefixes = (
-            session,
-            ring,
-            vocab_size,
-            prefixes,
-        )
+        self.session, self.ring = session, ring
+        self.vocab_size, self.prefixes = vocab_size, prefixes
         most = ring.limits.chunk
         self.chunk = chunk or max(n for n in range(1, CHUNK + 1) if most % n == 0)
         if most % self.chunk:
@@ -66,25 +62,18 @@ class Batch:
                 f"chunk {most} is expected."
             )
         self.rows = [Row() for _ in ring.positions]
-        self.least = min(2, len(self.rows)) if session.partial else len(self.rows)
+        self.least = fewest_rows(session)
         self._count = 0
         session.resize(ring.capacities)
 
     def check(self, ids: Sequence[int]) -> None:
         """Raise MistralcError unless `ids` are this model's, ContextFullError unless they fit."""
-        if not ids:
-            raise MistralcError("No token was given; at least one is expected.")
-        self.check_ids(ids)
+        check_prompt(ids, self.vocab_size)
         self.ring.check_room_from(0, len(ids))
 
     def check_ids(self, ids: Iterable[int]) -> None:
         """Raise MistralcError unless all of `ids` are this model's."""
-        wrong = next((at for at in ids if not 0 <= at < self.vocab_size), None)
-        if wrong is not None:
-            raise MistralcError(
-                f"Token {wrong} was given; this model's tokens are 0 to {self.vocab_size - 1}. "
-                "Encode the text with the bundle's own tokenizer."
-            )
+        check_ids(ids, self.vocab_size)
 
     def room(self) -> bool:
         """Whether a row is free."""

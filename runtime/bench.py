@@ -21,7 +21,7 @@ from graphs.manifest import Manifest
 from graphs.spec import ITEM_SIZE
 from runtime.bandwidth import read_bandwidth
 from runtime.generator import Generator
-from runtime.load import Loaded, load_session, make_ring
+from runtime.load import Loaded, make_ring
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
 from runtime.session import Ids, Logits, Session
@@ -85,11 +85,11 @@ def measure(
 
 
 def measure_batch(
-    loaded: Loaded, rows: int, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
+    loaded: Loaded, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
 ) -> dict[str, Any]:
-    """Decode `rows` sequences side by side: tokens per second of all of them, medians."""
-    manifest = loaded.bundle.manifest
-    session = load_session(loaded.bundle.path, manifest, batch=rows, threads=loaded.threads)
+    """Decode a sequence in each loaded row: tokens per second of all of them, medians."""
+    manifest, session = loaded.bundle.manifest, loaded.generator.session
+    rows = session.batch
     seconds = []
     with stage("Measuring", repeat + 1) as advance:
         for _ in range(repeat + 1):

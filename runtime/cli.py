@@ -205,14 +205,14 @@ def bench(
         benchmark.check_plot(plot)
     stage = stage_for(quiet=as_json)
     loaded = load(
-        bundle, threads=threads, check=not no_check, require_signature=require_signature,
-        stage=stage,
+        bundle, rows=batch, threads=threads, check=not no_check,
+        require_signature=require_signature, stage=stage,
     )  # fmt: skip
     result: dict[str, Any]
     if positions is not None:
         result = benchmark.measure_positions(loaded, positions, plot, stage)
     elif batch > 1:
-        result = benchmark.measure_batch(loaded, batch, prompt_tokens, new_tokens, repeat, stage)
+        result = benchmark.measure_batch(loaded, prompt_tokens, new_tokens, repeat, stage)
     else:
         result = benchmark.measure(loaded, prompt_tokens, new_tokens, repeat, stage)
     print(json.dumps(result) if as_json else benchmark.to_text(result))

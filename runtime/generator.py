@@ -10,10 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from graphs.errors import MistralcError
 from runtime.ring import Ring
 from runtime.sampling import Floats, Sampled, Sampler, SamplingParams
-from runtime.session import Ids, Logits, Session
+from runtime.session import Ids, Logits, Session, check_prompt
 from runtime.speculation import Draft, PromptLookup
 
 FinishReason = Literal["stop", "length"]
@@ -42,8 +41,8 @@ class Generator:
         The row is the session's buffer, valid until the next step. Raises ContextFullError before
         anything is written when they do not fit.
         """
+        check_prompt(ids, self.vocab_size)
         row = np.asarray(ids, np.int64)[None]  # [1, n]
-        self._check_ids(row)
         done = 0
         for piece in self.ring.pieces(len(ids)):
             rows = self._step(row[:, done : done + piece])
@@ -60,7 +59,7 @@ class Generator:
 
         Goes back to where the two part, or starts over where the ring has forgotten too much.
         """
-        self.rewind(min(len(self.tokens), self.position))  # an interrupted step may part the two
+        self.drop_interrupted()
         common = 0
         for old, new in zip(self.tokens, ids[:-1], strict=False):  # the last gives the logits
             if old != new:
@@ -69,10 +68,14 @@ class Generator:
         if common < self.ring.oldest_rewind():
             common = 0
         self.ring.check_room_from(common, len(ids) - common)  # before anything is forgotten
-        self._check_ids(np.asarray(ids, np.int64)[None])
+        check_prompt(ids, self.vocab_size)
         self.rewind(common)
         self.fed_from = common
         return self.feed(ids[common:], progress)
+
+    def drop_interrupted(self) -> None:
+        """Make tokens and ring agree again, which an interrupted step may part."""
+        self.rewind(min(len(self.tokens), self.position))
 
     def rewind(self, position: int) -> None:
         """Forget everything from `position` on; raises MistralcError beyond the ring's slack."""
@@ -167,14 +170,3 @@ class Generator:
         self.tokens.extend(ids[0].tolist())
         rows: Logits = logits[0]
         return rows
-
-    def _check_ids(self, row: Ids) -> None:
-        if not row.size:
-            raise MistralcError("No token was given; at least one is expected.")
-        low, high = int(row.min()), int(row.max())
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise MistralcError(
-                f"Token {wrong} was given; this model's tokens are 0 to {self.vocab_size - 1}. "
-                "Encode the text with the bundle's own tokenizer."
-            )

@@ -13,7 +13,7 @@ import numpy as np
 
 from graphs.errors import MistralcError
 from runtime.ring import Ring
-from runtime.session import Session
+from runtime.session import Session, fewest_rows
 
 Golden = Mapping[str, Any]  # {"ids": [token, …], "expected": [[position, token], …]}
 
@@ -25,7 +25,7 @@ def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -
     another than that for many. Leaves the ring at position 0. Raises MistralcError, naming the
     first position that differs, unless every clear preference is the reference's.
     """
-    side_by_side = min(session.batch, 2) if session.partial else session.batch
+    side_by_side = fewest_rows(session)
     for text in texts:
         ids = np.tile(np.asarray(text["ids"], np.int64), (side_by_side, 1))  # [rows, n]
         ring.rewind(0)

@@ -35,7 +35,7 @@ def resume(path: Path, loaded: Loaded) -> Mapping[str, Any]:
 def keep(path: Path, loaded: Loaded, note: Mapping[str, Any]) -> None:
     """Put the text that the ring holds into `path`, in place of what was there."""
     generator = loaded.generator
-    generator.rewind(min(len(generator.tokens), generator.position))  # after an interrupted step
+    generator.drop_interrupted()
     taken = snapshot.take(
         generator.session, generator.ring, generator.tokens, loaded.bundle.manifest, note=note
     )

@@ -4,16 +4,35 @@ A session owns the memory of the ring and runs the graph; it knows nothing about
 or where a sequence stands.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from graphs.errors import MistralcError
+
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 Slots = Mapping[int | None, slice]  # by window: a range of the ring's slots
 Caches = list[NDArray[Any]]  # each layer's key, then its value: [K, slots, D]
+
+
+def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+    """Raise MistralcError unless all of `ids` are tokens of a model with `vocab_size` of them."""
+    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise MistralcError(
+            f"Token {wrong} was given; this model's tokens are 0 to {vocab_size - 1}. "
+            "Encode the text with the bundle's own tokenizer."
+        )
+
+
+def check_prompt(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise MistralcError unless `ids` are at least one token, and all are the model's."""
+    if not len(ids):
+        raise MistralcError("No token was given; at least one is expected.")
+    check_ids(ids, vocab_size)
 
 
 class Session(Protocol):
@@ -44,3 +63,11 @@ class Session(Protocol):
 
     def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
         """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+
+
+def fewest_rows(session: Session) -> int:
+    """The least rows of a decoding step for which a row's logits do not depend on their number.
+
+    Kernels for one row alone round otherwise than those for two and more, which agree.
+    """
+    return min(2, session.batch) if session.partial else session.batch

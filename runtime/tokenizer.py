@@ -192,9 +192,7 @@ class Tokenizer:
                 "pair. Valid Unicode is expected; decode the input with errors='replace'."
             ) from error
         except BaseException as error:
-            if (
-                type(error).__name__ != "PanicException"
-            ):  # the backend's: it can be imported nowhere
+            if type(error).__name__ != "PanicException":  # Rust's, which cannot be imported
                 raise
             raise MistralcError(
                 f"The tokenizer breaks down on the text {text[:40]!r} ({error}): its vocabulary is "

@@ -1,13 +1,11 @@
 """One bundle in service: loading, ready, draining or failed. Knows no HTTP."""
 
 import asyncio
-import hashlib
 import threading
 import time
 from typing import Literal, NamedTuple
 
 from graphs.errors import MistralcError
-from graphs.manifest import FILE_NAME
 from runtime.load import load
 from runtime.scheduler import Scheduler, Stats
 from runtime.serve.calls import Call, Translator
@@ -15,6 +13,7 @@ from runtime.serve.errors import ApiError
 from runtime.serve.jobs import Inbox, Job
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import Settings
+from runtime.snapshot import fingerprint
 from runtime.tokenizer import Tokenizer
 
 State = Literal["loading", "ready", "draining", "failed"]
@@ -90,7 +89,8 @@ class Service:
                 settings.bundle, rows=settings.rows, threads=settings.threads,
                 check=settings.check, require_signature=settings.require_signature,
             )  # fmt: skip
-            vocab_size = loaded.bundle.manifest.model.vocab_size
+            manifest = loaded.bundle.manifest
+            vocab_size = manifest.model.vocab_size
             scheduler = Scheduler(
                 loaded.generator.session,
                 loaded.generator.ring,
@@ -99,10 +99,10 @@ class Service:
                 prefix_bytes=settings.prefix_bytes,
             )
             translator = Translator(loaded.tokenizer, vocab_size, loaded.defaults, settings.limits)
-            manifest = (settings.bundle / FILE_NAME).read_bytes()
-            fingerprint = "fp_" + hashlib.sha256(manifest).hexdigest()[:12]
             scheduler.start()
-            self._engine = Engine(scheduler, translator, loaded.tokenizer, fingerprint)
+            self._engine = Engine(
+                scheduler, translator, loaded.tokenizer, f"fp_{fingerprint(manifest)[:12]}"
+            )
         except BaseException as error:  # the main thread raises it
             self.failure = error
 
