@@ -1,7 +1,7 @@
-"""Quantized weights as bytes, in the two layouts of `graphs.scheme.stored_parts`, and back.
+"""Quantized weights as bytes, in the layouts of `graphs.scheme.stored_parts`, and back.
 
-Knows nothing about files. Rows are independent of each other in every part, so a weight may be
-packed a few rows at a time.
+Knows nothing about files. But for `turned` codes the rows are independent of each other in every
+part, so a weight may be packed a few rows at a time.
 """
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.quantize import Quantized
-from graphs.scheme import Scheme
+from graphs.scheme import Layout, Scheme
 
 LOWEST = {4: 8, 8: 128}  # what makes codes start at 0, by bits
 
@@ -31,12 +31,16 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.where(codes > 7, codes - 16, codes)
 
 
-def pack(quantized: Quantized, stored: torch.dtype, *, nbits: bool) -> list[Tensor]:
+def pack(quantized: Quantized, stored: torch.dtype, layout: Layout) -> list[Tensor]:
     """Return the parts of a weight [N, K] in `stored_parts`' order; scales become `stored`."""
     scheme, codes = quantized.scheme, quantized.codes
-    parts = [_nbits(codes, scheme) if nbits else codes]
-    if not nbits and scheme.codes == "int4":
-        parts = [pack_int4(codes)]
+    match layout:
+        case "nbits":
+            parts = [_nbits(codes, scheme)]
+        case "turned":
+            parts = [codes.T]
+        case "onnx":
+            parts = [pack_int4(codes) if scheme.codes == "int4" else codes]
     scale = quantized.scale if scheme.block is not None else quantized.scale[:, 0]
     parts.append(scale.to(stored))
     if quantized.zero_point is not None:
@@ -49,12 +53,14 @@ def pack(quantized: Quantized, stored: torch.dtype, *, nbits: bool) -> list[Tens
 
 
 def unpack(
-    parts: list[Tensor], shape: tuple[int, int], scheme: Scheme, *, nbits: bool
+    parts: list[Tensor], shape: tuple[int, int], scheme: Scheme, layout: Layout
 ) -> Quantized:
     """Undo `pack` for a weight of this shape."""
     rows, columns = shape
     codes, scale, *rest = parts
-    if nbits:
+    if layout == "turned":
+        codes = codes.T
+    elif layout == "nbits":
         codes = codes.view(rows, -1)
         codes = unpack_unsigned(codes) if scheme.bits == 4 else codes
         codes = (codes[:, :columns].to(torch.int16) - LOWEST[scheme.bits]).to(torch.int8)

@@ -14,7 +14,14 @@ from exporter.calibration import CalibrationTable
 from exporter.checkpoint import Checkpoint
 from exporter.gguf_blocks import block_scheme, read_blocks
 from exporter.quantized import INPUT_SCALE, SMOOTHING, Recipe
-from exporter.schemes import CALIBRATED, QuantizeOptions, fitting, layer_schemes, output_scheme
+from exporter.schemes import (
+    CALIBRATED,
+    QuantizeOptions,
+    fitting,
+    layer_schemes,
+    layouts,
+    output_scheme,
+)
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.qdq import Quantization
@@ -51,16 +58,14 @@ def make_recipe(
     if head is not None:
         recipe = _with_output_layer(recipe, checkpoint, *head)
     fitted = fitting(spec, target, recipe.schemes, decided=recipe.calibrated)
-    recipe = replace(recipe, schemes=fitted)
-    weights_only = (name for name, scheme in recipe.schemes.items() if scheme.activation is None)
-    return replace(recipe, nbits=frozenset(weights_only)) if cpu else recipe
+    return replace(recipe, schemes=fitted, layouts=layouts(target, fitted))
 
 
 def quantization(recipe: Recipe) -> Quantization:
     """Return what the graph must know of a recipe."""
     rounded = (n for n, scheme in recipe.schemes.items() if scheme.activation is not None)
     scales = {name: recipe.input_scale(name) for name in rounded}
-    return Quantization(schemes=recipe.schemes, input_scales=scales, nbits=recipe.nbits)
+    return Quantization(schemes=recipe.schemes, input_scales=scales, layouts=recipe.layouts)
 
 
 def describe(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] | None:
@@ -70,7 +75,7 @@ def describe(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] |
     return {
         "schemes": {name: scheme.to_json() for name, scheme in recipe.schemes.items()},
         "input_scales": dict(quantization(recipe).input_scales),
-        "nbits": sorted(recipe.nbits),
+        "layouts": dict(sorted(recipe.layouts.items())),
         "repacked": sorted(recipe.repacked),
         "method": "round to nearest" if table is None else table.method,
         "calibration": None if table is None else table.fingerprint,
@@ -87,7 +92,7 @@ def stored_recipe(manifest: Manifest) -> Recipe:
     return replace(
         plain,
         schemes={name: Scheme.from_json(entry) for name, entry in facts["schemes"].items()},
-        nbits=frozenset(facts["nbits"]),
+        layouts=facts["layouts"],
         tensors={
             group.name + INPUT_SCALE: torch.tensor(scales[group.readers[0]])
             for group in groups(manifest.model)

@@ -14,7 +14,7 @@ from torch import Tensor
 from exporter.packing import unpack_int4
 from exporter.quantize import Quantized, quantize
 from exporter.stored import FLOATS
-from graphs.scheme import SCALE, ZERO_POINT, Scheme, groups
+from graphs.scheme import SCALE, ZERO_POINT, Layout, Scheme, groups
 from graphs.spec import Dtype, ModelSpec
 
 SMOOTHING, INPUT_SCALE = ".smoothing", ".input_scale"  # after a group's name
@@ -64,14 +64,14 @@ def quantized(
 class Recipe:
     """How every weight of a model is stored: as floats of type `activation`, or by its scheme.
 
-    `nbits` names the linears that are laid out for `MatMulNBits`; `repacked` has those whose codes
+    `layouts` says how codes lie where that is not `onnx`; `repacked` has the weights whose codes
     the checkpoint holds already, so that nothing is rounded a second time.
     """
 
     spec: ModelSpec
     activation: Dtype
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
-    nbits: frozenset[str] = frozenset()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     repacked: Mapping[str, Callable[[], Quantized]] = field(default_factory=dict)
 
@@ -83,7 +83,12 @@ class Recipe:
     @property
     def rounds_inputs(self) -> bool:
         """Whether some linear rounds its input while it computes."""
-        return bool(self.nbits) or any(scheme.activation for scheme in self.schemes.values())
+        nbits = "nbits" in self.layouts.values()
+        return nbits or any(scheme.activation for scheme in self.schemes.values())
+
+    def layout(self, name: str) -> Layout:
+        """How the codes of a quantized weight lie in the file."""
+        return self.layouts.get(name, "onnx")
 
     def calibrated(self, name: str) -> bool:
         """Whether anything in the table concerns this weight."""

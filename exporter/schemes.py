@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from graphs.errors import UsageError
-from graphs.scheme import BLOCKS, QUANTIZED, Scheme, default_scheme, groups
+from graphs.scheme import BLOCKS, QUANTIZED, Layout, Scheme, default_scheme, groups
 from graphs.spec import Dtype, ModelSpec
 from runtime.sizes import weight_bytes
 
@@ -50,13 +50,23 @@ def quantized_bytes(spec: ModelSpec, target: str, precision: str, activation: Dt
 
     Blocks that a GGUF file brings along may have minimums where zero points are counted here.
     """
-    options, cpu = QuantizeOptions(), target == "cpu"
+    options = QuantizeOptions()
     schemes = layer_schemes(spec, target, precision, options)
     head = output_scheme(spec, target, precision, options)
     schemes = {**schemes, **dict([head] if head else [])}
     schemes = fitting(spec, target, schemes, decided=lambda _: False)
-    nbits = [name for name, scheme in schemes.items() if cpu and scheme.activation is None]
-    return sum(weight_bytes(spec, schemes, set(nbits), activation).values())
+    return sum(weight_bytes(spec, schemes, layouts(target, schemes), activation).values())
+
+
+def layouts(target: str, schemes: Mapping[str, Scheme]) -> dict[str, Layout]:
+    """How codes lie for ONNX Runtime CPU; the other targets take them as ONNX stores them."""
+    found: dict[str, Layout] = {}
+    for name, scheme in schemes.items() if target == "cpu" else ():
+        if scheme.activation is None:
+            found[name] = "nbits"
+        elif scheme.codes == "int8":
+            found[name] = "turned"
+    return found
 
 
 def layer_schemes(

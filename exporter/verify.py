@@ -169,7 +169,7 @@ def require(agreements: list[Agreement]) -> None:
 def rounds_inputs(manifest: Manifest) -> bool:
     """Whether some linear of the bundle rounds its input to 8 bits while it computes."""
     facts = manifest.quantization
-    return facts is not None and bool(facts["nbits"] or facts["input_scales"])
+    return facts is not None and bool("nbits" in facts["layouts"].values() or facts["input_scales"])
 
 
 def to_json(agreements: list[Agreement], against: str) -> dict[str, Any]:
@@ -276,11 +276,11 @@ def _bundle_logits(
 
 
 def _unpacked(file: Any, name: str, recipe: Recipe) -> Quantized:
-    scheme, nbits = recipe.schemes[name], name in recipe.nbits
+    scheme, layout = recipe.schemes[name], recipe.layout(name)
     rows, columns = shape = recipe.spec.weight_shapes()[name]
-    stored = stored_parts(name, shape, scheme, recipe.activation, nbits=nbits)
+    stored = stored_parts(name, shape, scheme, recipe.activation, layout)
     parts = [file.get_tensor(part.name) for part in stored]
-    return unpack(parts, (rows, columns), scheme, nbits=nbits)
+    return unpack(parts, (rows, columns), scheme, layout)
 
 
 def _compare(case: Case, got: Logits, expected: Logits, manifest: Manifest) -> Agreement:

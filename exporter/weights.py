@@ -97,8 +97,7 @@ def _parts(name: str, shape: tuple[int, ...], recipe: Recipe) -> tuple[StoredPar
     scheme = recipe.schemes.get(name)
     if scheme is None:
         return (StoredPart(name, shape, recipe.activation),)
-    nbits = name in recipe.nbits
-    return tuple(stored_parts(name, shape, scheme, recipe.activation, nbits=nbits))
+    return tuple(stored_parts(name, shape, scheme, recipe.activation, recipe.layout(name)))
 
 
 def _section(name: str) -> int:
@@ -192,7 +191,7 @@ def _converted(recipe: Recipe, name: str, weight: torch.Tensor) -> list[torch.Te
 
 
 def _packed(recipe: Recipe, name: str, weight: Quantized) -> list[torch.Tensor]:
-    return pack(weight, recipe.stored, nbits=name in recipe.nbits)
+    return pack(weight, recipe.stored, recipe.layout(name))
 
 
 def _check_range(name: str, tensor: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from graphs.dead_code import DEAD_CODE
 from graphs.fold_constants import FOLD_CONSTANTS
 from graphs.fold_query_groups import FOLD_QUERY_GROUPS
+from graphs.fuse_transpose import FUSE_TRANSPOSE
 from graphs.group_query_attention import GROUP_QUERY_ATTENTION
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
 from graphs.part_gate_up import PART_GATE_UP
@@ -27,6 +28,9 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
     "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
     "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
 }
+
+LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
+"""What follows when the quantized linears are written: it is for those that are left."""
 
 
 def lower(
@@ -50,7 +54,7 @@ def lower(
     if quantization is not None and quantization.schemes:
         write = QuantizeLinears(quantization=quantization, activation=activation)
         passes = (*passes, write, DEAD_CODE)
-    for step in passes:
+    for step in (*passes, *LAST.get(target, ())):
         fired[step.name] = fired.get(step.name, 0) + step(model, spec)
     if any(node.domain == CONTRIB for node in model.graph):
         model.opset_imports[CONTRIB] = 1

@@ -5,20 +5,22 @@ goes through `QuantizeLinear` and back; TensorRT compiles that to integer produc
 
     x ── MatMul(Transpose(W))    →    x ─ [Quantize ─ Dequantize] ─ MatMul(Transpose(Dequantize(q)))
 
+`turned` codes [K, N] need no Transpose; merged ones are joined along N when the graph is loaded.
+
 ONNX Runtime has a kernel of its own for weights alone, `MatMulNBits`, which the `nbits` form uses.
 A weight with minimums is two products, the second with the sums of the input's blocks:
 
     W = scale q + minimum    →    x W^T = MatMulNBits(x, q) + MatMul(ReduceSum(blocks of x), M^T)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from graphs.merge_linears import Linear, linear_at
 from graphs.rewrite import CONTRIB, PassError, constant
-from graphs.scheme import MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
+from graphs.scheme import MINIMUM, SCALE, ZERO_POINT, Layout, Scheme, StoredPart, stored_parts
 from graphs.spec import Dtype, ModelSpec
 from graphs.weights import ONNX_DTYPE, WeightRef, weight_of
 
@@ -37,12 +39,12 @@ class Quantization:
     """Which linears of a model are quantized, by canonical weight name, and how.
 
     `input_scales` has the static scale of every input that is rounded, by the weight that reads it;
-    `nbits` the linears that `MatMulNBits` computes.
+    `layouts` how codes lie where that is not `onnx`; `nbits` are computed by `MatMulNBits`.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     input_scales: Mapping[str, float] = field(default_factory=dict)
-    nbits: frozenset[str] = frozenset()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ class QuantizeLinears:
     activation: Dtype
     name: str = "quantize_linears"
 
-    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:  # noqa: ARG002
+    def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
         """Rewrite every quantized linear. Raises PassError unless all of them were found."""
         schemes, graph = self.quantization.schemes, model.graph
         done: set[str] = set()
@@ -67,11 +69,15 @@ class QuantizeLinears:
             if len({schemes.get(part) for part in parts}) > 1:
                 raise PassError(f"pass {self.name}: {', '.join(parts)} differ in their schemes")
             scheme = schemes[parts[0]]
-            if parts[0] in self.quantization.nbits:
+            layout = self.quantization.layouts.get(parts[0], "onnx")
+            if layout == "nbits":
                 _write_nbits(graph, linear, scheme, self.activation)
             else:
+                widths = [spec.weight_shapes()[part][0] for part in parts]
+                weight = _dequantized(graph, linear, scheme, self.activation, layout, widths)
+                linear.matmul.replace_input_with(1, weight)
                 scale = self.quantization.input_scales.get(parts[0])
-                _write_qdq(graph, linear, scheme, self.activation, scale)
+                _round_input(graph, linear, scheme, self.activation, scale)
             done |= set(parts)
         missing = sorted(set(schemes) - done)
         if missing:
@@ -79,24 +85,58 @@ class QuantizeLinears:
         return len(done)
 
 
-def _write_qdq(
-    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, input_scale: float | None
-) -> None:
-    transpose = linear.matmul.inputs[1].producer() if linear.matmul.inputs[1] else None
-    if transpose is None:
-        raise ValueError("a linear is a product with a transposed weight")
-    codes, scale, *_ = _parts(graph, linear.weight, scheme, activation, nbits=False)
+def _dequantized(
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, layout: Layout,
+    widths: Sequence[int],
+) -> ir.Value:  # fmt: skip
+    """The weight as its product reads it, [K, N]; its parts have `widths` rows."""
+    matmul, weight = linear
+    if layout == "turned":
+        codes, scale = _turned(graph, linear, scheme, activation, widths)
+        dequantize = ir.node("DequantizeLinear", [codes, scale], {"axis": 1})
+        _typed(dequantize.outputs[0], activation, weight.sizes[::-1])
+        graph.insert_before(matmul, dequantize)
+        return dequantize.outputs[0]
+    codes, scale, *_ = _parts(graph, weight, scheme, activation, layout)
     where = {"axis": 0} if scheme.block is None else {"axis": 1, "block_size": scheme.block}
     dequantize = ir.node("DequantizeLinear", [codes, scale], where)
-    _typed(dequantize.outputs[0], activation, linear.weight.sizes)
-    graph.insert_before(transpose, dequantize)
-    transpose.replace_input_with(0, dequantize.outputs[0])
+    transpose = ir.node("Transpose", [dequantize.outputs[0]], {"perm": [1, 0]})
+    _typed(dequantize.outputs[0], activation, weight.sizes)
+    _typed(transpose.outputs[0], activation, weight.sizes[::-1])
+    graph.insert_before(matmul, [dequantize, transpose])
+    return transpose.outputs[0]
+
+
+def _turned(
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, widths: Sequence[int]
+) -> tuple[ir.Value, ir.Value]:
+    """Codes [K, N] of all parts side by side, and scales [N]."""
+    weight, (rows, columns) = linear.weight, linear.weight.sizes
+    pieces = []
+    for part, width in zip(weight.parts, widths, strict=True):
+        codes, _ = stored_parts(part, (width, columns), scheme, activation, "turned")
+        pieces.append(_reference(graph, codes, (part,)))
+    _, scales = stored_parts(str(weight.name), (rows, columns), scheme, activation, "turned")
+    scale = _reference(graph, scales, tuple(part + SCALE for part in weight.parts))
+    if len(pieces) == 1:
+        return pieces[0], scale
+    join = ir.node("Concat", pieces, {"axis": 1})
+    join.outputs[0].type, join.outputs[0].shape = pieces[0].type, ir.Shape((columns, rows))
+    graph.insert_before(linear.matmul, join)
+    return join.outputs[0], scale
+
+
+def _round_input(
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, scale: float | None
+) -> None:
+    """Round what the product reads, where its scheme says so."""
     value = linear.matmul.inputs[0]
-    if scheme.activation is not None and value is not None:
-        if input_scale is None:
-            raise PassError(f"{linear.weight.name} has no scale for its input")
-        rounded = _rounded(graph, linear.matmul, value, scheme, activation, input_scale)
-        linear.matmul.replace_input_with(0, rounded)
+    if scheme.activation is None or value is None:
+        return
+    if scale is None:
+        raise PassError(f"{linear.weight.name} has no scale for its input")
+    rounded = _rounded(graph, linear.matmul, value, scheme, activation, scale)
+    linear.matmul.replace_input_with(0, rounded)
 
 
 def _rounded(
@@ -125,7 +165,7 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
     matmul, weight = linear
     value, output = matmul.inputs[0], matmul.outputs[0]
     rows, columns = weight.sizes
-    parts = _parts(graph, weight, scheme, activation, nbits=True)
+    parts = _parts(graph, weight, scheme, activation, "nbits")
     minimum = parts.pop() if scheme.offset == "minimum" else None
     product = ir.node(
         "MatMulNBits", [value, *parts],
@@ -157,12 +197,12 @@ def _write_lookup(
     Only the rows that are asked for are dequantized.
     """
     weight, output = weight_of(gather.inputs[0]), gather.outputs[0]
-    if weight is None or weight.parts[0] not in quantization.nbits:
+    if weight is None or quantization.layouts.get(weight.parts[0]) != "nbits":
         return
     scheme, (rows, columns) = quantization.schemes[weight.parts[0]], weight.sizes
     if scheme.block is None or columns % scheme.block or scheme.offset != "none":
         raise PassError(f"{weight.name}: an embedding is looked up in whole blocks without offsets")
-    _, scale = _parts(graph, weight, scheme, activation, nbits=True)
+    _, scale = _parts(graph, weight, scheme, activation, "nbits")
     # The same bytes as the output layer's codes, without blocks in their shape.
     shape = (rows, columns * scheme.bits // 8)
     codes = WeightRef(f"{weight.name}.rows", weight.parts, shape, ir.DataType.UINT8)
@@ -194,11 +234,11 @@ def _block_sums(
 
 
 def _parts(
-    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, *, nbits: bool
+    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, layout: Layout
 ) -> list[ir.Value]:
     """Put codes, scales and what else there is into the graph, in `stored_parts`' order."""
     found = []
-    for part in stored_parts(str(weight.name), weight.sizes, scheme, activation, nbits=nbits):
+    for part in stored_parts(str(weight.name), weight.sizes, scheme, activation, layout):
         suffix = part.name.removeprefix(str(weight.name))
         found.append(_reference(graph, part, tuple(name + suffix for name in weight.parts)))
     return found

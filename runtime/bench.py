@@ -20,7 +20,6 @@ from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.spec import ITEM_SIZE
 from runtime.bandwidth import read_bandwidth
-from runtime.generator import Generator
 from runtime.load import Loaded, make_ring
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
@@ -54,7 +53,7 @@ def measure(
     rounds = []
     with stage("Measuring", repeat + 2) as advance:
         for _ in range(repeat + 1):
-            rounds.append(_round(loaded.generator, prompt_tokens, new_tokens))
+            rounds.append(_round(loaded, prompt_tokens, new_tokens))
             advance(1)
         bandwidth = read_bandwidth(_threads(loaded))
         advance(1)
@@ -194,7 +193,10 @@ def _prompt(vocab_size: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One answer. Seconds: to the first token, of all others, outside the backend, between two."""
+    """One answer. Seconds: to the first token, of all others, outside the backend, between two.
+
+    `host` is what sampling, detokenizing and the loop take.
+    """
 
     ttft: float
     decode: float
@@ -221,7 +223,9 @@ class _Clocked:
         return logits
 
 
-def _round(generator: Generator, prompt_tokens: int, new_tokens: int) -> Round:
+def _round(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> Round:
+    """Answer once, as `generate` does: sampled, detokenized, searched for the end."""
+    generator, text = loaded.generator, loaded.tokenizer.stream()
     generator.rewind(0)
     session = generator.session
     clocked = generator.session = _Clocked(session)
@@ -229,10 +233,12 @@ def _round(generator: Generator, prompt_tokens: int, new_tokens: int) -> Round:
         began = perf_counter()
         logits = generator.feed(_prompt(generator.vocab_size, prompt_tokens))
         steps = generator.generate(logits, GREEDY, max_new_tokens=new_tokens)
-        next(steps)
+        text.push(next(steps).token_id)
         clocked.seconds = 0.0
         times = [perf_counter()]
-        times.extend(perf_counter() for _ in steps)
+        for step in steps:
+            text.push(step.token_id)
+            times.append(perf_counter())
     finally:
         generator.session = session
     if len(times) < new_tokens:

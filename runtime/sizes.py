@@ -1,10 +1,10 @@
 """How many bytes a bundle has, and how many of them a token costs. Knows no file and no session."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from graphs.manifest import Manifest
-from graphs.scheme import Scheme, stored_parts
+from graphs.scheme import Layout, Scheme, stored_parts
 from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
 
 
@@ -14,19 +14,19 @@ def file_bytes(manifest: Manifest) -> int:
 
 
 def weight_bytes(
-    spec: ModelSpec, schemes: Mapping[str, Scheme], nbits: Collection[str], activation: Dtype
+    spec: ModelSpec,
+    schemes: Mapping[str, Scheme],
+    layouts: Mapping[str, Layout],
+    activation: Dtype,
 ) -> dict[str, int]:
-    """Bytes of every weight by its name, with its scales where it is quantized.
-
-    `nbits` are those in the layout of `MatMulNBits`.
-    """
+    """Bytes of every weight by its name, with its scales where it is quantized."""
     found = {}
     for name, shape in spec.weight_shapes().items():
         scheme = schemes.get(name)
         if scheme is None:
             found[name] = math.prod(shape) * ITEM_SIZE[activation]
         else:
-            parts = stored_parts(name, shape, scheme, activation, nbits=name in nbits)
+            parts = stored_parts(name, shape, scheme, activation, layouts.get(name, "onnx"))
             found[name] = sum(part.nbytes for part in parts)
     return found
 
@@ -34,8 +34,8 @@ def weight_bytes(
 def read_bytes(manifest: Manifest) -> int:
     """Bytes of weights that a decoded token reads: all, but one row of an untied embedding."""
     spec = manifest.model
-    nbits = (manifest.quantization or {}).get("nbits", ())
-    found = weight_bytes(spec, schemes_of(manifest), set(nbits), manifest.activation)
+    layouts = (manifest.quantization or {}).get("layouts", {})
+    found = weight_bytes(spec, schemes_of(manifest), layouts, manifest.activation)
     if not spec.tie_word_embeddings:
         found["model.embed_tokens.weight"] //= spec.vocab_size
     return sum(found.values())

@@ -15,7 +15,7 @@ from graphs.dead_code import DEAD_CODE
 from graphs.fold_constants import FOLD_CONSTANTS
 from graphs.fold_query_groups import FOLD_QUERY_GROUPS
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
-from graphs.pipeline import PASSES, PORTABLE, lower
+from graphs.pipeline import LAST, PASSES, PORTABLE, lower
 from graphs.rewrite import Pass, PassError
 from graphs.spec import ModelSpec, RingSpec
 from graphs.tie_embedding import TIE_EMBEDDING
@@ -27,6 +27,7 @@ from tests.make_checkpoint import tiny_spec
 SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # its trace is shared with other tests
 TIED = replace(SPEC, tie_word_embeddings=True)
 LAYERS = SPEC.num_hidden_layers
+CPU = (*PASSES["cpu"], *LAST["cpu"])
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,11 +63,14 @@ def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
 )
 def test_every_pass_fires_as_often_as_it_promises(spec: ModelSpec, expected: dict[str, int]):
     fired = lower(tiny.traced(spec), spec, "cpu")
-    counts = {"merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1, **expected}
+    counts = {
+        "merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1,
+        "fuse_transpose": 4 * LAYERS + 1, **expected,
+    }  # fmt: skip
     assert {name: fired[name] for name in counts} == counts
     assert fired["fold_constants"] > 0
     assert fired["dead_code"] > 0
-    assert fired.keys() == {step.name for step in PASSES["cpu"]}
+    assert fired.keys() == {step.name for step in CPU}
     assert fired["group_query_attention"] == 0, "both layers have a window"
 
 
@@ -80,7 +84,7 @@ def test_after_each_pass_the_numbers_are_those_of_the_untouched_trace(spec: Mode
     expected = logits_of(tiny.traced(spec), spec)
     assert float(np.abs(expected).max()) > 1, "logits of nothing would agree with anything"
     model = tiny.traced(spec)
-    for step in PASSES["cpu"]:
+    for step in CPU:
         step(model, spec)
         got = logits_of(model.clone(), spec)
         # A merged product may add up its 64 terms in another order, which moves logits of 4 by

@@ -31,7 +31,7 @@ from graphs.manifest import Manifest, read_manifest
 from graphs.pipeline import lower
 from graphs.qdq import Quantization
 from graphs.rewrite import PassError
-from graphs.scheme import Scheme, default_scheme, groups, stored_parts
+from graphs.scheme import Layout, Scheme, default_scheme, groups, stored_parts
 from runtime.load import load_session, make_ring
 from tests import tiny
 from tests.conftest import Command
@@ -125,21 +125,23 @@ def test_packed_codes_come_back(rows: int, columns: int, seed: int) -> None:
     assert torch.equal(unpack_int4(pack_int4(codes))[:, :columns], codes)
 
 
-@pytest.mark.parametrize("nbits", [False, True])
+@pytest.mark.parametrize("layout", ["onnx", "turned", "nbits"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_packed_weight_comes_back_and_has_the_shapes_that_were_announced(
-    scheme: Scheme, nbits: bool
+    scheme: Scheme, layout: Layout
 ) -> None:
-    if nbits and (scheme.block is None or scheme.codes == "float8e4m3"):
+    if layout == "nbits" and (scheme.block is None or scheme.codes == "float8e4m3"):
         pytest.skip("MatMulNBits has whole blocks of integers only")
-    if not nbits and scheme.offset == "zero_point":
+    if layout != "nbits" and scheme.offset == "zero_point":
         pytest.skip("zero points are only there for MatMulNBits")
+    if layout == "turned" and (scheme.block is not None or scheme.codes == "int4"):
+        pytest.skip("what is turned has one byte for each code and one scale for each row")
     weight = quantize(matrix(6, 96), scheme, torch.float32)
-    parts = pack(weight, torch.float32, nbits=nbits)
-    announced = list(stored_parts("w", (6, 96), scheme, "float32", nbits=nbits))
+    parts = pack(weight, torch.float32, layout)
+    announced = list(stored_parts("w", (6, 96), scheme, "float32", layout))
     shapes = [p.shape if p.element != "int4" else (6, 48) for p in announced]
     assert [tuple(part.shape) for part in parts] == shapes
-    back = unpack(parts, (6, 96), scheme, nbits=nbits)
+    back = unpack(parts, (6, 96), scheme, layout)
     assert torch.equal(back.dequantized(), weight.dequantized())
 
 
@@ -260,10 +262,12 @@ def test_a_bundle_that_rounds_activations_computes_what_its_simulation_does(
         str(checkpoint), tmp_path / "bundle", ExportOptions(precision=precision, calibration=table)
     )
     assert_exact(manifest)
-    kinds = Counter(
-        node.op_type for node in onnx.load(tmp_path / "bundle" / "model.onnx").graph.node
-    )
+    nodes = onnx.load(tmp_path / "bundle" / "model.onnx").graph.node
+    kinds = Counter(node.op_type for node in nodes)
     assert kinds["QuantizeLinear"] == 4 * SPEC.num_hidden_layers
+    weights = {node.output[0] for node in nodes if node.op_type == "DequantizeLinear"}
+    turned = [node for node in nodes if node.op_type == "Transpose" and node.input[0] in weights]
+    assert len(turned) == (0 if precision == "int8" else 4 * SPEC.num_hidden_layers)
     assert kinds["MatMulNBits"] == 1, "the output layer, whose input is not rounded"
     assert manifest.quantization is not None
     assert manifest.quantization["method"] == "by hand"

@@ -112,8 +112,8 @@ def test_a_token_reads_codes_scales_and_zero_points_of_what_is_quantized():
     spec = tiny_spec(tie_word_embeddings=True)
     scheme = default_scheme("int4wo", block=32, offset="zero_point")
     names = [name for group in groups(spec) for name in group.readers]
-    stored = {"schemes": {name: scheme.to_json() for name in names}, "nbits": names,
-              "method": "awq"}  # fmt: skip
+    stored = {"schemes": {name: scheme.to_json() for name in names},
+              "layouts": dict.fromkeys(names, "nbits"), "method": "awq"}  # fmt: skip
     linears, expected = 0, 0
     for name in names:
         n, k = spec.weight_shapes()[name]

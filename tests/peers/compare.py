@@ -172,7 +172,7 @@ def run(
     for number in range(arguments.rounds + 1):
         for one in found:
             long = one.ask(do="time", prompt=cut[0], count=2)
-            short = one.ask(do="time", prompt=cut[1][:SHORT], count=NEW)
+            short = one.ask(do="time", prompt=cut[-1][:SHORT], count=NEW)
             if number and long and short:
                 one.prefill.append(long["prefill"])
                 one.decode.append(short["decode"])
