@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from graphs.errors import MistralcError
 from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec
 
-SCHEMA = 2
+SCHEMA = 1
 FILE_NAME = "manifest.json"
 SIGNATURE = "manifest.sig"  # over the bytes of the manifest, which therefore cannot list it
 CHECKSUM = "manifest_sha256"
