@@ -34,8 +34,8 @@ LOG = "".join(
     for minute in range(5)
 )
 REPEATING = {
-    "edit a file": f"Repeat this file, with every comment removed:\n\n{CODE}",
-    "copy a log": f"Print these lines again, sorted by time:\n\n{LOG}",
+    "edit a file": f"```python\n{CODE}```\n\nAdd a function `deviation` to this file. Print the file.",
+    "summarise a log": f"Summarise this log, line by line:\n\n{LOG}",
 }
 ORDINARY = {
     "explain": "Explain in a few paragraphs why the sky is blue.",
@@ -53,8 +53,10 @@ def main() -> None:
     arguments = parser.parse_args()
     loaded = load(arguments.bundle)
     print(json.dumps(machine()))
-    print("| | prompt | without, tokens/s | with, tokens/s | ratio | same tokens |")
-    print("| --- | --- | ---: | ---: | ---: | --- |")
+    print(
+        "| | prompt | answer, tokens | without, tokens/s | with, tokens/s | ratio | same tokens |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
     for kind, prompts in (("repeats itself", REPEATING), ("ordinary", ORDINARY)):
         for name, text in prompts.items():
             print(f"| {kind} | {name} | {row(loaded, text, arguments)} |", flush=True)
@@ -71,7 +73,7 @@ def row(loaded: Loaded, text: str, arguments: argparse.Namespace) -> str:
             found.append(rate)
     without, with_drafts = (median(found[1:]) for found in rates.values())
     same = "yes" if answers[0] == answers[arguments.speculate] else "no"
-    return f"{without:.0f} | {with_drafts:.0f} | {with_drafts / without:.2f} | {same}"
+    return f"{len(answers[0])} | {without:.0f} | {with_drafts:.0f} | {with_drafts / without:.2f} | {same}"
 
 
 def answer(loaded: Loaded, ids: list[int], speculate: int, count: int) -> tuple[float, list[int]]:
