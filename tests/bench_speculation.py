@@ -34,7 +34,8 @@ LOG = "".join(
     for minute in range(5)
 )
 REPEATING = {
-    "edit a file": f"```python\n{CODE}```\n\nAdd a function `deviation` to this file. Print the file.",
+    "edit a file": f"```python\n{CODE}```\n\n"
+    "Add a function `deviation` to this file. Print the whole file.",
     "summarise a log": f"Summarise this log, line by line:\n\n{LOG}",
 }
 ORDINARY = {
@@ -73,7 +74,8 @@ def row(loaded: Loaded, text: str, arguments: argparse.Namespace) -> str:
             found.append(rate)
     without, with_drafts = (median(found[1:]) for found in rates.values())
     same = "yes" if answers[0] == answers[arguments.speculate] else "no"
-    return f"{len(answers[0])} | {without:.0f} | {with_drafts:.0f} | {with_drafts / without:.2f} | {same}"
+    ratio = with_drafts / without
+    return f"{len(answers[0])} | {without:.0f} | {with_drafts:.0f} | {ratio:.2f} | {same}"
 
 
 def answer(loaded: Loaded, ids: list[int], speculate: int, count: int) -> tuple[float, list[int]]:
