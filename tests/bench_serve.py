@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import psutil
 from openai import AsyncOpenAI
 
@@ -120,8 +121,7 @@ async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, st
         watching = asyncio.create_task(watch())
         many = await together(client, expected, arguments.clients, arguments.seconds, count)
         watching.cancel()
-    tenth = max(1, len(memory) // 10)
-    first, last = statistics.median(memory[:tenth]), statistics.median(memory[-tenth:])
+    fifths = [statistics.median(part) / 1e6 for part in np.array_split(memory, 5)]
     return {
         "clients, rows": f"{arguments.clients}, {arguments.rows}",
         "seconds": f"{many.seconds:.0f}",
@@ -135,7 +135,7 @@ async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, st
         "the same, one client": milliseconds(single.between),
         "time to first token p50, p99": milliseconds(many.ttft),
         "the same, one client ": milliseconds(single.ttft),
-        "resident memory, first and last tenth": f"{first / 1e6:,.0f} and {last / 1e6:,.0f} MB",
+        "resident memory, each fifth of the time, MB": ", ".join(f"{mb:,.0f}" for mb in fifths),
     }
 
 
