@@ -51,7 +51,7 @@ bench-positions: $(READY) ## Latency and memory of 20,000 tokens through a 64-to
 	$(BIN)/mistralc bench $(SLIDING) --positions 20000 --plot build/positions.png
 
 test: $(READY) ## Run the tests, a file at a time on each of two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## Check style and the import order of the packages
 	$(BIN)/ruff check .

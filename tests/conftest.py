@@ -1,7 +1,11 @@
-"""What several test files share: the command line in process, tiny checkpoints, their bundles."""
+"""What several test files share: the command line in process, tiny checkpoints, their bundles.
+
+What takes long to make is made once per run: the worker processes of pytest-xdist share it.
+"""
 
 import fcntl
 import io
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +15,19 @@ from typing import NamedTuple
 import pytest
 
 CONTEXT = 96  # tokens that `plain_bundle` holds: more than prompts here, few enough to fill
+LONGEST = (
+    "test_smollm2.py",
+    "test_readme.py",
+    "test_model_against_transformers.py",
+    "test_engine.py",
+    "test_trace.py",
+    "test_serve_smollm2.py",
+)
+"""Files of half a minute and more. They come first: of two worker processes that share the files
+out, one would wait at the end for the other's last long one. See `make test`."""
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread of OpenMP for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Ended(NamedTuple):
@@ -22,6 +39,12 @@ class Ended(NamedTuple):
 
 
 Command = Callable[..., Ended]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put `LONGEST` in front, in their order."""
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,39 +78,84 @@ def mistralc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def sliding_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """`once(name, make)` is a path at which the first process to ask let `make(path)` write.
+
+    The others wait until it is there, whole.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if own.name.startswith("popen-") else own  # workers of one run share it
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        path = shared / "once" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (shared / f"{name.replace('/', '-')}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(unfinished := path.with_suffix(".unfinished"))
+                unfinished.rename(path)
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def sliding_checkpoint(once: Once) -> Path:
     """A checkpoint of 100,000 random weights with a window of 8 tokens. Do not change it."""
     from tests.make_checkpoint import tiny_spec, write_checkpoint
 
-    return write_checkpoint(tmp_path_factory.mktemp("sliding") / "tiny", tiny_spec(window=8))
+    return once("sliding/tiny", lambda path: write_checkpoint(path, tiny_spec(window=8)))
 
 
 @pytest.fixture(scope="session")
-def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plain_checkpoint(once: Once) -> Path:
     """The same without a window. Do not change it."""
     from tests.make_checkpoint import tiny_spec, write_checkpoint
 
-    return write_checkpoint(tmp_path_factory.mktemp("plain") / "tiny", tiny_spec())
+    return once("plain/tiny", lambda path: write_checkpoint(path, tiny_spec()))
 
 
 @pytest.fixture(scope="session")
-def sliding_bundle(sliding_checkpoint: Path) -> Path:
+def sliding_bundle(once: Once, sliding_checkpoint: Path) -> Path:
     """The bundle of `sliding_checkpoint`: window 8, chunk 8, a ring of 16 slots."""
     from exporter.export import ExportOptions, export
 
-    export(str(sliding_checkpoint), bundle := sliding_checkpoint.parent / "bundle", ExportOptions())
-    return bundle
+    return once("sliding/bundle", lambda b: export(str(sliding_checkpoint), b, ExportOptions()))
 
 
 @pytest.fixture(scope="session")
-def plain_bundle(plain_checkpoint: Path) -> Path:
+def plain_bundle(once: Once, plain_checkpoint: Path) -> Path:
     """The bundle of `plain_checkpoint`, whose text ends at `CONTEXT` tokens."""
     from exporter.export import ExportOptions, export
 
     options = ExportOptions(context=CONTEXT, chunk=8)
-    export(str(plain_checkpoint), bundle := plain_checkpoint.parent / "bundle", options)
-    return bundle
+    return once("plain/bundle", lambda bundle: export(str(plain_checkpoint), bundle, options))
+
+
+@pytest.fixture(scope="session")
+def rounded_bundle(once: Once, plain_checkpoint: Path) -> Path:
+    """`plain_bundle` with weights in 8 bits, nothing calibrated."""
+    from exporter.export import ExportOptions, export
+
+    options = ExportOptions(precision="int8wo", context=CONTEXT, chunk=8)
+    return once("plain/rounded", lambda bundle: export(str(plain_checkpoint), bundle, options))
+
+
+@pytest.fixture(scope="module")
+def kept_traces() -> Iterator[None]:
+    """Let exports in this process take copies of the traces that `tests/tiny.py` keeps.
+
+    Tracing is most of a tiny export. `test_trace.py` shows that a trace made anew is the same.
+    """
+    from tests import tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporter.export.trace", tiny.traced)
+        yield
 
 
 @pytest.fixture
@@ -97,16 +165,11 @@ def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 @pytest.fixture(scope="session")
-def default_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def default_build(once: Once) -> Path:
     """A folder in which `make export` has done its work for the CPU: half a minute, once a run."""
     from exporter.export import ExportOptions, export
 
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if own.name.startswith("popen-") else own  # workers of one run share it
-    bundle = shared / "default" / "build" / "smollm2-cpu-fp32"
-    with (shared / "default.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not bundle.exists():
-            bundle.parent.mkdir(parents=True)
-            export("smollm2", bundle, ExportOptions())
-    return shared / "default"
+    bundle = once(
+        "default/build/smollm2-cpu-fp32", lambda path: export("smollm2", path, ExportOptions())
+    )
+    return bundle.parent.parent

@@ -277,6 +277,7 @@ def test_verify_prints_a_table_for_people(
     assert "Verdict: passed" in out
 
 
+@pytest.mark.usefixtures("kept_traces")
 def test_a_short_verification_leaves_out_long_cases(
     mistralc: Command, plain_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -19,18 +19,6 @@ from tests.conftest import Command
 Copy = Callable[[Path], Path]
 
 
-@pytest.fixture(scope="module")
-def quantized(
-    plain_checkpoint: Path, plain_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The bundle of the same checkpoint with weights of 8 bits."""
-    bundle = tmp_path_factory.mktemp("diff") / "int8wo"
-    context = read_manifest(plain_bundle).ring.context
-    options = ExportOptions(precision="int8wo", context=context, chunk=8)
-    export(str(plain_checkpoint), bundle, options)
-    return bundle
-
-
 def test_changes_are_found_at_any_depth_and_named_by_their_path() -> None:
     a = {"same": 1, "deep": {"list": [1, 2, {"x": 3}], "gone": 4}, "shape": [1], "none": None}
     b = {"same": 1, "deep": {"list": [1, 5, {"x": 6}], "new": 7}, "shape": [1, 2], "none": {}}
@@ -65,9 +53,9 @@ def test_a_bundle_and_its_copy_are_identical_in_all_that_is_compared(
 
 
 def test_a_precision_shows_in_manifest_sizes_and_logits(
-    mistralc: Command, plain_bundle: Path, quantized: Path
+    mistralc: Command, plain_bundle: Path, rounded_bundle: Path
 ) -> None:
-    ended = mistralc("diff", plain_bundle, quantized, "--json", "--exit-code")
+    ended = mistralc("diff", plain_bundle, rounded_bundle, "--json", "--exit-code")
     assert ended.code == 3, ended.err
     found = json.loads(ended.out)
     assert found["identical"] is False
@@ -88,18 +76,18 @@ def test_a_precision_shows_in_manifest_sizes_and_logits(
 
 
 def test_logits_are_compared_with_those_that_each_bundle_computes_alone(
-    plain_bundle: Path, quantized: Path
+    plain_bundle: Path, rounded_bundle: Path
 ) -> None:
     # By another way: all positions of each text from a fresh session, in one piece after another.
     from runtime.load import load_session, make_ring
     from runtime.perplexity import feed
 
-    found = compare(open_bundle(plain_bundle), open_bundle(quantized)).logits
+    found = compare(open_bundle(plain_bundle), open_bundle(rounded_bundle)).logits
     assert found is not None
     worst, equal, count = 0.0, 0, 0
     for text in read_manifest(plain_bundle).golden:
         both = []
-        for bundle in (plain_bundle, quantized):
+        for bundle in (plain_bundle, rounded_bundle):
             manifest = read_manifest(bundle)
             session, ring = load_session(bundle, manifest), make_ring(manifest)
             session.resize(ring.capacities)
@@ -115,9 +103,9 @@ def test_logits_are_compared_with_those_that_each_bundle_computes_alone(
 
 
 def test_people_read_a_tree_of_what_changed(
-    mistralc: Command, plain_bundle: Path, quantized: Path
+    mistralc: Command, plain_bundle: Path, rounded_bundle: Path
 ) -> None:
-    ended = mistralc("diff", plain_bundle, quantized)
+    ended = mistralc("diff", plain_bundle, rounded_bundle)
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert '  precision: "fp32" → "int8wo"' in lines
@@ -150,17 +138,18 @@ def test_a_bundle_whose_backend_is_missing_is_compared_as_far_as_that_goes(
 
 
 def test_static_loads_nothing(
-    plain_bundle: Path, quantized: Path, monkeypatch: pytest.MonkeyPatch
+    plain_bundle: Path, rounded_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object, **_named: object) -> None:
         pytest.fail("a bundle was loaded")
 
     monkeypatch.setattr(diff, "load_session", fail)
-    found = compare(open_bundle(plain_bundle), open_bundle(quantized), static=True)
+    found = compare(open_bundle(plain_bundle), open_bundle(rounded_bundle), static=True)
     assert found.changes
     assert found.left_out == ("logits and latency: --static was given",)
 
 
+@pytest.mark.usefixtures("kept_traces")
 def test_models_of_other_vocabularies_are_timed_and_their_logits_left_out(
     plain_bundle: Path, tmp_path: Path
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +53,7 @@ SPEC = tiny_spec(
 )  # fmt: skip  # 9 million weights, so that a plan that stores them twice is seen
 RING = RingSpec(chunk=64, context=1)
 
-Make = Callable[..., Manifest]
+pytestmark = pytest.mark.usefixtures("kept_traces")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
 def engine(
-    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    kept_traces: None,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Manifest]:
     bundle = tmp_path_factory.mktemp("engine") / "bundle"
     options = ExportOptions(target="rtx", precision=request.param)

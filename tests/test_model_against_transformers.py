@@ -6,11 +6,9 @@ layers) runs on a reference of a few lines in float64.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +36,7 @@ HEADS, HIDDEN, SQUARE, WIDE = 8, 64, 8, 12  # SQUARE * HEADS = HIDDEN, WIDE * HE
 
 
 def grid_spec(ratio: int, window: int | None, head_dim: int, *, tied: bool = False) -> ModelSpec:
+    """One layer, as tracing is what takes long: `test_smollm2.py` has thirty, tests below two."""
     return tiny_spec(
         vocab_size=64, hidden_size=HIDDEN, num_attention_heads=HEADS,
         num_key_value_heads=HEADS // ratio, head_dim=head_dim, window=window,
@@ -65,23 +64,6 @@ def turns_for(count: int) -> list[int]:
     return [count // 3, *[1] * 11, count // 3, *[1] * (count - 2 * (count // 3) - 11)]
 
 
-Models = Mapping[ModelSpec, "Future[dict[tuple[str, bool], bytes]]"]  # by spec, untied
-
-
-@pytest.fixture(scope="module")
-def models() -> Iterator[Models]:
-    """The grid's graphs, two at a time: tracing one takes 2 s, everything else a tenth of that.
-
-    One layer each for the same reason: `test_smollm2.py` has thirty, the tests below two.
-    """
-    pool = ProcessPoolExecutor(2, mp_context=get_context("spawn"))
-    try:
-        specs = [grid_spec(*axes) for axes in GRID]
-        yield {spec: pool.submit(tiny.models_bytes, spec, TARGETS) for spec in specs}
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def transformers_logits(
     path: Path, ids: tiny.Ids, family: type[LlamaForCausalLM] | type[MistralForCausalLM]
 ) -> tiny.Logits:
@@ -102,7 +84,7 @@ def difference(got: NDArray[np.floating], expected: NDArray[np.floating]) -> flo
 
 @pytest.mark.parametrize("spec", CASES)
 def test_decoder_and_both_graphs_agree_with_transformers_over_ten_windows(
-    spec: ModelSpec, models: Models, tmp_path: Path
+    spec: ModelSpec, tmp_path: Path
 ):
     write_checkpoint(tmp_path, spec)
     ids = tiny.tokens(spec, 160 if spec.windows[0] is None else 10 * spec.windows[0])
@@ -114,9 +96,8 @@ def test_decoder_and_both_graphs_agree_with_transformers_over_ten_windows(
     found = difference(tiny.at_once(decoder, ids), expected)
     assert found <= TOLERANCE, "the PyTorch decoder disagrees"
 
-    built = models[replace(spec, tie_word_embeddings=False)].result()
     for target in TARGETS:
-        session = tiny.load(built[target, spec.tie_word_embeddings], spec)
+        session = tiny.load(tiny.model_bytes(spec, target), spec)
         got = tiny.in_turns(session, ring_for(spec), ids, turns_for(len(ids)))
         assert difference(got, expected) <= TOLERANCE, f"the {target} graph disagrees"
 

@@ -1,28 +1,18 @@
-"""Perplexity of windows: by hand, in pieces, on a ring, and against transformers."""
+"""Perplexity of windows: by hand, in pieces, on a ring. `test_smollm2.py` has real weights."""
 
-import json
 import math
 import tracemalloc
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from exporter.checkpoint import Checkpoint, open_checkpoint
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.spec import ModelSpec, RingSpec
-from runtime.corpus import read_corpus, windows
 from runtime.perplexity import ROWS, Scores, log_likelihoods, predictions, score
 from runtime.session import Ids, Logits
-from runtime.tokenizer import Tokenizer
 from tests import tiny
-from tests.conftest import Command
 from tests.make_checkpoint import tiny_spec
 
 WINDOW, CHUNK = 8, 3  # C = 12: pieces of 3, and a ring that wraps within the texts below
@@ -189,46 +179,3 @@ def test_broken_logits_are_an_error_and_not_a_perplexity(broken: float):
     logits[3] = broken
     with pytest.raises(MistralcError, match="NaN or infinity after token 0 of window 0"):
         score(Scripted(logits), manifest_of(PLAIN), texts(PLAIN, 1, 9))
-
-
-# Real weights
-
-
-def transformers_model(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """transformers' model with its own reading of a GGUF file, which has no window."""
-    spec = checkpoint.spec
-    with torch.device("meta"):  # names, and which Q and K of how many heads to un-permute
-        names = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=spec.hidden_size,
-                num_hidden_layers=spec.num_hidden_layers,
-                num_attention_heads=spec.num_attention_heads,
-                num_key_value_heads=spec.num_key_value_heads,
-            )
-        )
-    read = load_gguf_checkpoint(str(checkpoint.path), return_tensors=True, model_to_load=names)
-    settings = {n: v for n, v in read["config"].items() if n not in ("model_type", "architectures")}
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    result = model.load_state_dict(read["tensors"], strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["lm_head.weight"], []), "it is tied"
-    model.tie_weights()
-    return model.eval()
-
-
-@pytest.mark.smollm2
-def test_perplexity_of_smollm2_is_that_of_transformers(mistralc: Command, tmp_path: Path):
-    """Through the command line, on the default text; transformers reads the file for itself."""
-    bundle = tmp_path / "bundle"
-    assert mistralc("export", "smollm2", "-o", bundle).code == 0
-    ended = mistralc("eval", bundle, "--limit", 3, "--json")
-    assert ended.code == 0, ended.err
-    result = json.loads(ended.out)
-    cut = windows(read_corpus([], Tokenizer.load(bundle), "evaluation"), 512, 3)
-    model, nll = transformers_model(open_checkpoint("smollm2")), 0.0
-    with torch.inference_mode():
-        for ids in torch.from_numpy(cut):
-            logits = model(ids[None], use_cache=False).logits[0, :-1].double()
-            nll += float(cross_entropy(logits, ids[1:], reduction="sum"))
-    assert result["tokens"] == 3 * 511
-    # 0.1 % is what is promised; two programs in float32 were seen to agree to 3e-8.
-    assert result["perplexity"] == pytest.approx(math.exp(nll / result["tokens"]), rel=1e-3)

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter import export as exporting
 from exporter.calibration import CalibrationTable
 from exporter.checkpoint import open_checkpoint
 from exporter.export import ExportOptions, export
@@ -57,12 +56,6 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("quantized") / "checkpoint", SPEC)
-
-
-@pytest.fixture
-def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reuse traces, which is what takes long."""
-    monkeypatch.setattr(exporting, "trace", lambda spec, activation: tiny.traced(spec, activation))
 
 
 def table_for(path: Path, precision: str, **changed: object) -> CalibrationTable:
@@ -195,7 +188,7 @@ def test_an_input_that_three_linears_read_is_rounded_once() -> None:
 # Bundles
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize(
     ("precision", "options"),
     [
@@ -223,7 +216,7 @@ def test_a_bundle_with_quantized_weights_computes_what_its_simulation_does(
     assert kinds["lm_head.weight"] == ("F32" if "lm_head" in options.keep else "U8")
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_tied_embedding_is_stored_once_and_read_by_both_its_users(
     tmp_path: Path, bits: int
@@ -252,7 +245,7 @@ def test_a_tied_embedding_is_stored_once_and_read_by_both_its_users(
     assert saved[0] - saved[1] == pytest.approx(size * (4 - bits / 8 - 4 / 32), abs=500)
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_a_bundle_that_rounds_activations_computes_what_its_simulation_does(
     checkpoint: Path, tmp_path: Path, precision: str
@@ -273,7 +266,7 @@ def test_a_bundle_that_rounds_activations_computes_what_its_simulation_does(
     assert manifest.quantization["method"] == "by hand"
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize("precision", ["fp32", "int8wo", "int4wo", "int8", "fp8"])
 def test_a_rows_logits_are_the_same_in_bits_among_two_rows_and_more(
     checkpoint: Path, tmp_path: Path, precision: str
@@ -312,7 +305,7 @@ def assert_exact(manifest: Manifest) -> None:
     assert differences[len(differences) // 2] < EXACT, record["cases"]
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 def test_a_bundle_is_its_own_reference(checkpoint: Path, tmp_path: Path) -> None:
     manifest = export(str(checkpoint), tmp_path / "bundle", ExportOptions(precision="int4wo"))
     own = bundle_reference(tmp_path / "bundle", manifest)
@@ -324,7 +317,7 @@ def test_a_bundle_is_its_own_reference(checkpoint: Path, tmp_path: Path) -> None
     assert (got - exact).abs().max() < 0.5 * exact.abs().max()
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 def test_verify_takes_the_table_that_a_bundle_was_made_with(
     mistralc: Command, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -347,7 +340,7 @@ def test_verify_takes_the_table_that_a_bundle_was_made_with(
 # The gate
 
 
-@pytest.mark.usefixtures("no_tracing")
+@pytest.mark.usefixtures("kept_traces")
 def test_a_bundle_that_loses_too_much_is_not_published(
     mistralc: Command, checkpoint: Path, tmp_path: Path
 ) -> None:

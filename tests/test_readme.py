@@ -110,18 +110,22 @@ def test_links_in_the_documents_lead_somewhere() -> None:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+@pytest.mark.usefixtures("kept_traces")
 @pytest.mark.parametrize("document", DOCUMENTS[1:], ids=lambda path: path.name)
 def test_every_command_of_the_documents_runs(
     document: Path,
-    sliding_checkpoint: Path,
+    plain_checkpoint: Path,
     sliding_bundle: Path,
     mistralc: Command,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On a tiny checkpoint and its bundle; what a document makes is there for its next command."""
+    """On a tiny checkpoint and a tiny bundle; what a document makes is there for its next command.
+
+    The checkpoint is the one without a window, whose chunks are long: `report` reads a long text.
+    """
     places = {name: tmp_path / name.lower() for name in PLACEHOLDERS}
-    places["CHECKPOINT"] = sliding_checkpoint
+    places["CHECKPOINT"] = plain_checkpoint
     places["FILE"].write_text("It was a bright cold day in April. " * 60, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     for command in document_commands(document):

@@ -354,14 +354,6 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
-def rounded_bundle(plain_checkpoint: Path) -> Path:
-    """`plain_checkpoint` in int8wo, nothing calibrated."""
-    made = plain_checkpoint.parent / "rounded"
-    export(str(plain_checkpoint), made, ExportOptions(precision="int8wo", context=96, chunk=8))
-    return made
-
-
 def test_report_measures_bundles_and_writes_a_page_and_a_text(
     mistralc: Command, plain_bundle: Path, rounded_bundle: Path, plain_checkpoint: Path,
     text: Path, tmp_path: Path,
@@ -401,6 +393,7 @@ def test_report_perplexity_is_that_of_eval(
     assert found["measured"][0]["kl"] is None
 
 
+@pytest.mark.usefixtures("kept_traces")
 def test_report_shows_the_table_that_a_bundle_was_made_with(
     mistralc: Command, plain_checkpoint: Path, plain_bundle: Path, text: Path, tmp_path: Path
 ):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphs.errors import UsageError
@@ -39,15 +39,15 @@ def read(answer: Answer, ids: list[int]) -> list[Piece]:
 
 
 @given(ids=st.lists(st.integers(0, 290), max_size=40), stops=st.lists(st.text("ab ", min_size=1)))
+@example(ids=[191], stops=[])  # the zero byte
 def test_pieces_joined_are_the_text_up_to_its_stop_and_scores_come_in_order(
     tokenizer: Tokenizer, ids: list[int], stops: list[str]
 ) -> None:
     ids = [i for i in ids if i not in tokenizer.stop_ids]
     pieces = read(Answer(tokenizer, stops, chat=False, logprobs=True), ids)
     text = "".join(piece.text for piece in pieces)
-    assert text == StopStrings(stops).push(tokenizer.decode(ids, continuation=True) + "\0" * 9)[
-        0
-    ].rstrip("\0")
+    whole = StopStrings(stops)
+    assert text == whole.push(tokenizer.decode(ids, continuation=True)).text + whole.flush()
     scored = [score for piece in pieces for score in piece.scored]
     assert [score.sampled.token_id for score in scored] == ids[: len(scored)]
     offsets = [score.offset for score in scored]

@@ -95,15 +95,6 @@ def model_bytes(spec: ModelSpec, target: str, seed: int = 0) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
-def models_bytes(spec: ModelSpec, targets: Iterable[str]) -> dict[tuple[str, bool], bytes]:
-    """`model_bytes` by target and by whether the embedding is tied, from one trace."""
-    return {
-        (target, tied): model_bytes(replace(spec, tie_word_embeddings=tied), target)
-        for target in targets
-        for tied in (False, True)
-    }
-
-
 def load(model: bytes, spec: ModelSpec, batch: int = 1) -> OrtSession:
     """A session on `model`. One thread: such a model is too small to share."""
     with TemporaryDirectory() as directory:
