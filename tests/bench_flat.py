@@ -1,8 +1,8 @@
 """Whether a step costs the same at 8 windows as at one, and whether memory grows on the way.
 
 Not a test. `python -m tests.bench_flat BUNDLE [--steps 1000] [--times 8]` needs a bundle whose
-layers all have a window W. Two sessions of it stand at positions W and 8 W and take one step each
-in turn, so that whatever the machine does besides hits both alike.
+layers all have a window W. Two rows of one session stand at positions W and 8 W and take one step
+each in turn, so that whatever the machine does besides hits both alike.
 """
 
 import argparse
@@ -13,7 +13,11 @@ from time import perf_counter
 import numpy as np
 
 from runtime.bench import machine, resident_bytes
-from runtime.load import Loaded, load
+from runtime.load import load
+from runtime.ring import Ring
+from runtime.session import Ids, Session
+
+NEAR, FAR = 0, 1  # rows
 
 
 def main() -> None:
@@ -23,33 +27,44 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=8)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    near, far = (load(arguments.bundle, threads=arguments.threads) for _ in range(2))
-    window = max(near.bundle.manifest.model.layer_windows, key=lambda size: size or 10**9)
-    if window is None:
+    loaded = load(arguments.bundle, rows=2, threads=arguments.threads)
+    spec, times = loaded.bundle.manifest.model, arguments.times
+    if not spec.slides:
         raise SystemExit(f"{arguments.bundle} has a layer without a window: it does grow.")
-    bits = np.random.Generator(np.random.PCG64(0))
-    ids = bits.integers(0, near.generator.vocab_size, arguments.times * window).tolist()
-    for one in (near, far):  # the ring of both is full, and its pages have been touched
-        one.generator.feed(ids[:window])
+    window = max(size for size in spec.windows if size is not None)
+    session, ring = loaded.generator.session, loaded.generator.ring
+    ring.grow_to(times * window)
+    session.resize(ring.capacities)
+    text = np.random.Generator(np.random.PCG64(0)).integers(0, spec.vocab_size, times * window)
+    for row in (NEAR, FAR):  # after this the ring is full, and all of it has been touched
+        feed(session, ring, text[:window], row)
     before = resident_bytes()
-    far.generator.feed(ids[window:])
+    feed(session, ring, text[window:], FAR)
     after = resident_bytes()
-    seconds = np.array([[step(near), step(far)] for _ in range(arguments.steps)])
-    first, last = 1e3 * np.median(seconds, axis=0)
+    seconds = np.empty((arguments.steps, 2))
+    for turn in seconds:
+        for row in (NEAR, FAR):
+            began = perf_counter()
+            feed(session, ring, text[:1], row)
+            turn[row] = perf_counter() - began
+    near, far = 1e3 * np.median(seconds, axis=0)
     print(json.dumps(machine()))
-    print(f"bundle: {arguments.bundle}, window {window}")
-    print(f"median step from position {window:,}: {first:.3f} ms")
-    print(f"median step from position {arguments.times * window:,}: {last:.3f} ms")
-    print(f"ratio: {last / first:.4f}, medians of {arguments.steps} steps in turn")
+    print(f"bundle: {arguments.bundle}, window {window:,}, capacity {max(ring.full.values()):,}")
+    print(f"median step from position {window:,}: {near:.3f} ms")
+    print(f"median step from position {times * window:,}: {far:.3f} ms")
+    print(f"ratio: {far / near:.4f}; {arguments.steps} steps of each, in turn")
     print(f"resident memory on the way there: {before:,} to {after:,} bytes")
     print(f"and after all steps: {resident_bytes():,} bytes")
 
 
-def step(loaded: Loaded) -> float:
-    """Seconds of one token."""
-    began = perf_counter()
-    loaded.generator.feed([1])
-    return perf_counter() - began
+def feed(session: Session, ring: Ring, ids: Ids, row: int) -> None:
+    """Write ids [n] into one row, in pieces."""
+    for count in ring.pieces(len(ids), row):
+        here = ring.positions[row]
+        positions = np.arange(here, here + count)[None]
+        session.step(ids[None, :count], positions, np.array([[count - 1]]), row)
+        ring.advance(count, row)
+        ids = ids[count:]
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from graphs.errors import MistralcError
 from graphs.spec import RingSpec
 from runtime.ring import Ring
-from runtime.session_ort import OrtSession
+from runtime.session_ort import KEPT, OrtSession
 from tests import tiny
 from tests.make_checkpoint import tiny_spec
 
@@ -173,6 +174,22 @@ def test_one_token_steps_give_the_same_buffer_every_time():
     session.resize({4: 6, 16: 18})
     one = np.zeros((1, 1), np.int64)
     assert session.step(one, one, one) is session.step(one, one + 1, one)
+
+
+def test_bindings_of_rows_that_ran_long_ago_are_not_kept_and_run_again_all_the_same():
+    session, rows = tiny.session(SPEC, batch=8), range(8)
+    session.resize({4: 6, 16: 18})
+
+    def logits(first: int, end: int) -> NDArray[np.float32]:
+        ids = np.full((end - first, 1), 7)
+        return session.step(ids, np.zeros_like(ids), np.zeros_like(ids), first).copy()
+
+    spans = [(first, end) for first in rows for end in range(first + 1, 9)]
+    assert len(spans) > 2 * KEPT
+    once = [logits(*span) for span in spans]
+    assert len(session._decode) == KEPT
+    for span, expected in zip(spans, once, strict=True):
+        assert np.array_equal(logits(*span), expected), span
 
 
 def test_resident_memory_does_not_grow_over_3000_tokens(model: Path):
