@@ -45,9 +45,8 @@ def test_pieces_joined_are_the_text_up_to_its_stop_and_scores_come_in_order(
     ids = [i for i in ids if i not in tokenizer.stop_ids]
     pieces = read(Answer(tokenizer, stops, chat=False, logprobs=True), ids)
     text = "".join(piece.text for piece in pieces)
-    assert text == StopStrings(stops).push(tokenizer.decode(ids, continuation=True) + "\0" * 9)[
-        0
-    ].rstrip("\0")
+    whole = StopStrings(stops)
+    assert text == whole.push(tokenizer.decode(ids, continuation=True)).text + whole.flush()
     scored = [score for piece in pieces for score in piece.scored]
     assert [score.sampled.token_id for score in scored] == ids[: len(scored)]
     offsets = [score.offset for score in scored]
@@ -108,6 +107,46 @@ def test_copies_of_a_grammar_are_at_its_beginning(tokenizer: Tokenizer) -> None:
 def test_a_schema_that_cannot_be_followed_is_refused(tokenizer: Tokenizer, schema: Any) -> None:
     with pytest.raises(UsageError, match="JSON schema cannot be followed"):
         Grammars(tokenizer, tokenizer.vocab_size).json_schema(schema)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": 2**70}, {"const": "\ud800"}, {"pattern": "a?" * 3000},
+        {"enum": ["x" * 900 + str(i) for i in range(99)]},
+        {"patternProperties": {f"a{i}": {} for i in range(99)}},
+    ],
+    ids=["half a character", "long pattern", "long", "many patterns"],
+)  # fmt: skip
+def test_a_schema_that_would_take_too_much_or_cannot_be_read_is_refused(
+    tokenizer: Tokenizer, schema: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"characters|be read|followed"):
+        Grammars(tokenizer, tokenizer.vocab_size).json_schema(schema)
+
+
+def test_a_grammar_that_would_overflow_the_stack_is_followed_or_refused(
+    tokenizer: Tokenizer,
+) -> None:
+    def chain(links: int) -> str:
+        return "start: a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(links)) + f'a{links}: "x"'
+
+    grammars = Grammars(tokenizer, tokenizer.vocab_size)
+    (x,) = tokenizer.encode("x", add_bos=False)
+    longest = grammars.lark(chain(1200))
+    assert tokenizer.decode(greedy(longest, tokenizer.vocab_size, x)) == "x"
+    with pytest.raises(UsageError, match=r"has .* characters; up to 16,384"):
+        grammars.lark(chain(3000))  # on 8 MiB of stack the end of the process
+    with pytest.raises(UsageError, match=r"has .* characters; up to 4,096"):
+        grammars.regex("a?" * 3000)
+    with pytest.raises(UsageError, match="cannot be read"):
+        grammars.regex("\ud800")
+
+
+def test_a_grammar_that_nothing_can_meet_is_the_clients_fault(tokenizer: Tokenizer) -> None:
+    endless = Grammars(tokenizer, tokenizer.vocab_size).json_schema({"$ref": "#"})
+    with pytest.raises(UsageError, match="cannot be followed further"):
+        endless.mask(np.zeros(tokenizer.vocab_size, np.float32))
 
 
 class Recorder:
