@@ -29,9 +29,8 @@ from tests.reliability.bundles import write_bundle
 from tests.reliability.checkpoints import gguf_bytes
 from tests.reliability.explore import ROOT, check
 from tests.reliability.guard import outcome_of
-from tests.reliability.registry import TARGETS
+from tests.reliability.registry import TARGETS, TRIALS
 from tests.reliability.target import Folder, Target
-from tests.reliability.trials import TRIALS
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
