@@ -26,6 +26,26 @@ ENDLESS: dict[str, Any] = {"max_tokens": 1_000_000, "logit_bias": NO_END}
 STREAM: dict[str, Any] = ENDLESS | {"stream": True}
 FREE = ("--max-new-tokens", 1_000_000)
 
+# The kernel holds megabytes for a client that does not read; here a few kilobytes.
+SMALL_BUFFERS = (
+    "-c",
+    """
+import socket
+import mistralc
+import runtime.serve.server as server
+
+listen = server.listen
+
+def small(host, port):
+    listening = listen(host, port)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+    return listening
+
+server.listen = small
+mistralc.main()
+""",
+)  # a `program` of `serving`
+
 
 class Answer(NamedTuple):
     """An HTTP response, read to its end."""

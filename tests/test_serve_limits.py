@@ -22,6 +22,7 @@ from tests.serving import (
     FREE,
     NO_END,
     ROOT,
+    SMALL_BUFFERS,
     STREAM,
     Server,
     begun,
@@ -31,23 +32,6 @@ from tests.serving import (
     until,
 )
 
-# The kernel holds megabytes for a client that does not read; here a few kilobytes.
-SMALL_BUFFERS = """
-import socket
-import mistralc
-import runtime.serve.server as server
-
-listen = server.listen
-
-def small(host, port):
-    listening = listen(host, port)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
-    return listening
-
-server.listen = small
-mistralc.main()
-"""
-SMALL = ("-c", SMALL_BUFFERS)
 LIMITS = Limits()
 ENDED = 'requests_total{path="/v1/completions",status="200"}'
 
@@ -57,7 +41,7 @@ def server(sliding_bundle: Path) -> Iterator[Server]:
     """One that cuts off after a second whoever does not read."""
     with serving(
         sliding_bundle, "--rows", 2, "--max-waiting", 1, "--stall-seconds", 1,
-        "--read-seconds", 1, "--max-body-bytes", 50_000, *FREE, program=SMALL,
+        "--read-seconds", 1, "--max-body-bytes", 50_000, *FREE, program=SMALL_BUFFERS,
     ) as running:  # fmt: skip
         yield running
 
@@ -150,7 +134,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_stalls_nobody(server: Server
 
 def test_a_client_for_which_too_much_waits_is_cut_off_before_its_time(sliding_bundle: Path) -> None:
     with (
-        serving(sliding_bundle, "--stall-seconds", 600, *FREE, program=SMALL) as server,
+        serving(sliding_bundle, "--stall-seconds", 600, *FREE, program=SMALL_BUFFERS) as server,
         closing(server.connection(STREAM | {"logprobs": 20})) as stalled,
     ):
         until(lambda: server.metric(ENDED) == 1, "its end, though it neither read nor left")

@@ -112,7 +112,7 @@ def test_a_schema_that_cannot_be_followed_is_refused(tokenizer: Tokenizer, schem
 @pytest.mark.parametrize(
     "schema",
     [
-        {"const": 2**70}, {"const": "\ud800"}, {"pattern": "a?" * 3000},
+        {"const": "\ud800"}, {"pattern": "a?" * 3000},
         {"enum": ["x" * 900 + str(i) for i in range(99)]},
         {"patternProperties": {f"a{i}": {} for i in range(99)}},
     ],

@@ -29,7 +29,7 @@ from tests.reliability.guard import check_message
 from tests.reliability.target import Prepared, Target
 
 MOST = 16  # tokens of a choice
-LIMITS = Limits(max_new_tokens=MOST, max_body_bytes=100_000, max_waiting=64)
+LIMITS = Limits(max_new_tokens=MOST, max_body_bytes=200_000, max_waiting=64)
 PLAIN = {"model": "tiny", "prompt": "The ring", "max_tokens": 3, "temperature": 0}
 
 

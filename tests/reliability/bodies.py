@@ -19,16 +19,29 @@ PATTERNS = (
     "a", "(yes|no)", "", "(", "[", "a**", "\\", "(a*)*b", "(a|a)*b", ".*", "[^\\s\\S]",
     "\\p{L}{2,}", "a{1000}", "((a{1000}){1000}){1000}", "(?=a)b", "(?<x>a)\\k<x>", "^$",
     "\\b", "(?i)ß", "\U0001f300+", "\ud800", "(" * DEEP + "a" + ")" * DEEP,
-    "[a-\U0010ffff]{0,99999}",
-    "(.*a.{20}b.*c)*", "\\u{d800}", "(?s-u:\\xff)",
+    "[a-\U0010ffff]{0,99999}", "(.*a.{20}b.*c)*", "\\u{d800}", "(?s-u:\\xff)", "a?" * 2000,
+    "a?" * 8000,
 )  # fmt: skip
+
+
+def _chain(links: int) -> str:
+    """A grammar in which a rule names the next: a recursion in whoever reads it."""
+    rules = "".join(f"r{i}: r{i + 1}\n" for i in range(links))
+    return f'start: r0\n{rules}r{links}: "a"'
+
+
+def _chain_of_schemas(links: int) -> dict[str, Any]:
+    """The same as a JSON schema."""
+    rules: dict[str, Any] = {f"r{i}": {"$ref": f"#/$defs/r{i + 1}"} for i in range(links)}
+    return {"$ref": "#/$defs/r0", "$defs": rules | {f"r{links}": {"type": "null"}}}
+
+
 GRAMMARS = (
     'start: "a" b\nb: /[0-9]+/', 'start: start', "start:", "", 'start: "a" start | ', "start: x",
     'start: a a a\na: "x" | a a |', 'start: "a"{1,1000000000}', "start: /(/", "%%%", "start: <s>",
     'start: %json {"type": "object"}', "start: %json {", 'start: %json {"$ref": "#"}',
     'start: "' + "x" * 9000 + '"', "start: " + "(" * DEEP + '"a"' + ")" * DEEP,
-    'start: T\nT: /.*a.{20}/ & ~/b.*/', "start: r0\n" + "\n".join(
-        f"r{i}: r{i + 1}" for i in range(400)) + '\nr400: "a"',
+    'start: T\nT: /.*a.{20}/ & ~/b.*/', _chain(400), _chain(1200), _chain(3000),
     '%import common.INT\nstart: INT', 'start[max_tokens=0]: "a"', 'start[temperature=1e9]: /a*/',
     'start: <[0-99999999]>', 'start: <[2]>', 'start: "\ud800"', 'start: x\nx[lazy]: /a*?/',
 )  # fmt: skip
@@ -81,7 +94,10 @@ def _deep_schema(levels: int) -> Raw:
 
 
 def _formats() -> st.SearchStrategy[Any]:
-    schemas = _schemas() | st.sampled_from((_deep_schema(50), _deep_schema(900), {}))
+    schemas = _schemas() | st.sampled_from((
+        {}, _deep_schema(50), _deep_schema(900), _chain_of_schemas(50), _chain_of_schemas(3000),
+        *({"patternProperties": {f"^a{i}$": {} for i in range(many)}} for many in (50, 400)),
+    ))  # fmt: skip
     structured = schemas.map(
         lambda it: {"type": "json_schema", "json_schema": {"name": "x", "schema": it}}
     )

@@ -28,6 +28,7 @@ from tests.serving import (
     NO_END,
     PATIENCE_S,
     ROOT,
+    SMALL_BUFFERS,
     STREAM,
     Server,
     begun,
@@ -178,7 +179,8 @@ def told_to_end(folder: Path, draw: random.Random) -> str:
 
 def crowded(folder: Path, draw: random.Random) -> str:
     """Clients that stall, vanish, dawdle and send too much, among others that notice nothing."""
-    with serving(folder / "bundle", "--rows", 2 * CLIENTS, *FREE, *IMPATIENT) as server:
+    options = ("--rows", 2 * CLIENTS, *FREE, *IMPATIENT)
+    with serving(folder / "bundle", *options, program=SMALL_BUFFERS) as server:
         alone = _alone(server)
         with _crowd(server) as crowd:
             bad = [_Thread(one, server, random.Random(draw.random())) for one in BAD]  # noqa: S311
