@@ -23,9 +23,9 @@ LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separa
 QUOTED = 500  # characters of a reason, which may quote the whole grammar
 
 # A grammar is a program of the client's: without bounds a small one ends the server. Seen with
-# llguidance 1.9: rules that name rules in a chain overflow a stack of 8 MiB from 17 to 60 KB on;
-# `a?` 8,000 times takes 1.4 s and 250 MB, and 32,000 times more than 10 s; 200 patterns of
-# properties take 1 s, and 400 more than 8.
+# llguidance 1.9: 3,000 rules that name each the next (34 KB) overflow a stack of 8 MiB; `a?` 8,000
+# times takes 1.4 s and 250 MB, and 32,000 times more than 10 s; 200 patterns of properties take
+# 1 s, and 400 more than 8.
 Kind = Literal["regular expression", "grammar", "JSON schema"]
 LONGEST: dict[Kind, int] = {  # characters
     "regular expression": 1 << 12, "grammar": 1 << 14, "JSON schema": 1 << 16,
@@ -88,13 +88,16 @@ class Grammars:
     def _compiled(self, kind: Kind, text: str, read: Callable[[str], str]) -> "GrammarConstraint":
         _check_length(kind, text)
         try:
-            return self._worker.submit(self._checked, kind, read(text)).result(PATIENCE_S)
+            source = read(text)
         except ValueError as error:
             raise UsageError(
-                f"The {kind} cannot be read ({error!s:.{QUOTED}}). Valid Unicode is expected, and "
-                "numbers of up to 64 bits."
+                f"The {kind} cannot be read ({error!s:.{QUOTED}}). Valid Unicode is expected."
             ) from error
+        compiled = self._worker.submit(self._checked, kind, source)
+        try:
+            return compiled.result(PATIENCE_S)
         except TimeoutError as error:
+            compiled.cancel()
             raise UsageError(
                 f"The {kind} was not ready to be followed after {PATIENCE_S:g} s. Simplify it, or "
                 "try again later if others were being read."
@@ -192,7 +195,7 @@ class GrammarConstraint:
 
     def _raise_error(self) -> None:
         if self._matcher.is_error():
-            reason, *_state = self._matcher.get_error().strip().splitlines()
+            reason, _, _state = self._matcher.get_error().strip().partition("\n")
             raise UsageError(
                 f"The grammar cannot be followed further: {reason[:QUOTED]}. Simplify the schema "
                 "or the grammar."
