@@ -37,8 +37,14 @@ class Chat:
     def resume(self, messages: Sequence[Message]) -> None:
         """Go on from these messages, of a chat that was kept.
 
-        Raises UsageError where it began with another system message than was given for this one.
+        Raises UsageError where it began with another system message than was given for this one,
+        MistralcError where they are no messages.
         """
+        if not _are_messages(messages):
+            raise MistralcError(
+                f"The file of --session holds {messages!r:.80} where a chat's messages are "
+                "expected. Name another file to start a new chat."
+            )
         if not messages:
             return
         began = [message for message in messages[:1] if message["role"] == "system"]
@@ -107,3 +113,11 @@ class Chat:
             print(" …", end="")
         print()
         self.messages.append({"role": "assistant", "content": self.last.text})
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and all(isinstance(message.get(name), str) for name in ("role", "content"))
+        for message in value
+    )

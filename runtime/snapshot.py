@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from graphs import window
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.spec import ITEM_SIZE
@@ -34,6 +35,7 @@ FORMAT = 1
 MAGIC = b"MCLCRING"
 DIGEST = hashlib.sha256().digest_size
 
+_FIELDS = {"bundle": str, "tokens": int, "written": int, "note": dict}  # of the header, and format
 _REMEDY = "Start over without it, or save it again."
 
 
@@ -109,9 +111,15 @@ def check(snapshot: Snapshot, manifest: Manifest) -> None:
             "start over without it."
         )
     spec, ring = manifest.model, manifest.ring
-    position, written = len(snapshot.tokens), snapshot.written
-    shapes = _shapes(manifest, written)
-    right = position <= written and [cache.shape for cache in snapshot.caches] == shapes
+    tokens, written = snapshot.tokens, snapshot.written
+    position = len(tokens)
+    oldest = max(window.oldest_rewind(written, size, ring.capacity(size)) for size in spec.windows)
+    right = (
+        position <= written
+        and (oldest <= position or not position)  # a text may always start over
+        and all(0 <= token < spec.vocab_size for token in tokens)
+        and [cache.shape for cache in snapshot.caches] == _shapes(manifest, written)
+    )
     if not right or (not spec.slides and written > ring.capacity(None)):
         raise MistralcError(
             f"The snapshot's {position} tokens and {len(snapshot.caches)} caches are not what this "
@@ -177,7 +185,7 @@ def load(path: Path, manifest: Manifest) -> Snapshot:
                 f"format {FORMAT}. Use the version that wrote it, or start over without it."
             )
         begin += length
-        count, written = header["tokens"], header["written"]
+        count, written = _counts(header)
         tokens = array("i", np.frombuffer(data, "<i4", count, begin).tolist())
         ours = header["bundle"] == fingerprint(manifest)
         caches = _caches(data[begin + 4 * count :], manifest, written) if ours else []
@@ -185,7 +193,7 @@ def load(path: Path, manifest: Manifest) -> Snapshot:
             bundle=header["bundle"], tokens=tokens, written=written, caches=caches,
             note=header["note"],
         )  # fmt: skip
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, struct.error) as error:
         raise MistralcError(f"{path} is not a snapshot ({error}). {_REMEDY}") from error
     check(snapshot, manifest)
     return snapshot
@@ -207,6 +215,17 @@ def _checked(path: Path) -> memoryview:
             f"{path} is damaged: its SHA-256 is not that of its {size:,} bytes. {_REMEDY}"
         )
     return body
+
+
+def _counts(header: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and slots, once every field is of its type. Raises ValueError where one is not."""
+    for name, kind in _FIELDS.items():
+        if type(header[name]) is not kind:
+            raise ValueError(f"{name} is {header[name]!r:.40}; a JSON {kind.__name__} is expected")
+    count, written = header["tokens"], header["written"]
+    if min(count, written) < 0:
+        raise ValueError(f"{count} tokens and {written} written; neither can be negative")
+    return count, written
 
 
 def _caches(data: memoryview, manifest: Manifest, written: int) -> Caches:

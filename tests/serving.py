@@ -22,6 +22,29 @@ from openai import OpenAI
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60.0  # a test that waits longer has failed: nothing here takes a tenth of it
 NO_END: dict[str, int] = {"2": -100}  # bans the tiny models' end-of-text token
+ENDLESS: dict[str, Any] = {"max_tokens": 1_000_000, "logit_bias": NO_END}
+STREAM: dict[str, Any] = ENDLESS | {"stream": True}
+FREE = ("--max-new-tokens", 1_000_000)
+
+# The kernel holds megabytes for a client that does not read; here a few kilobytes.
+SMALL_BUFFERS = (
+    "-c",
+    """
+import socket
+import mistralc
+import runtime.serve.server as server
+
+listen = server.listen
+
+def small(host, port):
+    listening = listen(host, port)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+    return listening
+
+server.listen = small
+mistralc.main()
+""",
+)  # a `program` of `serving`
 
 
 class Answer(NamedTuple):
@@ -105,6 +128,32 @@ def until(condition: Callable[[], Any], what: str) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not happen within {PATIENCE_S:g} s")
         time.sleep(0.02)
+
+
+def idle(server: Server) -> None:
+    """Wait until no row is taken and nobody waits."""
+    until(
+        lambda: server.metric("running_rows") + server.metric("waiting_requests") == 0,
+        "a free row",
+    )
+
+
+def begun(connection: socket.socket) -> bytes:
+    """The first bytes of an answer that streams."""
+    data = connection.recv(1 << 14)
+    assert b"200 OK" in data
+    return data
+
+
+def rest(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; what is cut off is cut off."""
+    data = b""
+    try:
+        while piece := connection.recv(1 << 16):
+            data += piece
+    except ConnectionResetError:
+        pass
+    return data
 
 
 @contextlib.contextmanager

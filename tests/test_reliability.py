@@ -25,13 +25,13 @@ from runtime.template import ChatTemplate
 from runtime.tokenizer import Tokenizer
 from tests.documents import DOCS
 from tests.make_checkpoint import tiny_spec, write_checkpoint
+from tests.reliability import application, servers
 from tests.reliability.bundles import write_bundle
 from tests.reliability.checkpoints import gguf_bytes
 from tests.reliability.explore import ROOT, check
 from tests.reliability.guard import outcome_of
-from tests.reliability.registry import TARGETS
+from tests.reliability.registry import TARGETS, TRIALS
 from tests.reliability.target import Folder, Target
-from tests.reliability.trials import TRIALS
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
@@ -75,6 +75,32 @@ def test_a_refusal_without_words_is_a_fault(message: str) -> None:
 
     with pytest.raises(AssertionError):
         outcome_of(refuse, 1)
+
+
+def test_an_answer_that_is_not_what_was_asked_for_is_a_fault() -> None:
+    usage = {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12,
+             "prompt_tokens_details": {"cached_tokens": 0}}  # fmt: skip
+    application._check_usage(usage, 1, 9)
+    with pytest.raises(AssertionError, match="9 tokens"):
+        application._check_usage(usage, 1, 8)
+    asked = {"prompt": "x", "stop": "b", "max_tokens": 2}
+    for text, reason in (("abc", "length"), ("ac", "cancelled")):
+        choice = application.Choice(text, reason, None)
+        with pytest.raises(AssertionError):
+            application._check_choices([choice], asked, chat=False)
+    with pytest.raises(AssertionError):
+        application._refusal(application.Received(422, "application/json", b'{"detail": []}'))
+
+
+def test_a_text_that_breaks_off_is_right_and_another_is_a_fault() -> None:
+    seen = [servers.Seen(prompt="x", began=0, status=200, text="ab")]
+    servers._check_texts(seen, {"x": "abc"})
+    for right in ("", "acb"):
+        with pytest.raises(AssertionError, match="alone"):
+            servers._check_texts(seen, {"x": right})
+    seen[0].whole = True
+    with pytest.raises(AssertionError, match="alone"):
+        servers._check_texts(seen, {"x": "abc"})
 
 
 # Faults that fuzzing found, by class

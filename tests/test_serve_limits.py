@@ -11,17 +11,29 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 
+from runtime.serve.settings import Limits
 from tests.conftest import Command
-from tests.serving import NO_END, ROOT, Server, serving, until
+from tests.serving import (
+    ENDLESS,
+    FREE,
+    NO_END,
+    ROOT,
+    SMALL_BUFFERS,
+    STREAM,
+    Server,
+    begun,
+    idle,
+    rest,
+    serving,
+    until,
+)
 
-ENDLESS: dict[str, Any] = {"max_tokens": 1_000_000, "logit_bias": NO_END}
-STREAM: dict[str, Any] = ENDLESS | {"stream": True}
-FREE = ("--max-new-tokens", 1_000_000)
+LIMITS = Limits()
+ENDED = 'requests_total{path="/v1/completions",status="200"}'
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +41,9 @@ def server(sliding_bundle: Path) -> Iterator[Server]:
     """One that cuts off after a second whoever does not read."""
     with serving(
         sliding_bundle, "--rows", 2, "--max-waiting", 1, "--stall-seconds", 1,
-        "--read-seconds", 1, "--max-body-bytes", 50_000, *FREE,
+        "--read-seconds", 1, "--max-body-bytes", 50_000, *FREE, program=SMALL_BUFFERS,
     ) as running:  # fmt: skip
         yield running
-
-
-def idle(server: Server) -> None:
-    """Wait until no row is taken and nobody waits."""
-    until(
-        lambda: server.metric("running_rows") + server.metric("waiting_requests") == 0,
-        "a free row",
-    )
-
-
-def begun(connection: socket.socket) -> bytes:
-    """The first bytes of an answer that streams."""
-    data = connection.recv(1 << 14)
-    assert b"200 OK" in data
-    return data
-
-
-def rest(connection: socket.socket) -> bytes:
-    """All that comes until the server closes; what is cut off is cut off."""
-    data = b""
-    try:
-        while piece := connection.recv(1 << 16):
-            data += piece
-    except ConnectionResetError:
-        pass
-    return data
 
 
 @contextmanager
@@ -74,7 +60,7 @@ def both_rows_taken(server: Server) -> Iterator[None]:
 
 
 def test_a_client_that_leaves_a_stream_frees_its_row(server: Server) -> None:
-    gone = server.metric('requests_total{path="/v1/completions",status="200"}')
+    gone = server.metric(ENDED)
     with closing(server.connection(STREAM)) as connection:
         begun(connection)
         until(lambda: server.metric("running_rows") == 1, "a row in use")
@@ -82,7 +68,7 @@ def test_a_client_that_leaves_a_stream_frees_its_row(server: Server) -> None:
     steps = server.metric("generated_tokens_total")
     assert server.metric("generated_tokens_total") == steps, "tokens were made for nobody"
     until(
-        lambda: server.metric('requests_total{path="/v1/completions",status="200"}') == gone + 1,
+        lambda: server.metric(ENDED) == gone + 1,
         "the end of the request",
     )
 
@@ -135,13 +121,28 @@ def test_a_refusal_of_one_choice_cancels_the_others(server: Server) -> None:
 
 
 def test_a_client_that_does_not_read_is_cut_off_and_stalls_nobody(server: Server) -> None:
+    few = LIMITS.buffered_tokens // 2  # they may all wait for it: what ends it is the time
+    ended = server.metric(ENDED)
     alone = server.complete(max_tokens=20, logit_bias=NO_END).json()["choices"]
-    with closing(server.connection(STREAM | {"logprobs": 20})) as stalled:
+    with closing(server.connection(STREAM | {"max_tokens": few, "logprobs": 20})) as stalled:
         until(lambda: server.metric("running_rows") == 1, "a row in use")
         beside = server.complete(max_tokens=20, logit_bias=NO_END)
         assert beside.json()["choices"] == alone
-        idle(server)  # though nobody read or left
-        data = rest(stalled)
+        until(lambda: server.metric(ENDED) == ended + 3, "its end, though it neither read nor left")
+        _is_half_an_answer(rest(stalled))
+
+
+def test_a_client_for_which_too_much_waits_is_cut_off_before_its_time(sliding_bundle: Path) -> None:
+    with (
+        serving(sliding_bundle, "--stall-seconds", 600, *FREE, program=SMALL_BUFFERS) as server,
+        closing(server.connection(STREAM | {"logprobs": 20})) as stalled,
+    ):
+        until(lambda: server.metric(ENDED) == 1, "its end, though it neither read nor left")
+        idle(server)
+        _is_half_an_answer(rest(stalled))
+
+
+def _is_half_an_answer(data: bytes) -> None:
     assert data.startswith(b"HTTP/1.1 200 OK")
     assert b"[DONE]" not in data
 
@@ -169,6 +170,23 @@ def test_a_body_that_does_not_come_is_a_408(server: Server) -> None:
 def test_a_connection_without_a_request_is_closed(server: Server) -> None:
     with closing(socket.create_connection((server.host, server.port), 60)) as connection:
         connection.sendall(b"POST /v1/comp")
+        assert rest(connection) == b""
+
+
+@pytest.mark.parametrize(
+    ("more", "begun"),
+    [(b"", b"POST /v1/comp"), (b"Content-Length: 9\r\n", b"{")],
+    ids=["half a head", "half a body that nobody wants"],
+)
+def test_a_connection_that_was_used_is_closed_as_well(
+    server: Server, more: bytes, begun: bytes
+) -> None:
+    with closing(socket.create_connection((server.host, server.port), 60)) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: test\r\n" + more + b"\r\n")
+        answer = b""
+        while not answer.endswith(b'{"status":"ok"}'):
+            answer += connection.recv(1 << 14)
+        connection.sendall(begun)  # and uvicorn's own clock stands still
         assert rest(connection) == b""
 
 

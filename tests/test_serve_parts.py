@@ -110,6 +110,46 @@ def test_a_schema_that_cannot_be_followed_is_refused(tokenizer: Tokenizer, schem
         Grammars(tokenizer, tokenizer.vocab_size).json_schema(schema)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": "\ud800"}, {"pattern": "a?" * 3000},
+        {"enum": ["x" * 900 + str(i) for i in range(99)]},
+        {"patternProperties": {f"a{i}": {} for i in range(99)}},
+    ],
+    ids=["half a character", "long pattern", "long", "many patterns"],
+)  # fmt: skip
+def test_a_schema_that_would_take_too_much_or_cannot_be_read_is_refused(
+    tokenizer: Tokenizer, schema: Any
+) -> None:
+    with pytest.raises(UsageError, match=r"characters|be read|followed"):
+        Grammars(tokenizer, tokenizer.vocab_size).json_schema(schema)
+
+
+def test_a_grammar_that_would_overflow_the_stack_is_followed_or_refused(
+    tokenizer: Tokenizer,
+) -> None:
+    def chain(links: int) -> str:
+        return "start: a0\n" + "".join(f"a{i}:a{i + 1}\n" for i in range(links)) + f'a{links}: "x"'
+
+    grammars = Grammars(tokenizer, tokenizer.vocab_size)
+    (x,) = tokenizer.encode("x", add_bos=False)
+    longest = grammars.lark(chain(1200))
+    assert tokenizer.decode(greedy(longest, tokenizer.vocab_size, x)) == "x"
+    with pytest.raises(UsageError, match=r"has .* characters; up to 16,384"):
+        grammars.lark(chain(3000))  # on 8 MiB of stack the end of the process
+    with pytest.raises(UsageError, match=r"has .* characters; up to 4,096"):
+        grammars.regex("a?" * 3000)
+    with pytest.raises(UsageError, match="cannot be read"):
+        grammars.regex("\ud800")
+
+
+def test_a_grammar_that_nothing_can_meet_is_the_clients_fault(tokenizer: Tokenizer) -> None:
+    endless = Grammars(tokenizer, tokenizer.vocab_size).json_schema({"$ref": "#"})
+    with pytest.raises(UsageError, match="cannot be followed further"):
+        endless.mask(np.zeros(tokenizer.vocab_size, np.float32))
+
+
 class Recorder:
     """Stands for a scheduler: keeps what was submitted and cancelled."""
 

@@ -219,6 +219,17 @@ def with_header(**fields: object) -> Callable[[bytes], bytes]:
     return change
 
 
+def with_tokens(token: int) -> Callable[[bytes], bytes]:
+    """Put another token in the place of the last, and make the SHA-256 right again."""
+
+    def change(whole: bytes) -> bytes:
+        (length,) = struct.unpack_from("<I", whole, 8)
+        at = 12 + length + 4 * 29
+        return signed(whole[:at] + struct.pack("<i", token) + whole[at + 4 : -32])
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -230,6 +241,17 @@ def with_header(**fields: object) -> Callable[[bytes], bytes]:
         (with_header(written=23), "not a snapshot"),
         (with_header(written=29), "not what this bundle's ring holds"),
         (with_header(written=-5), "not a snapshot"),
+        (with_header(written=44), "not what this bundle's ring holds"),  # they went back too far
+        (with_header(tokens=2**70), "not a snapshot"),
+        (with_header(tokens=True), "tokens is True; a JSON int is expected"),
+        (with_header(bundle=5), "bundle is 5; a JSON str is expected"),
+        (with_header(note=[]), "note is .*; a JSON dict is expected"),
+        (with_tokens(64), "not what this bundle's ring holds"),
+        (with_tokens(-1), "not what this bundle's ring holds"),
+        (
+            lambda whole: signed(whole[:8] + struct.pack("<I", 9000) + b"[" * 9000),
+            "not a snapshot",
+        ),
         (lambda whole: signed(whole[:8] + b"\xff\xff\xff\xff" + whole[12:-32]), "not a snapshot"),
         (lambda whole: signed(whole[:8] + struct.pack("<I", 2) + b"[]"), "not a snapshot"),
         (lambda whole: signed(b"MCLCRING"), "damaged"),
@@ -332,6 +354,9 @@ def test_a_damaged_or_foreign_file_is_refused_and_stays_as_it_is(
     damaged = mistralc("generate", plain_bundle, "x", "--session", kept)
     assert (damaged.code, kept.read_bytes()) == (1, whole[:-1])
     assert "is damaged" in damaged.err
+    kept.write_bytes(with_header(note={"messages": "hello"})(whole))
+    no_chat = mistralc("chat", plain_bundle, "--session", kept, stdin=b"hello\n")
+    assert (no_chat.code, "messages are expected" in no_chat.err) == (1, True)
 
 
 def test_another_system_message_than_the_chat_began_with_is_wrong_usage(

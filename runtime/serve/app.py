@@ -141,7 +141,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         return error.response()
     if not isinstance(error, HTTPException):
         raise error
-    told = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    said = str(error.detail).rstrip(".")
+    told = ApiError(error.status_code, f"{request.method} {request.url.path}: {said}.")
     response = told.response()
     response.headers.update(error.headers or {})
     return response

@@ -49,7 +49,7 @@ def serve(
     ] = LIMITS.read_s,
     stall_seconds: Annotated[
         float,
-        typer.Option(min=0.1, help="Longest wait for a client to read.", rich_help_panel=_LIMITS),
+        typer.Option(min=0.1, help="Longest wait for a client to act.", rich_help_panel=_LIMITS),
     ] = LIMITS.stall_s,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="Time to finish after SIGTERM.", rich_help_panel=_LIMITS)

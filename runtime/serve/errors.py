@@ -9,10 +9,13 @@ from typing import Any
 from fastapi import HTTPException
 from fastapi.responses import Response
 
+from graphs.errors import MistralcError
+
 RETRY_AFTER_S = (
     1  # a row is free after some tokens; a client that waits a second meets another queue
 )
 
+LONGEST_PARAM = 100  # characters; it may be a name that the client made up
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -27,8 +30,8 @@ class ApiError(HTTPException):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
-        super().__init__(status, message, _headers(status))
-        self.param, self.code = param, code
+        super().__init__(status, str(MistralcError(message)), _headers(status))  # one paragraph
+        self.param, self.code = None if param is None else param[:LONGEST_PARAM], code
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the response."""

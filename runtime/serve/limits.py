@@ -6,10 +6,11 @@ connection itself: a client that takes nothing is cut off.
 
 import asyncio
 import hmac
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -126,7 +127,8 @@ class PatientProtocol(H11Protocol):
     """HTTP/1.1 with an end to patience.
 
     Up to 64 KiB wait for a client; then the writer does. A client for which the writer waits
-    `stall_s` seconds is cut off, and so is one that sends no request for as long.
+    `stall_s` seconds is cut off. So is one whose request takes longer to begin: uvicorn's own
+    clock runs between requests only, and any byte stops it.
     """
 
     stall_s = 30.0
@@ -136,36 +138,50 @@ class PatientProtocol(H11Protocol):
         """Begin to wait for the first request."""
         super().connection_made(transport)
         self._timers = {}
-        self._after_stall("silent", self._give_up_on_silence)
+        self._abort_after_stall("request")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing is waited for any more."""
         super().connection_lost(exc)
-        for timer in self._timers.values():
-            timer.cancel()
+        for name in list(self._timers):
+            self._forget(name)
+
+    def data_received(self, data: bytes) -> None:
+        """See whether that completed the head of a request, or began one."""
+        super().data_received(data)
+        if not self._is_owed_more():
+            self._forget("request")
+        elif "request" not in self._timers:
+            self._abort_after_stall("request")
 
     def pause_writing(self) -> None:
         """The client does not take what waits for it."""
         super().pause_writing()
-        self._after_stall("stalled", self.transport.abort)
+        self._abort_after_stall("stalled")
 
     def resume_writing(self) -> None:
         """It took most of it."""
         super().resume_writing()
-        self._timers["stalled"].cancel()
+        self._forget("stalled")
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, and be sure that it closes."""
         super().timeout_keep_alive_handler()
-        self._after_stall("closing", self.transport.abort)
+        self._abort_after_stall("closing")
 
-    def _after_stall(self, name: str, action: Callable[[], None]) -> None:
-        self._timers[name] = self.loop.call_later(self.stall_s, action)
+    def _is_owed_more(self) -> bool:
+        """Whether there is half a head, or half a body that nobody wants any more."""
+        theirs = self.conn.their_state
+        if theirs is h11.IDLE:
+            return bool(self.conn.trailing_data[0])
+        return theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE
 
-    def _give_up_on_silence(self) -> None:
-        asked: Any = self.scope  # uvicorn sets it with the first request
-        if asked is None:
-            self.transport.abort()
+    def _abort_after_stall(self, name: str) -> None:
+        self._timers[name] = self.loop.call_later(self.stall_s, self.transport.abort)
+
+    def _forget(self, name: str) -> None:
+        if name in self._timers:
+            self._timers.pop(name).cancel()
 
 
 def protocol(limits: Limits) -> type[PatientProtocol]:

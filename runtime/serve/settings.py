@@ -20,7 +20,7 @@ class Limits:
     max_waiting: int = 256
     timeout_s: float = 600.0  # from a request's first byte to its last
     read_s: float = 30.0  # for a request's body to arrive
-    stall_s: float = 30.0  # that a client may take nothing while something waits for it
+    stall_s: float = 30.0  # for a client to take what waits for it, or to begin its request
     drain_s: float = 30.0  # that running requests get after SIGTERM
     buffered_tokens: int = 1024  # of one choice that wait for a client
 

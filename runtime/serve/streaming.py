@@ -190,8 +190,9 @@ def _reason(end: End) -> FinishReason:
         return "stop" if end.reason == "stop" else "length"
     if end.reason == "cancelled":
         raise ApiError(503, "The server is shutting down. Send the request again.")
-    status = 400 if isinstance(end.error, UsageError) else 500
-    raise ApiError(status, f"The model failed: {end.error}")
+    if isinstance(end.error, UsageError):
+        raise ApiError(400, str(end.error))
+    raise ApiError(500, f"The model failed: {end.error}")
 
 
 def _event(data: dict[str, Any]) -> bytes:

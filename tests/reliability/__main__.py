@@ -21,13 +21,14 @@ from time import monotonic
 
 from tests.documents import DOCS, replace_between
 from tests.reliability.explore import Counts, explore
-from tests.reliability.registry import TARGETS
+from tests.reliability.registry import TARGETS, TRIALS
 from tests.reliability.target import Target
-from tests.reliability.trials import TRIALS, Trial, run_trial
+from tests.reliability.trial import Trial, run_trial
 
 MARKS = "<!-- counted by python -m tests.reliability -->", "<!-- end of the counts -->"
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("hypothesis", "numpy", "safetensors", "sentencepiece", "tokenizers", "jinja2", "torch")
+LIBRARIES = ("hypothesis", "numpy", "safetensors", "sentencepiece", "tokenizers", "jinja2", "torch",
+             "onnxruntime", "fastapi", "uvicorn", "llguidance")  # fmt: skip
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ def damaged_bytes(
     def edited(seeds: list[bytes]) -> bytes:
         result = data
         for one in seeds:
-            result = _edited(_random(one), result, places)
+            result = one_edit(_random(one), result, places)
         return result
 
     return _seeds(most).map(edited)
@@ -70,7 +70,8 @@ def _random(seed: bytes) -> random.Random:
     return random.Random(seed)  # noqa: S311  (nothing here is a secret)
 
 
-def _edited(draw: random.Random, data: bytes, places: Sequence[Place]) -> bytes:
+def one_edit(draw: random.Random, data: bytes, places: Sequence[Place] = ()) -> bytes:
+    """`data` after one edit, at a place drawn evenly; `places` are where its numbers lie."""
     edits = ["flip", "cut", "delete", "repeat", "splice", "overwrite", "number"]
     edit = draw.choice(edits if not places else [*edits, *["place"] * len(edits)])
     at, length = draw.randrange(max(1, len(data))), draw.randint(1, 64)
@@ -115,7 +116,7 @@ def damaged_json(value: Any, most: int = 3) -> st.SearchStrategy[bytes]:
             _edit_tree(_random(one), root)
         text = write(root[0]).encode("utf-8", errors="surrogatepass")
         draw = _random(seeds[0] + b"bytes")
-        return text if draw.randrange(6) else _edited(draw, text, ())
+        return text if draw.randrange(6) else one_edit(draw, text)
 
     return _seeds(most).map(edited)
 

@@ -1,11 +1,25 @@
-"""Every target of fuzzing, in the order of the table. A new one is added here, and only here."""
+"""Every target of fuzzing and every trial, in the order of the tables. New ones are added here."""
 
-from tests.reliability import bundles, checkpoints, texts, vocabularies
+from tests.reliability import (
+    application,
+    bundles,
+    checkpoints,
+    servers,
+    sessions,
+    snapshots,
+    texts,
+    trials,
+    vocabularies,
+)
 from tests.reliability.target import Target
+from tests.reliability.trial import Trial
 
 TARGETS: tuple[Target, ...] = (
     *bundles.TARGETS,
     *checkpoints.TARGETS,
     *vocabularies.TARGETS,
     *texts.TARGETS,
+    *snapshots.TARGETS,
+    *application.TARGETS,
 )
+TRIALS: tuple[Trial, ...] = (*trials.TRIALS, *sessions.TRIALS, *servers.TRIALS)

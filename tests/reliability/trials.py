@@ -1,4 +1,4 @@
-"""Exports and calibrations that are killed, or whose disk is full. Counts what is left behind.
+"""Commands that are killed, or whose disk is full: export, calibrate. Counts what is left behind.
 
 Each run is a fork of this process, which has imported everything already: a kill may then come at
 any moment of the work itself, and a run takes a second or two instead of ten.
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ from exporter.bundle import PARTIAL
 from exporter.calibration import CalibrationTable
 from runtime.bundle import open_bundle
 from tests.make_checkpoint import tiny_spec, write_checkpoint
-from tests.reliability.explore import Counts, _where
 from tests.reliability.guard import check_message
+from tests.reliability.trial import Trial
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
 LIMIT = 120  # seconds of one run
@@ -43,32 +44,6 @@ class Command:
     words: tuple[str, ...]
     open: Callable[[Path], object]
     kept: Callable[[str], bool]  # names that a killed or failed run may leave beside it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """One way to hurt one command. `hurt(command, folder, draw)` returns how it ended."""
-
-    name: str
-    command: Command
-    hurt: Callable[[Command, Path, random.Random], str]
-
-
-def run_trial(trial: Trial, folder: Path, times: int) -> Counts:
-    """Hurt a command `times` times, at other moments each time."""
-    inputs(folder)
-    counts = Counts()
-    for number in range(times):
-        draw = random.Random(f"{trial.name} {number}")  # noqa: S311  (the same every time)
-        counts.cases += 1
-        try:
-            outcome = trial.hurt(trial.command, folder, draw)
-        except AssertionError as error:
-            counts.faults[f"{_where(error)}: {error!s:.200}"] += 1
-        else:
-            counts.read += outcome == "completed"
-            counts.refused += outcome == "refused"
-    return counts
 
 
 def inputs(folder: Path) -> None:
@@ -176,7 +151,7 @@ def _whole(command: Command, folder: Path) -> float:
 
 def full_disk(command: Command, folder: Path, draw: random.Random) -> str:
     """Run a command on a disk of a random size: it completes, or says that there is no room."""
-    with _small_disk(folder / "disk", draw) as place:
+    with small_disk(folder / "disk", draw) as place:
         out = place / "out"
         with pytest.MonkeyPatch.context() as patch:  # as if the space went after it was looked at
             patch.setattr(exporter.export, "require_host", lambda _plan, _destination: None)
@@ -193,7 +168,7 @@ def full_disk(command: Command, folder: Path, draw: random.Random) -> str:
 
 
 @contextmanager
-def _small_disk(place: Path, draw: random.Random) -> Iterator[Path]:
+def small_disk(place: Path, draw: random.Random) -> Iterator[Path]:
     """A file system of 4 kB to 1.5 MB; without the right to mount one, a limit on files' sizes."""
     place.mkdir(exist_ok=True)
     size = 4 * int(4 ** (draw.random() * 4.25))  # kB: as many small ones as large ones
@@ -244,8 +219,8 @@ CALIBRATE = Command(
 )  # fmt: skip
 
 TRIALS = (
-    Trial(name="export, killed", command=EXPORT, hurt=killed),
-    Trial(name="calibrate, killed", command=CALIBRATE, hurt=killed),
-    Trial(name="export, disk full", command=EXPORT, hurt=full_disk),
-    Trial(name="calibrate, disk full", command=CALIBRATE, hurt=full_disk),
+    Trial(name="export, killed", prepare=inputs, hurt=partial(killed, EXPORT)),
+    Trial(name="calibrate, killed", prepare=inputs, hurt=partial(killed, CALIBRATE)),
+    Trial(name="export, disk full", prepare=inputs, hurt=partial(full_disk, EXPORT)),
+    Trial(name="calibrate, disk full", prepare=inputs, hurt=partial(full_disk, CALIBRATE)),
 )
