@@ -30,4 +30,5 @@ def triton(
     if as_json:
         print(json.dumps({"repository": str(output), "model": model.name}))
     else:
-        print(f"{output}: the model {model.name}, for tritonserver --model-repository {output}.")
+        path = output.absolute()  # Triton asks for it
+        print(f"{output}: the model {model.name}, for tritonserver --model-repository {path}.")

@@ -10,6 +10,7 @@ text. Requests share the rows of one session, as those of `serve` do.
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -30,11 +31,12 @@ from graphs.errors import MistralcError, UsageError
 from runtime import options
 from runtime.load import load
 from runtime.sampling import Sampled
-from runtime.scheduler import End, Request, Scheduler, Ticket
+from runtime.scheduler import End, QueueFullError, Request, Scheduler, StoppedError, Ticket
 from runtime.stopping import StopStrings
 
 POLL_S = 0.1  # how often all requests are asked whether their clients gave them up
 DRAIN_S = 30.0  # that requests get when the model is unloaded
+PARAMETERS = ("rows", "max_waiting", "max_tokens")  # of config.pbtxt; others are the backend's
 
 
 class Stream:
@@ -63,14 +65,17 @@ class Stream:
             text, stopped = self._stops.push(self._decoder.flush())
             self._finish(text + self._stops.flush(), "stop" if stopped else item.reason)
         elif item.error is not None:
-            self.fail(f"The model failed: {item.error}")
+            self.fail(f"The model failed: {item.error}", TritonError.INTERNAL)
         else:
-            self.fail("The request was cancelled, by its client or because the model is unloaded.")
+            self.fail(
+                "The request was cancelled, by its client or because the model is unloaded.",
+                TritonError.CANCELLED,
+            )
 
-    def fail(self, message: str) -> None:
+    def fail(self, message: str, code: Any) -> None:
         """Send an error as the last response."""
         self.done = True
-        _refuse(self._sender, message)
+        _refuse(self._sender, message, code)
 
     def _finish(self, text: str, reason: str) -> None:
         self.done = True
@@ -89,7 +94,7 @@ class Model:
 
     def load(self, bundle: Path, config: Mapping[str, Any]) -> None:
         """Load the bundle. `config` is `config.pbtxt` as JSON. Raises TritonModelException."""
-        numbers = {name: int(one["string_value"]) for name, one in config["parameters"].items()}
+        numbers = {name: int(config["parameters"][name]["string_value"]) for name in PARAMETERS}
         self._inputs = [one["name"] for one in config["input"]]
         self._most = numbers["max_tokens"]
         try:
@@ -112,8 +117,10 @@ class Model:
             sender = request.get_response_sender()
             try:
                 self._submit(self._read(request), sender)
+            except (QueueFullError, StoppedError) as error:
+                _refuse(sender, str(error), TritonError.UNAVAILABLE)
             except MistralcError as error:
-                _refuse(sender, str(error))
+                _refuse(sender, str(error), TritonError.INVALID_ARG)
 
     def finalize(self) -> None:
         """Let requests finish for up to `DRAIN_S`, and end the rest."""
@@ -123,12 +130,12 @@ class Model:
         self._sender.join()
 
     def _read(self, request: Any) -> dict[str, Any]:
-        """The inputs that were given, by name."""
+        """The inputs that were given, by name; an empty tensor is one that was not."""
         given: dict[str, Any] = {}
         for name in self._inputs:
             tensor = get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                values = [_plain(name, value) for value in tensor.as_numpy().reshape(-1).tolist()]
+            if tensor is not None and (array := tensor.as_numpy()).size:
+                values = [_plain(name, value) for value in array.reshape(-1).tolist()]
                 given[name] = values if name == "stop" else values[0]
         return given
 
@@ -183,8 +190,9 @@ class Model:
             return
         try:
             stream.take(item)
-        except Exception:  # the backend no longer knows the request; the others go on
-            stream.done = True
+        except Exception as error:  # this request's own; the others go on
+            with suppress(Exception):  # where the backend no longer knows the request
+                stream.fail(f"The answer could not be sent: {error}", TritonError.INTERNAL)
         if stream.done and stream.ticket is not None:
             self._scheduler.cancel(stream.ticket)
 
@@ -230,6 +238,6 @@ def _response(text: str, reason: str) -> Any:
     )
 
 
-def _refuse(sender: Any, message: str) -> None:
-    response = InferenceResponse(output_tensors=[], error=TritonError(message))
+def _refuse(sender: Any, message: str, code: Any) -> None:
+    response = InferenceResponse(output_tensors=[], error=TritonError(message, code))
     sender.send(response, flags=TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -2,8 +2,8 @@
 
     python -m tests.ray_host BUNDLE PORT
 
-Prints a line when the replicas serve. Each line on standard input deploys the application again;
-the end of standard input ends everything.
+Prints "serving" and Ray's address when the replicas serve. The end of standard input ends
+everything.
 """
 
 import sys
@@ -16,20 +16,17 @@ from runtime.serve.ray_app import Arguments, app
 from runtime.serve.settings import Limits
 
 OBJECTS = 100 << 20  # bytes of Ray's object store, which nothing here fills
+DRAIN_S = 120.0  # more than any stream takes that a test waits for
 
 
 def main(bundle: Path, port: int) -> None:
     """Serve until standard input ends."""
     ray.init(num_cpus=4, object_store_memory=OBJECTS, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
-    arguments = Arguments(
-        bundle=bundle, model_name="tiny", replicas=2, limits=Limits(max_new_tokens=1_000_000)
-    )
-    while True:
-        serve.run(app(arguments))
-        print("serving", flush=True)
-        if not sys.stdin.readline():
-            break
+    limits = Limits(max_new_tokens=1_000_000, drain_s=DRAIN_S)
+    serve.run(app(Arguments(bundle=bundle, model_name="tiny", replicas=2, limits=limits)))
+    print("serving", ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
     serve.shutdown()
     ray.shutdown()
 

@@ -23,7 +23,7 @@ CANNOT_RUN = {  # commands of docs/*.md that no test runs, by how they begin, an
     "cd ": "test_run_archive.py runs the commands that follow, in an environment of their own",
     "python run.pyz ": "the same",
     "mistralc serve ": "ends when it is told to; test_serve_openai.py starts it",
-    "serve run ": "needs the extra ray; test_serve_ray.py deploys the same application",
+    "serve run ": "needs the extra ray; test_serve_ray.py runs it",
     "tritonserver ": "needs Triton; test_triton.py calls the model as it would",
 }
 

@@ -6,12 +6,17 @@ A real Ray in a process of its own (tests/ray_host.py), on tiny bundles. Skipped
 
 import contextlib
 import os
+import re
 import select
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +29,24 @@ from tests.serving import NO_END, PATIENCE_S, ROOT, Server, until
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mistralc[ray]'")
 
+DOCUMENT = ROOT / "docs" / "cluster.md"
 HEADER = "mistralc-replica"
 ENDLESS: dict[str, Any] = {"model": "tiny", "prompt": "The ring", "max_tokens": 1_000_000,
                            "logit_bias": NO_END, "temperature": 0}  # fmt: skip
+ENVIRONMENT = os.environ | {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # else it leaves a token in the user's home
+    "PYTHONPATH": str(ROOT),
+}
+STREAM_S = 15.0  # of a stream that outlasts the start of a new replica, which takes 3 to 6 s
 
 
 class Cluster(Server):
-    """A Ray of one node that serves."""
+    """A Ray of one node that serves. `address` is where its commands reach it."""
+
+    def __init__(self, process: "subprocess.Popen[str]", url: str, address: str) -> None:
+        super().__init__(process, url, "tiny")
+        self.address = address
 
     def replicas(self) -> list[psutil.Process]:
         """The processes of the replicas."""
@@ -40,13 +56,6 @@ class Cluster(Server):
                 if " ".join(process.cmdline()).startswith("ray::ServeReplica"):
                     found.append(process)
         return found
-
-    def deploy(self) -> None:
-        """Deploy the application again, as for a new version; wait until that is done."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("again\n")
-        self.process.stdin.flush()
-        await_serving(self.process)
 
     def names(self, count: int = 16) -> set[str]:
         """The replicas that answer `count` requests."""
@@ -82,12 +91,12 @@ class Stream:
         self._stream.close()
 
 
-def await_serving(process: "subprocess.Popen[str]") -> None:
-    """Read what the host prints, Ray's own words among it, until it serves."""
+def await_serving(process: "subprocess.Popen[str]") -> str:
+    """Read what the host prints, Ray's own words among it, until it serves; Ray's address."""
     assert process.stdout is not None
     for line in process.stdout:
-        if line == "serving\n":
-            return
+        if line.startswith("serving "):
+            return line.split()[1]
     raise RuntimeError(f"Ray ended with {process.wait()} before it served")
 
 
@@ -102,19 +111,14 @@ def free_port() -> int:
 def cluster(sliding_bundle: Path) -> Iterator[Cluster]:
     port = free_port()
     command = [sys.executable, "-m", "tests.ray_host", str(sliding_bundle), str(port)]
-    environment = os.environ | {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",  # else it leaves a token in the user's home
-        "PYTHONPATH": str(ROOT),
-    }
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdin is not None
         family: list[psutil.Process] = []
         try:
-            await_serving(process)
-            yield Cluster(process, f"http://127.0.0.1:{port}", "tiny")
+            address = await_serving(process)
+            yield Cluster(process, f"http://127.0.0.1:{port}", address)
             family = psutil.Process(process.pid).children(recursive=True)
             process.stdin.close()
             process.wait(60)
@@ -131,14 +135,16 @@ def streams(cluster: Cluster) -> Iterator[Callable[..., list[Stream]]]:
     opened: list[Stream] = []
 
     def one_on_each(**options: Any) -> list[Stream]:
-        while len({stream.replica for stream in opened}) < 2:
-            assert len(opened) < 4, "the proxy sends everything to one replica"
-            opened.append(Stream(cluster, **options))
-        by_replica = {stream.replica: stream for stream in opened}
-        for stream in opened:
-            if stream is not by_replica[stream.replica]:
+        by_replica: dict[str, Stream] = {}
+        for _ in range(4):
+            stream = Stream(cluster, **options)
+            opened.append(stream)
+            if stream.replica in by_replica:
                 stream.close()
-        return list(by_replica.values())
+            by_replica.setdefault(stream.replica, stream)
+            if len(by_replica) == 2:
+                return list(by_replica.values())
+        raise AssertionError("the proxy sends everything to one replica")
 
     yield one_on_each
     for stream in opened:
@@ -156,6 +162,14 @@ def running_rows(cluster: Cluster) -> dict[str, float]:
         (line,) = [x for x in answer.text.splitlines() if x.startswith("mistralc_running_rows ")]
         rows[answer.headers[HEADER]] = float(line.rpartition(" ")[2])
     return rows
+
+
+def tokens_in(streams: Callable[..., list[Stream]], seconds: float) -> int:
+    """About how many tokens a stream on each replica has in that time here and now."""
+    began = time.monotonic()
+    pair = streams(max_tokens=1000)
+    until(lambda: all(stream.ended for stream in pair), "the end of both streams")
+    return int(1000 * seconds / (time.monotonic() - began))
 
 
 def test_paths_answers_and_errors_are_those_of_one_server(cluster: Cluster) -> None:
@@ -219,7 +233,10 @@ def test_a_killed_replica_breaks_its_own_streams_only_and_is_started_again(
     assert other.error is None
     failed, _, _ = select.select(whole, [], [], PATIENCE_S)
     assert 0 < len(failed) < len(whole)
-    assert all(connection.recv(64).startswith(b"HTTP/1.1 500 ") for connection in failed)
+    for connection in failed:
+        response = HTTPResponse(connection)
+        response.begin()
+        assert (response.status, response.headers.get_content_type()) == (500, "text/plain")
     for connection in whole:
         connection.close()
 
@@ -227,13 +244,26 @@ def test_a_killed_replica_breaks_its_own_streams_only_and_is_started_again(
     assert len(cluster.replicas()) == 2
 
 
-def test_a_new_version_lets_streams_of_the_old_replicas_finish(
-    cluster: Cluster, streams: Callable[..., list[Stream]]
+def test_the_documented_command_deploys_a_new_version_and_lets_old_streams_finish(
+    cluster: Cluster, streams: Callable[..., list[Stream]], sliding_bundle: Path
 ) -> None:
-    pair = streams(max_tokens=3000)
+    documented = re.findall(r"^\$ (serve run .*)$", DOCUMENT.read_text(encoding="utf-8"), re.M)
+    (words,) = map(shlex.split, documented)
+    arguments = [f"bundle={sliding_bundle}" if x.startswith("bundle=") else x for x in words[2:]]
+    assert arguments != words[2:]
+    pair = streams(max_tokens=tokens_in(streams, STREAM_S))
     before = {stream.replica for stream in pair}
-    cluster.deploy()
-    until(lambda: all(stream.ended for stream in pair), "the end of both streams")
+
+    command = [shutil.which("serve", path=Path(sys.executable).parent) or "serve", "run",
+               "--non-blocking", "--address", cluster.address, *arguments]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) as process:
+        until(lambda: cluster.names() - before, "an answer from a new replica")
+        assert not any(stream.ended for stream in pair), "the streams end too soon to show anything"
+        until(lambda: all(stream.ended for stream in pair), "the end of both streams")
+        assert process.wait(PATIENCE_S) == 0
     assert [stream.error for stream in pair] == [None, None]
     assert [stream.reason for stream in pair] == ["length", "length"]
+    until(lambda: len(cluster.names()) == 2, "an answer from each new replica")
     assert not cluster.names() & before
+    models = cluster.ask("/v1/models").json()["data"]
+    assert [model["id"] for model in models] == [sliding_bundle.name]

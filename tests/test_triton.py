@@ -5,7 +5,6 @@ Triton itself is not here; a stand-in for its Python backend calls the model (te
 
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -22,6 +21,7 @@ from graphs.errors import MistralcError, UsageError
 from graphs.manifest import read_manifest
 from runtime.bundle import open_bundle
 from tests.conftest import Command
+from tests.triton_config import parse
 
 HOST = Path(__file__).with_name("triton_host.py")
 
@@ -33,14 +33,8 @@ def model(sliding_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def config_of(model: Path) -> dict[str, Any]:
-    """`config.pbtxt` as the JSON that Triton hands to models, as far as models read it."""
-    text = (model / "config.pbtxt").read_text(encoding="utf-8")
-    inputs = re.findall(r'^input { name: "(\w+)" data_type: (\w+)', text, re.MULTILINE)
-    parameters = re.findall(r'^parameters { key: "(\w+)" value { string_value: "(\w+)"', text, re.M)
-    return {
-        "input": [{"name": name, "data_type": kind} for name, kind in inputs],
-        "parameters": {key: {"string_value": value} for key, value in parameters},
-    }
+    """`config.pbtxt` as the JSON that Triton hands to models."""
+    return parse((model / "config.pbtxt").read_text(encoding="utf-8"))
 
 
 def run(model: Path, *requests: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -71,18 +65,29 @@ def test_the_repository_has_a_configuration_a_model_and_a_whole_copy(
     assert files == {"config.pbtxt", "1/model.py"} | copies
     assert not any(path.is_symlink() for path in model.rglob("*"))
     open_bundle(model / "1" / "bundle")
-    text = (model / "config.pbtxt").read_text(encoding="utf-8")
-    assert f'name: "{model.name}"' in text
-    assert "decoupled: true" in text
-    assert "kind: KIND_CPU" in text
 
 
 def test_the_configuration_is_a_model_config_in_text_format(model: Path) -> None:
-    text = (model / "config.pbtxt").read_text(encoding="utf-8")
-    assert text.count("{") == text.count("}")
-    assert text.count("[") == text.count("]")
-    assert text.count('"') % 2 == 0
-    assert len(re.findall(r"^input \{", text, re.MULTILINE)) == len(triton.INPUTS)
+    config = config_of(model)
+    assert (config["name"], config["backend"]) == (model.name, "python")
+    assert config["model_transaction_policy"] == {"decoupled": True}
+    assert config["instance_group"] == [{"count": 1, "kind": "KIND_CPU"}]
+    assert {one["name"]: one["data_type"] for one in config["input"]} == {
+        name: f"TYPE_{kind}" for name, (kind, _) in triton.INPUTS.items()
+    }
+    assert all(one["optional"] for one in config["input"])
+    assert [one["name"] for one in config["output"]] == list(triton.OUTPUTS)
+    for target, kind in (("cpu", "KIND_CPU"), ("cuda", "KIND_GPU"), ("rtx", "KIND_GPU")):
+        manifest = replace(read_manifest(model / "1" / "bundle"), target=target)
+        (group,) = parse(triton.config('a "name" of ünusual kind', manifest))["instance_group"]
+        assert group["kind"] == kind
+
+
+def test_parameters_that_are_the_backends_own_may_be_added(model: Path) -> None:
+    config = config_of(model)
+    config["parameters"]["EXECUTION_ENV_PATH"] = {"string_value": "/srv/python.tar.gz"}
+    (served,) = run(model, {"prompt": "x", "max_tokens": 1}, config=config)["responses"]
+    assert served[-1]["finish_reason"] in ("stop", "length")
 
 
 def test_requests_stream_the_text_that_the_bundle_generates_and_stay_apart(
@@ -124,14 +129,23 @@ def test_a_request_that_cannot_be_served_gets_one_error_and_others_go_on(model: 
     *bad, served = run(
         model, {"prompt": "x", "messages": "[]"}, {}, {"messages": "{"},
         {"messages": '[{"role": "user", "content": 1}]'}, {"prompt": "x", "max_tokens": 0},
-        {"prompt": "x", "temperature": -1.0}, {"prompt": "x", "stop": [""]}, good,
+        {"prompt": "x", "temperature": -1.0}, {"prompt": "x", "stop": [""]}, {"prompt": []}, good,
     )["responses"]  # fmt: skip
     said = ["prompt or messages", "prompt or messages", "messages is", "messages is",
-            "max_tokens is 0", "temperature is -1.0", "stop string is empty"]  # fmt: skip
+            "max_tokens is 0", "temperature is -1.0", "stop string is empty",
+            "prompt or messages"]  # fmt: skip
     for responses, words in zip(bad, said, strict=True):
         assert len(responses) == 1
         assert words in responses[0]["error"]
+        assert responses[0]["code"] == "INVALID_ARG"
     assert served[-1]["finish_reason"] in ("stop", "length")
+
+
+def test_a_request_too_many_is_told_that_it_may_try_again(model: Path) -> None:
+    config = config_of(model)
+    config["parameters"]["max_waiting"]["string_value"] = "0"
+    (refused,) = run(model, {"prompt": "x"}, config=config)["responses"]
+    assert [response["code"] for response in refused] == ["UNAVAILABLE"]
 
 
 def test_a_cancelled_request_ends_long_before_its_tokens_do(
@@ -146,7 +160,7 @@ def test_a_cancelled_request_ends_long_before_its_tokens_do(
         model, {"prompt": "The ring", "max_tokens": 4096, "cancel_after": 1},
         {"prompt": "The ring", "max_tokens": 64},
     )["responses"]  # fmt: skip
-    assert "cancelled" in left[-1]["error"]
+    assert left[-1]["code"] == "CANCELLED"
     assert served[-1]["finish_reason"] == "length"
 
 
