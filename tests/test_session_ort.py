@@ -99,6 +99,19 @@ def test_onnx_runtime_has_nothing_to_warn_of_at_its_default_log_level(model: Pat
     assert run(model, GENERATE).stderr == ""
 
 
+def test_onnx_runtime_leaves_nothing_in_the_users_cache(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    run(model, GENERATE)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    run(model, GENERATE)
+    assert list(tmp_path.rglob("deviceid")), "it does where it is let: the test sees it"
+
+
 def test_it_would_warn_if_the_ring_were_copied(model: Path):
     """So that silence above means that nothing was copied."""
     warning = run(model, SEPARATE).stderr
