@@ -6,6 +6,7 @@ import time
 from typing import Literal, NamedTuple
 
 from graphs.errors import MistralcError
+from runtime.host import return_large_blocks
 from runtime.load import load
 from runtime.scheduler import Scheduler, Stats
 from runtime.serve.calls import Call, Translator
@@ -84,6 +85,7 @@ class Service:
 
     def _load(self) -> None:
         settings = self.settings
+        return_large_blocks()
         try:
             loaded = load(
                 settings.bundle, rows=settings.rows, threads=settings.threads,
