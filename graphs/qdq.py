@@ -58,6 +58,7 @@ class QuantizeLinears:
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
         """Rewrite every quantized linear. Raises PassError unless all of them were found."""
         schemes, graph = self.quantization.schemes, model.graph
+        shapes = spec.weight_shapes()
         done: set[str] = set()
         for node in list(graph):
             if node.op_type == "Gather":
@@ -73,7 +74,7 @@ class QuantizeLinears:
             if layout == "nbits":
                 _write_nbits(graph, linear, scheme, self.activation)
             else:
-                widths = [spec.weight_shapes()[part][0] for part in parts]
+                widths = [shapes[part][0] for part in parts]
                 weight = _dequantized(graph, linear, scheme, self.activation, layout, widths)
                 linear.matmul.replace_input_with(1, weight)
                 scale = self.quantization.input_scales.get(parts[0])

@@ -25,6 +25,7 @@ NO_END: dict[str, int] = {"2": -100}  # bans the tiny models' end-of-text token
 ENDLESS: dict[str, Any] = {"max_tokens": 1_000_000, "logit_bias": NO_END}
 STREAM: dict[str, Any] = ENDLESS | {"stream": True}
 FREE = ("--max-new-tokens", 1_000_000)
+IMPATIENT = ("--stall-seconds", 1, "--read-seconds", 1, "--max-body-bytes", 50_000)
 
 # The kernel holds megabytes for a client that does not read; here a few kilobytes.
 SMALL_BUFFERS = (

@@ -20,6 +20,7 @@ from tests.conftest import Command
 from tests.serving import (
     ENDLESS,
     FREE,
+    IMPATIENT,
     NO_END,
     ROOT,
     SMALL_BUFFERS,
@@ -40,9 +41,8 @@ ENDED = 'requests_total{path="/v1/completions",status="200"}'
 def server(sliding_bundle: Path) -> Iterator[Server]:
     """One that cuts off after a second whoever does not read."""
     with serving(
-        sliding_bundle, "--rows", 2, "--max-waiting", 1, "--stall-seconds", 1,
-        "--read-seconds", 1, "--max-body-bytes", 50_000, *FREE, program=SMALL_BUFFERS,
-    ) as running:  # fmt: skip
+        sliding_bundle, "--rows", 2, "--max-waiting", 1, *IMPATIENT, *FREE, program=SMALL_BUFFERS
+    ) as running:
         yield running
 
 

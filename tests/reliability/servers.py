@@ -25,6 +25,7 @@ from tests.reliability.trial import Trial
 from tests.serving import (
     ENDLESS,
     FREE,
+    IMPATIENT,
     NO_END,
     PATIENCE_S,
     ROOT,
@@ -42,7 +43,6 @@ CLIENTS, ROWS = 8, 4  # so that some wait
 TOKENS = 60
 PROMPTS = ("The ring", "A window slides.", "What is kept", "é, and more", "Once", "1 2 3 4 5")
 PATIENT = ("--rows", ROWS, *FREE)
-IMPATIENT = ("--stall-seconds", 1, "--read-seconds", 1, "--max-body-bytes", 50_000)
 
 
 @dataclass(slots=True, kw_only=True)
