@@ -25,8 +25,6 @@ BACKENDS: Mapping[str, tuple[str, ...]] = {
 }
 """By import name: the packages that carry it."""
 
-M_MMAP_THRESHOLD = -3  # malloc.h
-
 # cuda.h: CUdevice_attribute
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -80,17 +78,6 @@ def memory_available() -> int | None:
     """
     known = [value for value in (_meminfo("MemAvailable"), _cgroup_left()) if value is not None]
     return min(known, default=None)
-
-
-def return_large_blocks() -> None:
-    """Have the C library give blocks of 256 KiB and more back to the system when they are freed.
-
-    glibc does so from 128 KiB on at first, and moves that up to 32 MiB with what is freed. In a
-    server the blocks of requests then lie between those of the backend: with 64 clients on SmolLM2
-    it grew by 312 MB in 305 s, and by 90 in 205 s with this. Does nothing where there is no glibc.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 18)
 
 
 def cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Cuda:

@@ -97,8 +97,9 @@ def load(
             bundle = open_bundle(source, require_signature=require_signature)
     path, manifest = bundle.path, bundle.manifest
     with stage("Loading the model", None):
-        tokenizer = Tokenizer.load(path)
+        # Before the tokenizer, whose small blocks would lie between those of the weights.
         session = load_session(path, manifest, batch=rows, threads=threads)
+        tokenizer = Tokenizer.load(path)
         ring = make_ring(manifest, rows)
         generator = Generator(session, ring, manifest.model.vocab_size)
         if check:

@@ -23,6 +23,7 @@ import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -145,11 +146,11 @@ class Sampler:
         self._scores = np.empty(vocab_size if self._edits else 0, dtype=np.float32)
         self._weights = np.empty(vocab_size, dtype=np.float64)
         self._mask = np.empty(vocab_size, dtype=np.bool_)
-        self._ids = np.arange(vocab_size, dtype=np.int64)
+        self._ids = _all_ids(vocab_size)
         self._counts: Counter[int] = Counter()  # of generated tokens
         self._tally = np.zeros(vocab_size if self._counts_matter else 0, dtype=np.float32)
         self._seen: set[int] = set()  # prompt and generated tokens, and the same as an array
-        self._seen_ids = np.empty(vocab_size, dtype=np.int64)
+        self._seen_ids = np.empty(vocab_size if self._edits else 0, dtype=np.int64)
         for token_id in context:
             self._see(int(token_id))
 
@@ -198,7 +199,8 @@ class Sampler:
     def _see(self, token_id: int) -> None:
         if token_id not in self._seen:
             self._check(token_id)
-            self._seen_ids[len(self._seen)] = token_id
+            if self._edits:
+                self._seen_ids[len(self._seen)] = token_id
             self._seen.add(token_id)
 
     def _check(self, token_id: int) -> None:
@@ -314,6 +316,14 @@ class Sampler:
             logprob=float(scores[token_id]) - norm,
             top_logprobs=tuple((int(i), float(scores[i]) - norm) for i in likeliest),
         )
+
+
+@lru_cache(maxsize=4)
+def _all_ids(vocab_size: int) -> Ids:
+    """0 to V - 1, one array for all sequences."""
+    ids = np.arange(vocab_size, dtype=np.int64)
+    ids.flags.writeable = False
+    return ids
 
 
 def _best(scores: Floats) -> tuple[int, float]:

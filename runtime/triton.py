@@ -29,8 +29,8 @@ from triton_python_backend_utils import (
 
 from graphs.errors import MistralcError, UsageError
 from runtime import options
-from runtime.host import return_large_blocks
 from runtime.load import load
+from runtime.malloc import one_heap
 from runtime.sampling import Sampled
 from runtime.scheduler import End, QueueFullError, Request, Scheduler, StoppedError, Ticket
 from runtime.stopping import StopStrings
@@ -98,7 +98,7 @@ class Model:
         numbers = {name: int(config["parameters"][name]["string_value"]) for name in PARAMETERS}
         self._inputs = [one["name"] for one in config["input"]]
         self._most = numbers["max_tokens"]
-        return_large_blocks()
+        one_heap()
         try:
             loaded = load(bundle, rows=numbers["rows"])
         except MistralcError as error:

@@ -1,9 +1,6 @@
 """The server's parts that need no server: text and scores of a choice, grammars, inbox, keys."""
 
 import asyncio
-import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from runtime.serve.streaming import Progress
 from runtime.stopping import StopStrings
 from runtime.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 LETTERS = range(3 + 97, 3 + 123)  # the tiny vocabulary: three control tokens, then the 256 bytes
 
 
@@ -152,33 +148,6 @@ def test_a_grammar_that_nothing_can_meet_is_the_clients_fault(tokenizer: Tokeniz
     endless = Grammars(tokenizer, tokenizer.vocab_size).json_schema({"$ref": "#"})
     with pytest.raises(UsageError, match="cannot be followed further"):
         endless.mask(np.zeros(tokenizer.vocab_size, np.float32))
-
-
-BLOCKS = """
-import ctypes
-from runtime.host import return_large_blocks
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-    ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p])
-class Counts(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "a", "b", "c", "d", "e")]
-libc.mallinfo2.restype = Counts
-def mapped():  # blocks that go back to the system when they are freed
-    before = libc.mallinfo2().hblks
-    libc.malloc(8 << 20)
-    return libc.mallinfo2().hblks - before
-libc.free(libc.malloc(20 << 20))  # moves glibc's threshold up
-print(mapped(), end=" ")
-return_large_blocks()
-print(mapped())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps memory")
-def test_large_blocks_go_back_to_the_system_in_a_server() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKS], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["0", "1"], done.stderr
 
 
 class Recorder:

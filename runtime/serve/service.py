@@ -6,8 +6,8 @@ import time
 from typing import Literal, NamedTuple
 
 from graphs.errors import MistralcError
-from runtime.host import return_large_blocks
 from runtime.load import load
+from runtime.malloc import one_heap
 from runtime.scheduler import Scheduler, Stats
 from runtime.serve.calls import Call, Translator
 from runtime.serve.errors import ApiError
@@ -53,6 +53,7 @@ class Service:
 
     def begin_to_load(self) -> None:
         """Load in a thread beside the event loop, which answers `/health` meanwhile."""
+        one_heap()
         self._inbox = Inbox(asyncio.get_running_loop())
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
@@ -85,7 +86,6 @@ class Service:
 
     def _load(self) -> None:
         settings = self.settings
-        return_large_blocks()
         try:
             loaded = load(
                 settings.bundle, rows=settings.rows, threads=settings.threads,
