@@ -34,7 +34,7 @@ GENAI = {
 
 CALIBRATED = {  # by name: options of `mistralc calibrate`
     "int4wo-gptq-128": ("--precision", "int4wo", "--method", "gptq", "--block", "128"),
-    "int8wo-gptq-128": ("--precision", "int8wo", "--method", "gptq", "--block", "128"),
+    "int8wo-awq-gptq-128": ("--precision", "int8wo", "--method", "awq+gptq", "--block", "128"),
     "int8-smoothquant": ("--precision", "int8"),
 }
 OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
@@ -43,7 +43,7 @@ OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
     "int4wo-gptq-128": ("--precision", "int4wo"),
     "int4wo-gptq-128-head4": ("--precision", "int4wo", "--head-bits", "4"),
     "int8wo-32": ("--precision", "int8wo"),
-    "int8wo-gptq-128": ("--precision", "int8wo"),
+    "int8wo-awq-gptq-128": ("--precision", "int8wo"),
     "int8-smoothquant": ("--precision", "int8"),
 }
 
