@@ -11,10 +11,12 @@ from typing import Any
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
+from graphs.scheme import QUANTIZED
 from runtime import kernel_cache
 from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator
 from runtime.golden import replay
+from runtime.malloc import huge_pages
 from runtime.progress import Stage, silent
 from runtime.ring import Ring
 from runtime.session import Session
@@ -30,10 +32,11 @@ def load_session(
         if manifest.target == "cpu":
             from runtime.session_ort import OrtSession
 
-            return OrtSession(
-                directory / "model.onnx", spec, batch=batch, threads=threads,
-                fuse_qdq=manifest.precision != "fp8",
-            )  # fmt: skip
+            with huge_pages(_packed_bytes(manifest)):
+                return OrtSession(
+                    directory / "model.onnx", spec, batch=batch, threads=threads,
+                    fuse_qdq=manifest.precision != "fp8",
+                )  # fmt: skip
         if manifest.target == "cuda":
             from runtime.session_cuda import CudaOrtSession
 
@@ -50,6 +53,17 @@ def load_session(
             f"This bundle was built for the target {manifest.target} and needs {error.name}, which "
             f"is not installed here. Install it: pip install 'mistralc[{manifest.target}]'."
         ) from error
+
+
+def _packed_bytes(manifest: Manifest) -> int:
+    """Room for quantized weights as ONNX Runtime packs them; 1.3 times the files were seen.
+
+    0 for others, which are not there for speed: where a host takes free memory away from its
+    virtual machines and clears it anew, huge pages took SmolLM2's 538 MB from 0.6 to 1.9 s.
+    """
+    if manifest.precision not in QUANTIZED:
+        return 0
+    return 3 * sum(file.size for file in manifest.files.values()) // 2
 
 
 def make_ring(manifest: Manifest, rows: int = 1) -> Ring:

@@ -25,15 +25,15 @@ def huge_pages(size: int) -> Iterator[None]:
 
     A backend allocates each weight by itself, in blocks too small or too crooked for a huge page.
     Inside, all blocks come from the top of the heap, which is asked to be huge before it is first
-    touched: that costs no time, while joining small pages afterwards copies all of them. A step
-    then misses the processor's address cache less often. What was not used goes back.
+    touched, since joining small pages afterwards copies all of them. A step then misses the
+    processor's address cache less often. What was not used goes back.
 
     Only the main thread allocates from that heap, or every thread after `one_heap`; in others
-    nothing changes, nor where the kernel has huge pages switched off. Afterwards glibc no longer
-    moves its thresholds by itself.
+    nothing changes, nor for a size of 0, nor where the kernel has huge pages switched off. glibc
+    no longer moves its thresholds by itself afterwards.
     """
     libc = _glibc()
-    if libc is None:
+    if libc is None or not size:
         yield
         return
     libc.mallopt(M_MMAP_MAX, 0)

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
-from runtime.malloc import huge_pages
 from runtime.session import Caches, Ids, Logits, Slots
 
 KEPT = 16  # bindings of one-token steps; another takes 0.5 ms and 70 KB for 30 layers
@@ -52,8 +51,7 @@ class OrtSession:
         if not fuse_qdq:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         try:
-            with huge_pages(_packed_bytes(model.parent)):
-                self._session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
         except Exception as error:
             raise MistralcError(
                 f"ONNX Runtime {ort.__version__} could not load {model}: {error}. Export the "
@@ -156,8 +154,3 @@ class OrtSession:
         ):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
-
-
-def _packed_bytes(directory: Path) -> int:
-    """Room for the weights as ONNX Runtime packs them: up to 1.3 times the files were seen."""
-    return 3 * sum(file.stat().st_size for file in directory.glob("*") if file.is_file()) // 2

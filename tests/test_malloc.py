@@ -63,16 +63,16 @@ print(*("hg" in flags(block + (4 << 20)) for block in (before, large, after)))
 
 
 @pytest.mark.skipif(not HUGE.exists(), reason="this kernel has no transparent huge pages")
-def test_the_weights_of_a_session_are_asked_to_be_huge(plain_bundle: Path) -> None:
+def test_quantized_weights_are_asked_to_be_huge(rounded_bundle: Path) -> None:
     (asked,) = printed(f"""
 from runtime.bundle import open_bundle
 from runtime.load import load_session
-bundle = open_bundle(Path({str(plain_bundle)!r}))
+bundle = open_bundle(Path({str(rounded_bundle)!r}))
 before = libc.sbrk(0)
 session = load_session(bundle.path, bundle.manifest)
 print(sum("hg" in flags(page) for page in range(before, libc.sbrk(0), 4096)) * 4096)
 """)
-    assert int(asked) >= (plain_bundle / "weights.safetensors").stat().st_size / 2
+    assert int(asked) >= (rounded_bundle / "weights.safetensors").stat().st_size / 2
 
 
 def test_what_was_not_used_goes_back() -> None:
