@@ -1,11 +1,12 @@
 """A session on ONNX Runtime CPU, with the ring updated in place. Knows nothing about text.
 
-Every cache is one NumPy array bound as `past_*` and as `present_*`: the graph writes one slot
+Every cache is a NumPy array bound as `past_*` and as `present_*`: the graph writes one slot
 and nothing is copied. A one-token step runs on a binding that is kept for its rows, with buffers
 that live as long as the ring, so decoding allocates nothing. Longer steps run row by row, each on
 its own part of the caches, as `GroupQueryAttention` wants it.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -68,9 +69,15 @@ class OrtSession:
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Give the ring these capacities, by window, keeping the prefix that it holds."""
         heads, head_dim = self.spec.num_key_value_heads, self.spec.head_dim
-        for i, size in enumerate(self.spec.layer_windows):
-            for kind in ("key", "value"):
-                cache = np.zeros((self.batch, heads, capacities[size], head_dim), np.float32)
+        shapes = [
+            (self.batch, heads, capacities[size], head_dim) for size in self.spec.layer_windows
+        ]
+        for kind in ("key", "value"):
+            # One array for all layers: NumPy asks for huge pages from 4 MiB on.
+            memory = np.zeros(sum(map(math.prod, shapes)), np.float32)
+            for i, shape in enumerate(shapes):
+                flat, memory = np.split(memory, [math.prod(shape)])
+                cache = flat.reshape(shape)
                 old = self._caches.get(f"{kind}.{i}")
                 if old is not None:
                     kept = min(old.shape[2], cache.shape[2])
