@@ -9,7 +9,8 @@ import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+
+from runtime.replacing import replacing
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -43,15 +44,10 @@ def read(path: Path) -> bytes | None:
 
 def write(path: Path, kernels: bytes) -> bool:
     """Put the kernels there, whole or not at all; False when that cannot be done."""
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(path) as file:
             file.write(hashlib.sha256(kernels).digest() + kernels)
-        temporary.replace(path)
     except OSError:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         return False
     return True

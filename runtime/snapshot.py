@@ -16,10 +16,8 @@ import os
 import struct
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -28,6 +26,7 @@ from graphs import window
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.spec import ITEM_SIZE
+from runtime.replacing import replacing
 from runtime.ring import Ring
 from runtime.session import Caches, Session, Slots
 
@@ -142,21 +141,13 @@ def save(snapshot: Snapshot, path: Path) -> None:
     parts.append(np.array(snapshot.tokens, "<i4").tobytes())
     parts += [np.ascontiguousarray(cache).data for cache in snapshot.caches]
     digest = hashlib.sha256()
-    temporary = None
     try:
-        with NamedTemporaryFile(dir=path.absolute().parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(path) as file:
             for part in parts:
                 digest.update(part)
                 file.write(part)
             file.write(digest.digest())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
         raise MistralcError(
             f"The snapshot could not be written to {path} ({error}). Free some of the disk, or "
             "name a file in a directory that this user may write to."

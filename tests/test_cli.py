@@ -456,6 +456,7 @@ def test_bench_reports_what_it_ran_on_and_what_it_measured(
     share = rate / result["read_bandwidth_bytes_per_s"]
     assert result["bandwidth_share"] == pytest.approx(share)
     assert result["peak_memory_bytes"] > result["bytes_per_token"]
+    assert 0 <= result["huge_page_bytes"] <= result["peak_memory_bytes"]
     lines = told(mistralc(*bench, "--repeat", "1")).splitlines()
     assert any(re.fullmatch(r"decode_tokens_per_s: [\d,]+\.\d+", line) for line in lines)
 
