@@ -98,8 +98,9 @@ def write_tokenizer(files: TokenizerFiles, directory: Path) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write readable JSON, characters as they are."""
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write readable JSON, characters as they are; half of a surrogate pair as JSON's escape."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def list_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:

@@ -8,6 +8,7 @@ the `tokenizers` package.
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -275,10 +276,14 @@ def _look_up(backend: Any, token: int | str | None, path: Path) -> tuple[int, st
     """Id and spelling of a token that is given as one of the two."""
     if token is None:
         return None
-    i: int | None = backend.token_to_id(token) if isinstance(token, str) else token
-    text: str | None = token if isinstance(token, str) else None
-    if is_token_id(token):
-        text = backend.id_to_token(token)
+    i: int | None = None
+    text: str | None = None
+    if isinstance(token, str):
+        text = token
+        with suppress(UnicodeEncodeError):  # half of a surrogate pair, which no token is
+            i = backend.token_to_id(token)
+    elif is_token_id(token):
+        i, text = token, backend.id_to_token(token)
     if i is None or text is None:
         raise MistralcError(
             f"The tokenizer {path} has no token {token!r:.60}, which the checkpoint's settings "

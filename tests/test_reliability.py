@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 
 from calib.work import Layer, Work
 from exporter.bpe import merges_from_ranks
+from exporter.bundle import write_json
 from exporter.tekken import read_tekken
 from exporter.tokenizer import convert_file, read_tokenizer
 from graphs.errors import MistralcError
@@ -28,7 +30,7 @@ from tests.make_checkpoint import tiny_spec, write_checkpoint
 from tests.reliability import application, servers
 from tests.reliability.bundles import write_bundle
 from tests.reliability.checkpoints import gguf_bytes
-from tests.reliability.explore import ROOT, check
+from tests.reliability.explore import ROOT, Counts, check
 from tests.reliability.guard import outcome_of
 from tests.reliability.registry import TARGETS, TRIALS
 from tests.reliability.target import Folder, Target
@@ -51,6 +53,11 @@ def test_what_is_damaged_was_good_before(target: Target, tmp_path: Path) -> None
 
 
 # The guard itself can fail
+
+
+def test_a_fault_is_counted_in_the_parent_too() -> None:
+    counts = Counts(cases=2, read=1, faults=Counter({"where": 1}), examples={"where": "what"})
+    assert Counts(**json.loads(json.dumps(counts.to_json()))) == counts
 
 
 def test_a_reader_that_raises_something_else_is_a_fault() -> None:
@@ -205,6 +212,7 @@ def test_a_nested_tokenizer_setting_is_refused(tmp_path: Path) -> None:
         ("tokenizer_config.json", {"chat_template": 5}, "chat_template"),
         ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos"),
         ("tokenizer_config.json", {"bos_token": ["<s>"]}, "bos"),
+        ("tokenizer_config.json", {"eos_token": "\ud800"}, "has no token"),
         ("generation_config.json", {"eos_token_id": [2**70]}, "eos_token_id"),
         ("config.json", {"bos_token_id": 2**70}, "has no token"),
         ("chat_template.jinja", b"\xff\xfe", "text in UTF-8"),
@@ -220,6 +228,12 @@ def test_a_checkpoints_tokenizer_setting_of_another_type_is_refused(
     (path / name).write_bytes(data)
     with pytest.raises(MistralcError, match=said):
         read_tokenizer(path)
+
+
+def test_half_a_surrogate_pair_in_a_setting_is_written_and_read_back(tmp_path: Path) -> None:
+    said = {"version": "v\ud800", "other": "é"}
+    write_json(tmp_path / "settings.json", said)
+    assert json.loads((tmp_path / "settings.json").read_text(encoding="utf-8")) == said
 
 
 def test_a_tekken_file_that_reserves_a_billion_tokens_is_refused_at_once(tmp_path: Path) -> None:

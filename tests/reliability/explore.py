@@ -3,7 +3,7 @@
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, which `Counts(**data)` takes."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def explore(target: Target, folder: Path, wanted: Callable[[int], bool]) -> Counts:
