@@ -20,6 +20,7 @@ from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.spec import ITEM_SIZE
 from runtime.bandwidth import read_bandwidth
+from runtime.host import huge_page_bytes
 from runtime.load import Loaded, make_ring
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
@@ -80,7 +81,7 @@ def measure(
         "read_bandwidth_bytes_per_s": bandwidth,
         "bandwidth_share": rate * step_bytes / bandwidth,
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "huge_page_bytes": _huge_page_bytes(),
+        "huge_page_bytes": huge_page_bytes(),
     }
 
 
@@ -281,15 +282,6 @@ def _ring_bytes(loaded: Loaded, position: int) -> int:
     spec, item = manifest.model, ITEM_SIZE[manifest.activation]
     slots = sum(min(position, size or position) for size in spec.layer_windows)
     return 2 * slots * spec.num_key_value_heads * spec.head_dim * item
-
-
-def _huge_page_bytes() -> int | None:
-    """Memory of this process on huge pages; None where the kernel does not tell."""
-    with suppress(OSError):
-        for line in Path("/proc/self/smaps_rollup").read_text(encoding="ascii").splitlines():
-            if line.startswith("AnonHugePages:"):
-                return 1024 * int(line.split()[1])
-    return None
 
 
 def resident_bytes() -> int:

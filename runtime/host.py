@@ -68,7 +68,7 @@ class Library:
 
 def memory_total() -> int | None:
     """Bytes of this host's memory; None where /proc does not tell."""
-    return _meminfo("MemTotal")
+    return _proc_bytes("meminfo", "MemTotal")
 
 
 def memory_available() -> int | None:
@@ -76,8 +76,13 @@ def memory_available() -> int | None:
 
     None where neither is told.
     """
-    known = [value for value in (_meminfo("MemAvailable"), _cgroup_left()) if value is not None]
-    return min(known, default=None)
+    told = _proc_bytes("meminfo", "MemAvailable"), _cgroup_left()
+    return min((value for value in told if value is not None), default=None)
+
+
+def huge_page_bytes() -> int | None:
+    """Memory of this process on huge pages; None where the kernel does not tell."""
+    return _proc_bytes("self/smaps_rollup", "AnonHugePages")
 
 
 def cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Cuda:
@@ -133,9 +138,10 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def _meminfo(field: str) -> int | None:
+def _proc_bytes(file: str, field: str) -> int | None:
+    """What a file of /proc says in kilobytes, in bytes; None where it does not."""
     with suppress(OSError, ValueError):
-        for line in (PROC / "meminfo").read_text(encoding="ascii").splitlines():
+        for line in (PROC / file).read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(":")
             if name == field:
                 return int(value.split()[0]) * 1024

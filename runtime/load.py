@@ -20,6 +20,7 @@ from runtime.malloc import huge_pages
 from runtime.progress import Stage, silent
 from runtime.ring import Ring
 from runtime.session import Session
+from runtime.sizes import file_bytes
 from runtime.tokenizer import Tokenizer
 
 
@@ -63,7 +64,7 @@ def _packed_bytes(manifest: Manifest) -> int:
     """
     if manifest.precision not in QUANTIZED:
         return 0
-    return 3 * sum(file.size for file in manifest.files.values()) // 2
+    return 3 * file_bytes(manifest) // 2
 
 
 def make_ring(manifest: Manifest, rows: int = 1) -> Ring:
