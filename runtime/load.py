@@ -33,10 +33,11 @@ def load_session(
         if manifest.target == "cpu":
             from runtime.session_ort import OrtSession
 
-            with huge_pages(_packed_bytes(manifest)):
+            on_huge_pages = _bytes_on_huge_pages(manifest)
+            with huge_pages(on_huge_pages):
                 return OrtSession(
                     directory / "model.onnx", spec, batch=batch, threads=threads,
-                    fuse_qdq=manifest.precision != "fp8",
+                    fuse_qdq=manifest.precision != "fp8", pack_together=not on_huge_pages,
                 )  # fmt: skip
         if manifest.target == "cuda":
             from runtime.session_cuda import CudaOrtSession
@@ -56,7 +57,7 @@ def load_session(
         ) from error
 
 
-def _packed_bytes(manifest: Manifest) -> int:
+def _bytes_on_huge_pages(manifest: Manifest) -> int:
     """Room for quantized weights as ONNX Runtime packs them; 1.3 times the files were seen.
 
     0 for others, which are not there for speed: where a host takes free memory away from its
