@@ -10,23 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 BYTES = 1 << 29  # many times any cache of the last level
-ROUNDS = 7
+PASSES = 7
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads read together: the best of `ROUNDS` passes.
+class Memory:
+    """A piece of it to read, which stays allocated: measure it beside what it is compared with."""
 
-    Each takes the dot product of its part of an array with itself, which computes far faster than
-    memory delivers.
-    """
-    parts = np.array_split(np.ones(BYTES // 4, np.float32), threads)
-    seconds = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(ROUNDS):
-            began = perf_counter()
-            list(pool.map(_read, parts))
-            seconds.append(perf_counter() - began)
-    return BYTES / min(seconds)
+    def __init__(self, threads: int) -> None:
+        self._parts = np.array_split(np.ones(BYTES // 4, np.float32), threads)
+
+    def read_bandwidth(self) -> float:
+        """Bytes per second that the threads read together: the best of `PASSES`.
+
+        Each takes the dot product of its part of an array with itself, which computes far faster
+        than memory delivers.
+        """
+        seconds = []
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            for _ in range(PASSES):
+                began = perf_counter()
+                list(pool.map(_read, self._parts))
+                seconds.append(perf_counter() - began)
+        return BYTES / min(seconds)
 
 
 def _read(part: NDArray[np.float32]) -> float:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
-from graphs.spec import ITEM_SIZE
-from runtime.bandwidth import read_bandwidth
+from runtime.bandwidth import Memory
 from runtime.host import huge_page_bytes
 from runtime.load import Loaded, make_ring
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
 from runtime.session import Ids, Logits, Session
-from runtime.sizes import read_bytes
+from runtime.sizes import step_bytes
 
 BACKENDS = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt")
 GREEDY = SamplingParams(temperature=0.0)
@@ -49,21 +48,28 @@ def measure(
 ) -> dict[str, Any]:
     """Rounds of one prompt and one answer from an empty ring, after one to warm up.
 
-    Medians, but for the inter-token latencies, whose percentiles are of all rounds together.
+    Medians, but for the inter-token latencies, whose percentiles are of all rounds together. The
+    bandwidth is read after every round, since other machines on the same host change it. Memory is
+    what the first round leaves, which does all that the others do.
     """
-    rounds = []
-    with stage("Measuring", repeat + 2) as advance:
-        for _ in range(repeat + 1):
-            rounds.append(_round(loaded, prompt_tokens, new_tokens))
-            advance(1)
-        bandwidth = read_bandwidth(_threads(loaded))
+    rounds, bandwidths = [], []
+    with stage("Measuring", repeat + 1) as advance:
+        _round(loaded, prompt_tokens, new_tokens)
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        huge = huge_page_bytes()
+        memory = Memory(_threads(loaded))
         advance(1)
-    kept = rounds[1:]
-    prefill, decode = median(one.ttft for one in kept), median(one.decode for one in kept)
-    latencies = np.concatenate([one.latencies for one in kept])  # seconds
-    manifest = loaded.bundle.manifest
-    step_bytes = read_bytes(manifest) + _ring_bytes(loaded, prompt_tokens + new_tokens // 2)
-    rate = (new_tokens - 1) / decode
+        for _ in range(repeat):
+            rounds.append(_round(loaded, prompt_tokens, new_tokens))
+            bandwidths.append(memory.read_bandwidth())
+            advance(1)
+    prefill, decode = median(one.ttft for one in rounds), median(one.decode for one in rounds)
+    latencies = np.concatenate([one.latencies for one in rounds])  # seconds
+    bytes_per_token = step_bytes(loaded.bundle.manifest, prompt_tokens + new_tokens // 2)
+    shares = [
+        (new_tokens - 1) * bytes_per_token / one.decode / bandwidth
+        for one, bandwidth in zip(rounds, bandwidths, strict=True)
+    ]
     return {
         **_setting(loaded),
         "prompt_tokens": prompt_tokens,
@@ -72,16 +78,16 @@ def measure(
         "load_s": loaded.seconds,
         "ttft_s": prefill,
         "prefill_tokens_per_s": prompt_tokens / prefill,
-        "decode_tokens_per_s": rate,
+        "decode_tokens_per_s": (new_tokens - 1) / decode,
         "step_ms_median": 1e3 * float(np.median(latencies)),
         "step_ms_p95": 1e3 * float(np.percentile(latencies, 95)),
         "step_ms_p99": 1e3 * float(np.percentile(latencies, 99)),
-        "host_share": median(one.host / one.decode for one in kept),
-        "bytes_per_token": step_bytes,
-        "read_bandwidth_bytes_per_s": bandwidth,
-        "bandwidth_share": rate * step_bytes / bandwidth,
-        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "huge_page_bytes": huge_page_bytes(),
+        "host_share": median(one.host / one.decode for one in rounds),
+        "bytes_per_token": bytes_per_token,
+        "read_bandwidth_bytes_per_s": median(bandwidths),
+        "bandwidth_share": median(shares),
+        "peak_memory_bytes": peak,
+        "huge_page_bytes": huge,
     }
 
 
@@ -274,14 +280,6 @@ def _batch_round(
             done += count
         marks.append(perf_counter())
     return marks[1] - marks[0], marks[2] - marks[1]
-
-
-def _ring_bytes(loaded: Loaded, position: int) -> int:
-    """Bytes of keys and values that a token at `position` attends to."""
-    manifest = loaded.bundle.manifest
-    spec, item = manifest.model, ITEM_SIZE[manifest.activation]
-    slots = sum(min(position, size or position) for size in spec.layer_windows)
-    return 2 * slots * spec.num_key_value_heads * spec.head_dim * item
 
 
 def resident_bytes() -> int:

@@ -41,6 +41,14 @@ def read_bytes(manifest: Manifest) -> int:
     return sum(found.values())
 
 
+def step_bytes(manifest: Manifest, position: int) -> int:
+    """Bytes that a step for one token at `position` reads: weights, keys and values."""
+    spec = manifest.model
+    slots = sum(min(position, size or position) for size in spec.layer_windows)
+    values = 2 * slots * spec.num_key_value_heads * spec.head_dim
+    return read_bytes(manifest) + values * ITEM_SIZE[manifest.activation]
+
+
 def schemes_of(manifest: Manifest) -> Mapping[str, Scheme]:
     """How each quantized weight is stored, by its name."""
     facts = manifest.quantization or {}

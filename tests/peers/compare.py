@@ -22,10 +22,10 @@ from typing import Any
 from exporter.checkpoint import open_checkpoint
 from exporter.tokenizer import read_tokenizer
 from graphs.manifest import read_manifest
-from runtime.bandwidth import read_bandwidth
+from runtime.bandwidth import Memory
 from runtime.bench import machine
 from runtime.corpus import read_corpus, windows
-from runtime.sizes import read_bytes
+from runtime.sizes import step_bytes
 from tests.documents import DOCS, replace_between
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,12 +142,12 @@ def main() -> None:
     cut = evaluation(arguments.windows)
     found = contestants(arguments.folder)
     try:
-        run(found, cut, arguments)
+        bandwidth = run(found, cut, arguments)
     finally:
         for one in found:
             one.stop()
     long = windowed(arguments, cut)
-    lines = [*table(found, arguments), "", *long]
+    lines = [*table(found, arguments, bandwidth), "", *long]
     print("\n".join(lines))
     if arguments.write:
         replace_between(DOCS / "benchmarks.md", *MARKS, "\n".join(lines))
@@ -163,13 +163,18 @@ def evaluation(count: int) -> list[list[int]]:
 
 def run(
     found: Sequence[Contestant], cut: Sequence[Sequence[int]], arguments: argparse.Namespace
-) -> None:
-    """Load all, score each once, then time them in turn; the first round warms up."""
+) -> float:
+    """Load all, score each once, then time them in turn; the first round warms up.
+
+    Returns the median of the bandwidth of memory, in bytes per second, read in every round.
+    """
     for one in found:
         one.start(arguments.peers_python, arguments.threads)
         one.nll = one.ask(do="score", windows=cut).get("nll")
         print(f"{one.title}: {one.error or one.version}", file=sys.stderr, flush=True)
+    memory, bandwidths = Memory(arguments.threads), []
     for number in range(arguments.rounds + 1):
+        bandwidths.append(memory.read_bandwidth())
         for one in found:
             long = one.ask(do="time", prompt=cut[0], count=2)
             short = one.ask(do="time", prompt=cut[-1][:SHORT], count=NEW)
@@ -177,6 +182,7 @@ def run(
                 one.prefill.append(long["prefill"])
                 one.decode.append(short["decode"])
         print(f"round {number} of {arguments.rounds}", file=sys.stderr, flush=True)
+    return median(bandwidths[1:])
 
 
 def windowed(arguments: argparse.Namespace, cut: Sequence[Sequence[int]]) -> list[str]:
@@ -215,10 +221,11 @@ def windowed(arguments: argparse.Namespace, cut: Sequence[Sequence[int]]) -> lis
     return lines
 
 
-def table(found: Sequence[Contestant], arguments: argparse.Namespace) -> list[str]:
+def table(
+    found: Sequence[Contestant], arguments: argparse.Namespace, bandwidth: float
+) -> list[str]:
     """The Markdown of the comparison, fastest first within as many bits."""
     facts = machine()
-    bandwidth = read_bandwidth(arguments.threads)
     versions = sorted({one.version for one in found if one.version})
     lines = [
         f"{facts['processor']}, {arguments.threads} threads, {', '.join(versions)}; medians of "
@@ -232,7 +239,7 @@ def table(found: Sequence[Contestant], arguments: argparse.Namespace) -> list[st
     timed = [one for one in found if one.decode]
     for one in sorted(timed, key=lambda one: (one.bits, -one.decode_rate)):
         perplexity = "" if one.nll is None else f"{exp(one.nll):.2f}"
-        share = f"{one.decode_rate * weight_bytes(one) / bandwidth:.0%}" if own(one) else ""
+        share = f"{one.decode_rate * bytes_per_token(one) / bandwidth:.0%}" if own(one) else ""
         lines.append(
             f"| {one.title} | {one.decode_rate:.0f} | {one.prefill_rate:,.0f} | {perplexity} "
             f"| {one.note} | {share} |"
@@ -246,8 +253,9 @@ def own(one: Contestant) -> bool:
     return one.engine == "mistralc"
 
 
-def weight_bytes(one: Contestant) -> int:
-    return read_bytes(read_manifest(Path(one.model)))
+def bytes_per_token(one: Contestant) -> int:
+    """What the middle step of those that are timed reads."""
+    return step_bytes(read_manifest(Path(one.model)), SHORT + NEW // 2)
 
 
 def chart(found: Sequence[Contestant]) -> None:
