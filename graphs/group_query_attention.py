@@ -3,7 +3,8 @@
 It takes q, k and v as the merged linear gives them, turns them by their positions, writes k and v
 into the cache in place and attends to what is filled, not to what is allocated. Positions are slots
 there, which is so where a layer has no window: its ring never wraps. Layers with a window keep
-the ring, since the operator's own windowed cache moves its contents.
+the ring, since the operator's own windowed cache moves its contents. Angles carry the scale of the
+scores, as in `scale_rotation.py`.
 
     qkv ── Split ─┬─ Reshape ─ Transpose ─ RotaryEmbedding ───────────────────┐
                   ├─ Reshape ─ Transpose ─ RotaryEmbedding ─ TensorScatter ─ Attention ─ …
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from graphs.rewrite import CONTRIB, PassError, constant
+from graphs.rewrite import CONTRIB, PassError, constant, maker
 from graphs.spec import ModelSpec
 
 HEAD_MULTIPLE = 16  # what the operator wants heads' sizes to be, where it turns them
@@ -49,7 +50,7 @@ class GroupQueryAttention:
             return 0
         graph = model.graph
         found = dict(_pattern(graph))
-        shared = _shared(graph, spec.max_position_embeddings)
+        shared = _shared(graph, spec)
         for layer in unwindowed:
             if layer not in found:
                 raise PassError(f"pass {self.name}: layer {layer} has no attention over merged qkv")
@@ -57,15 +58,22 @@ class GroupQueryAttention:
         return len(unwindowed)
 
 
-def _shared(graph: ir.Graph, context: int) -> tuple[ir.Value, ...]:
+def rotation_scale(head_dim: int) -> float:
+    """What queries and keys are multiplied with, each, for scores that need no 1 / sqrt(D)."""
+    return float(head_dim**-0.25)
+
+
+def _shared(graph: ir.Graph, spec: ModelSpec) -> tuple[ir.Value, ...]:
     """What all layers read: last position [B], their number, angles, positions [B, S]."""
     positions = next(value for value in graph.inputs if value.name == "position_ids")
     frequencies = graph.initializers["inv_freq"].const_value
     if frequencies is None:
         raise ValueError("inv_freq is a constant with numbers in it")
-    angles = np.outer(np.arange(context, dtype=np.float32), frequencies.numpy())
+    places = np.arange(spec.max_position_embeddings, dtype=np.float32)
+    angles = np.outer(places, frequencies.numpy())
+    scale = np.float32(rotation_scale(spec.head_dim))
     caches = [
-        constant(graph, ir.tensor(turn(angles), name=f"rotary_{name}"))
+        constant(graph, ir.tensor(turn(angles) * scale, name=f"rotary_{name}"))
         for name, turn in (("cos", np.cos), ("sin", np.sin))
     ]
     end = constant(graph, ir.tensor(-1, ir.DataType.INT64, "last_position"))
@@ -82,12 +90,12 @@ def _pattern(graph: ir.Graph) -> Iterator[tuple[int, Heads]]:
     for node in graph:
         if node.op_type != "Attention":
             continue
-        key, value = (_maker(node.inputs[i], "TensorScatter") for i in (1, 2))
-        rotary = _maker(node.inputs[0], "RotaryEmbedding")
+        key, value = (maker(node.inputs[i], "TensorScatter") for i in (1, 2))
+        rotary = maker(node.inputs[0], "RotaryEmbedding")
         if key is None or value is None or rotary is None:
             continue
         split = _split(rotary.inputs[0])
-        turned = _maker(key.inputs[1], "RotaryEmbedding")
+        turned = maker(key.inputs[1], "RotaryEmbedding")
         if split is None or turned is None or _split(turned.inputs[0]) is not split:
             continue
         if _split(value.inputs[1]) is split:
@@ -98,14 +106,9 @@ def _pattern(graph: ir.Graph) -> Iterator[tuple[int, Heads]]:
 
 def _split(value: ir.Value | None) -> ir.Node | None:
     """The `Split` that a value with heads [B, heads, S, D] comes from."""
-    transpose = _maker(value, "Transpose")
-    reshape = None if transpose is None else _maker(transpose.inputs[0], "Reshape")
-    return None if reshape is None else _maker(reshape.inputs[0], "Split")
-
-
-def _maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    maker = None if value is None else value.producer()
-    return maker if maker is not None and maker.op_type == op_type else None
+    transpose = maker(value, "Transpose")
+    reshape = None if transpose is None else maker(transpose.inputs[0], "Reshape")
+    return None if reshape is None else maker(reshape.inputs[0], "Split")
 
 
 def _rewrite(graph: ir.Graph, found: Heads, spec: ModelSpec, shared: tuple[ir.Value, ...]) -> None:
@@ -116,7 +119,7 @@ def _rewrite(graph: ir.Graph, found: Heads, spec: ModelSpec, shared: tuple[ir.Va
         [found.split.inputs[0], None, None, key.inputs[0], value.inputs[0], last, total, cos, sin,
          positions],
         {"num_heads": spec.num_attention_heads, "kv_num_heads": spec.num_key_value_heads,
-         "do_rotary": 1},
+         "do_rotary": 1, "scale": 1.0},
         num_outputs=3, domain=CONTRIB,
     )  # fmt: skip
     graph.insert_before(found.attention, fused)

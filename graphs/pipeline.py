@@ -14,6 +14,7 @@ from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
 from graphs.part_gate_up import PART_GATE_UP
 from graphs.qdq import Quantization, QuantizeLinears
 from graphs.rewrite import CONTRIB, Pass
+from graphs.scale_rotation import SCALE_ROTATION
 from graphs.skip_norm import SKIP_NORM
 from graphs.spec import Dtype, ModelSpec
 from graphs.tie_embedding import TIE_EMBEDDING
@@ -23,7 +24,15 @@ PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
 
 PASSES: Mapping[str, tuple[Pass, ...]] = {
     "portable": PORTABLE,
-    "cpu": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, SKIP_NORM, GROUP_QUERY_ATTENTION, DEAD_CODE),
+    "cpu": (
+        *PORTABLE,
+        MERGE_QKV,
+        MERGE_GATE_UP,
+        SKIP_NORM,
+        GROUP_QUERY_ATTENTION,
+        DEAD_CODE,
+        SCALE_ROTATION,
+    ),
     "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
     "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
     "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),

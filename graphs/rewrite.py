@@ -77,6 +77,12 @@ class Cleanup:
         return self.run(model)
 
 
+def maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that makes `value`, if it is of this kind."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == op_type else None
+
+
 def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """The initializer that has the tensor's name, made of it if there is none."""
     value = graph.initializers.get(str(tensor.name))

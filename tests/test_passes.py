@@ -65,7 +65,7 @@ def test_every_pass_fires_as_often_as_it_promises(spec: ModelSpec, expected: dic
     fired = lower(tiny.traced(spec), spec, "cpu")
     counts = {
         "merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1,
-        "fuse_transpose": 4 * LAYERS + 1, **expected,
+        "fuse_transpose": 4 * LAYERS + 1, "scale_rotation": LAYERS, **expected,
     }  # fmt: skip
     assert {name: fired[name] for name in counts} == counts
     assert fired["fold_constants"] > 0
@@ -118,6 +118,7 @@ def test_layers_without_a_window_attend_in_one_operator(
     full = windows.count(None)
     assert fired["group_query_attention"] == operators(model)["GroupQueryAttention"] == full
     assert operators(model)["Attention"] == operators(model)["TensorScatter"] / 2 == LAYERS - full
+    assert fired["scale_rotation"] == LAYERS - full
     assert model.graph.initializers["rotary_cos"].shape == (40, spec.head_dim // 2)
     # Sums in another order, and softmax in a kernel of its own; logits are about 4.
     assert np.abs(logits_of(model, spec) - expected).max() <= 2e-5
