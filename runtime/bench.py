@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import resource
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from runtime.bandwidth import Memory
-from runtime.host import huge_page_bytes
+from runtime.host import huge_page_bytes, peak_memory_bytes
 from runtime.load import Loaded, make_ring
 from runtime.progress import Stage
 from runtime.sampling import SamplingParams
@@ -55,8 +54,7 @@ def measure(
     rounds, bandwidths = [], []
     with stage("Measuring", repeat + 1) as advance:
         _round(loaded, prompt_tokens, new_tokens)
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        huge = huge_page_bytes()
+        peak, huge = peak_memory_bytes(), huge_page_bytes()
         memory = Memory(_threads(loaded))
         advance(1)
         for _ in range(repeat):

@@ -80,6 +80,14 @@ def memory_available() -> int | None:
     return min((value for value in told if value is not None), default=None)
 
 
+def peak_memory_bytes() -> int | None:
+    """Most memory of this process that was in RAM at once; None where the kernel does not tell.
+
+    Not what `getrusage` tells: that begins with the memory of the process that started this one.
+    """
+    return _proc_bytes("self/status", "VmHWM")
+
+
 def huge_page_bytes() -> int | None:
     """Memory of this process on huge pages; None where the kernel does not tell."""
     return _proc_bytes("self/smaps_rollup", "AnonHugePages")

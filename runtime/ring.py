@@ -13,6 +13,10 @@ from graphs.spec import ModelSpec, RingSpec
 
 Capacities = dict[int | None, int]  # by window: slots of the ring
 
+# ONNX Runtime adds values up by fours where one query asks, and what is left over one by one: in
+# rings of such sizes a token's sum is the same in bits, however far the ring has grown.
+STEP = 4
+
 
 class ContextFullError(MistralcError):
     """A model with a layer that never forgets has no room for another token."""
@@ -34,7 +38,7 @@ class Ring:
         self.written = [0] * rows  # one past the last position that was ever written
         self.full: Capacities = {size: ring.capacity(size) for size in spec.windows}
         self.capacities: Capacities = {
-            size: min(ring.chunk, full) if grows else full for size, full in self.full.items()
+            size: _rounded(ring.chunk, full) if grows else full for size, full in self.full.items()
         }
 
     def room(self, row: int = 0) -> int | None:
@@ -75,7 +79,7 @@ class Ring:
         """Make room for positions below `needed`; True when `capacities` has changed."""
         grown = {
             size: self.capacities[size] if needed <= self.capacities[size] else
-            min(full, max(needed, 2 * self.capacities[size]))
+            _rounded(max(needed, 2 * self.capacities[size]), full)
             for size, full in self.full.items()
         }  # fmt: skip
         changed, self.capacities = grown != self.capacities, grown
@@ -118,3 +122,7 @@ class Ring:
         """The earliest position that `rewind` accepts (beside 0, which starts over)."""
         end = self.written[row]  # going back does not bring back what was overwritten
         return max(window.oldest_rewind(end, size, full) for size, full in self.full.items())
+
+
+def _rounded(slots: int, full: int) -> int:
+    return min(full, -(-slots // STEP) * STEP)
