@@ -10,16 +10,18 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
 from graphs.errors import MistralcError
 from graphs.spec import RingSpec
 from runtime.ring import Ring
-from runtime.session_ort import KEPT, OrtSession
+from runtime.session_ort import KEPT, NO_FLASH, OrtSession
 from tests import tiny
 from tests.make_checkpoint import tiny_spec
 
@@ -245,3 +247,31 @@ def test_a_model_that_cannot_be_loaded_is_an_error_with_a_remedy(tmp_path: Path)
     path.write_bytes(b"no model")
     with pytest.raises(MistralcError, match=r"could not load .*Export the bundle again"):
         OrtSession(path, SPEC)
+
+
+def test_attention_with_and_without_blocks_agrees_and_its_variable_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    spec = replace(SPEC, layer_windows=(None, None))
+    path = tmp_path / "model.onnx"
+    path.write_bytes(tiny.model_bytes(spec, "cpu"))
+    seen, make = [], ort.InferenceSession
+
+    def recorded(*arguments: object) -> ort.InferenceSession:
+        seen.append(os.environ.get(NO_FLASH))
+        return make(*arguments)
+
+    monkeypatch.delenv(NO_FLASH, raising=False)
+    monkeypatch.setattr(ort, "InferenceSession", recorded)
+    sessions = [OrtSession(path, spec, flash=flash) for flash in (True, False)]
+    assert NO_FLASH not in os.environ
+    monkeypatch.setenv(NO_FLASH, "0")
+    OrtSession(path, spec, flash=False)
+    assert seen == [None, "1", "0"], "what the user has set stays"
+    ids, counts = tiny.tokens(spec, 40), [16, 1, 1, 5, 1, 16]
+    with_blocks, without = (
+        tiny.in_turns(session, Ring(spec, RingSpec(chunk=16, context=64)), ids, counts)
+        for session in sessions
+    )
+    # Sums in another order; logits are about 4.
+    assert 0 < np.abs(with_blocks - without).max() <= 2e-5
