@@ -6,9 +6,15 @@ What is tested is what the kernel was asked for; whether it had huge pages to gi
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from runtime.bundle import open_bundle
+from runtime.load import load_session
+from runtime.malloc import huge_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -62,17 +68,22 @@ print(*("hg" in flags(block + (4 << 20)) for block in (before, inside, after)))
     assert found == ["False", "True", "False"]
 
 
-@pytest.mark.skipif(not HUGE.exists(), reason="this kernel has no transparent huge pages")
-def test_quantized_weights_are_asked_to_be_huge(rounded_bundle: Path) -> None:
-    (asked,) = printed(f"""
-from runtime.bundle import open_bundle
-from runtime.load import load_session
-bundle = open_bundle(Path({str(rounded_bundle)!r}))
-before = libc.sbrk(0)
-session = load_session(bundle.path, bundle.manifest)
-print(sum("hg" in flags(page) for page in range(before, libc.sbrk(0), 4096)) * 4096)
-""")
-    assert int(asked) >= (rounded_bundle / "weights.safetensors").stat().st_size / 2
+def test_quantized_weights_are_loaded_inside_and_floats_are_not(
+    rounded_bundle: Path, plain_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    @contextmanager
+    def recorded(size: int) -> Iterator[None]:
+        with huge_pages(size):
+            yield
+        asked.append(size)
+
+    monkeypatch.setattr("runtime.load.huge_pages", recorded)
+    for path in (rounded_bundle, plain_bundle):
+        load_session(path, open_bundle(path).manifest)
+    assert asked[0] >= (rounded_bundle / "weights.safetensors").stat().st_size
+    assert asked[1:] == [0]
 
 
 def test_what_was_not_used_goes_back() -> None:
