@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphs.rewrite import CONTRIB, Rule
+from graphs.rewrite import CONTRIB, Rule, maker
 from graphs.spec import ModelSpec
 
 
@@ -25,9 +25,8 @@ class Residual(NamedTuple):
 
 def _pattern(graph: ir.Graph) -> Iterator[Residual]:
     for node in graph:
-        value = node.inputs[0] if node.op_type == "RMSNormalization" else None
-        add = None if value is None else value.producer()
-        if add is not None and add.op_type == "Add":
+        add = maker(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None
+        if add is not None:
             yield Residual(add, node)
 
 

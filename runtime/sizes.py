@@ -45,8 +45,8 @@ def step_bytes(manifest: Manifest, position: int) -> int:
     """Bytes that a step for one token at `position` reads: weights, keys and values."""
     spec = manifest.model
     slots = sum(min(position, size or position) for size in spec.layer_windows)
-    values = 2 * slots * spec.num_key_value_heads * spec.head_dim
-    return read_bytes(manifest) + values * ITEM_SIZE[manifest.activation]
+    per_slot = spec.kv_bytes_per_token(manifest.activation) // spec.num_hidden_layers
+    return read_bytes(manifest) + slots * per_slot
 
 
 def schemes_of(manifest: Manifest) -> Mapping[str, Scheme]:
