@@ -53,6 +53,11 @@ def export(
     ] = None,
     chunk: Annotated[int | None, typer.Option(min=1, help="Most prompt tokens per step.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most sequences at once.")] = 1,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="A token is the same in bits alone and among "
+                     "others, so that --speculate changes none. For cpu; up to a tenth slower."),
+    ] = False,
     calibration: Annotated[
         Path | None,
         typer.Option(metavar="TABLE", help="What `mistralc calibrate` wrote for this checkpoint.",
@@ -140,6 +145,7 @@ def export(
         ),
         calibration=calibration,
         gate=Gate(max_ppl_increase=max_ppl_increase, text=tuple(text or ())),
+        batch_invariant=batch_invariant,
     )  # fmt: skip
     name = Path(checkpoint).resolve().name.removesuffix(".gguf") or "model"
     path = output or Path("build") / "-".join([name, target, chosen.precision_or_default])

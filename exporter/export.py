@@ -37,12 +37,13 @@ from exporter.verify import Agreement, cases, require, to_json, to_markdown, ver
 from exporter.weights import Layout, link_weights, stream_weights
 from graphs.errors import UsageError
 from graphs.manifest import Manifest
-from graphs.pipeline import lower
+from graphs.pipeline import BATCH_INVARIANT, lower
 from graphs.scheme import QUANTIZED
 from graphs.spec import Dtype, ModelSpec, RingSpec
 from graphs.specialize import specialize
 from runtime import tensorrt
-from runtime.load import load_session
+from runtime.golden import require_invariance
+from runtime.load import load_session, make_ring
 from runtime.progress import Stage, silent
 from runtime.session import Session
 
@@ -80,6 +81,7 @@ class ExportOptions:
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
     calibration: Path | None = None
     gate: Gate = field(default_factory=Gate)
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in ACTIVATION:
@@ -105,6 +107,11 @@ class ExportOptions:
             raise UsageError(
                 f"Options of an engine were given for --target {self.target}, which has none. "
                 "Leave them out, or choose --target rtx or tensorrt."
+            )
+        if self.batch_invariant and self.target not in BATCH_INVARIANT:
+            raise UsageError(
+                f"--batch-invariant was given for --target {self.target}; it is made for "
+                f"{', '.join(BATCH_INVARIANT)} only. Leave it out, or choose that target."
             )
 
     @property
@@ -150,7 +157,9 @@ def export(
     with bundle.staged(destination) as directory:
         graph = directory / "graph" if options.target in ENGINES else directory
         graph.mkdir(exist_ok=True)
-        model, manifest = _write_graph(checkpoint, recipe, manifest, graph, stage)
+        model, manifest = _write_graph(
+            checkpoint, recipe, manifest, graph, stage, batch_invariant=options.batch_invariant
+        )
         bundle.write_tokenizer(tokenizer, directory)
         write_run_archive(directory)
         reference = simulate(recipe, checkpoint.tensor)
@@ -246,8 +255,9 @@ def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:
 
 
 def _write_graph(
-    checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest, directory: Path, stage: Stage
-) -> tuple[ir.Model, Manifest]:
+    checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest, directory: Path, stage: Stage,
+    *, batch_invariant: bool,
+) -> tuple[ir.Model, Manifest]:  # fmt: skip
     """Write `model.onnx` and `weights.safetensors`, tracing the one while the other is streamed."""
     spec, activation = manifest.model, manifest.activation
     stopped = Event()
@@ -270,7 +280,7 @@ def _write_graph(
                     specialize(model, capacities(spec, manifest.ring))
                 passes = lower(
                     model, spec, manifest.target, quantization(recipe), activation,
-                    manifest.ring.context,
+                    manifest.ring.context, batch_invariant=batch_invariant,
                 )  # fmt: skip
             except BaseException:
                 stopped.set()
@@ -313,4 +323,6 @@ def _check(
     with stage("Verifying", tokens) as advance:
         agreements = verify(session, manifest, reference, short=True, progress=advance)
     require(agreements)
+    if manifest.batch_invariant:
+        require_invariance(session, make_ring(manifest), manifest.golden)
     return agreements

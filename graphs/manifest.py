@@ -56,6 +56,11 @@ class Manifest:
     engine: Mapping[str, Any] | None = None  # the audit of a TensorRT plan
     files: Mapping[str, FileEntry]
 
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a token is the same in bits whatever is computed beside it."""
+        return "pad_query" in self.passes
+
     def to_text(self) -> str:
         """Return the manifest as the JSON text that `from_text` takes."""
         data = asdict(self)

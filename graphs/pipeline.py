@@ -11,6 +11,7 @@ from graphs.fold_query_groups import FOLD_QUERY_GROUPS
 from graphs.fuse_transpose import FUSE_TRANSPOSE
 from graphs.group_query_attention import GROUP_QUERY_ATTENTION
 from graphs.merge_linears import MERGE_GATE_UP, MERGE_QKV
+from graphs.pad_query import PAD_QUERY
 from graphs.part_gate_up import PART_GATE_UP
 from graphs.qdq import Quantization, QuantizeLinears
 from graphs.rewrite import CONTRIB, Pass
@@ -38,6 +39,9 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
     "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
 }
 
+BATCH_INVARIANT: Mapping[str, tuple[Pass, ...]] = {"cpu": (PAD_QUERY,)}
+"""What follows where a token must be the same in bits whatever is computed beside it."""
+
 LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
 """What follows when the quantized linears are written: it is for those that are left."""
 
@@ -49,6 +53,8 @@ def lower(
     quantization: Quantization | None = None,
     activation: Dtype = "float32",
     context: int | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> dict[str, int]:
     """Run the passes of `target` on `model` in place; returns how often each fired.
 
@@ -60,6 +66,8 @@ def lower(
     if context is not None:
         spec = replace(spec, max_position_embeddings=context)
     passes = PASSES[target]
+    if batch_invariant:
+        passes = (*passes, *BATCH_INVARIANT[target])
     if quantization is not None and quantization.schemes:
         write = QuantizeLinears(quantization=quantization, activation=activation)
         passes = (*passes, write, DEAD_CODE)

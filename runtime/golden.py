@@ -6,16 +6,17 @@ short text, wherever its preference is clear, and a host that prefers another mu
 Knows nothing about how the answers were found.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from graphs.errors import MistralcError
 from runtime.ring import Ring
-from runtime.session import Session, fewest_rows
+from runtime.session import Logits, Session, fewest_rows
 
 Golden = Mapping[str, Any]  # {"ids": [token, …], "expected": [[position, token], …]}
+TOGETHER = 8  # tokens that are computed one by one and at once: as many as a long draft
 
 
 def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -> None:
@@ -27,18 +28,11 @@ def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -
     """
     side_by_side = fewest_rows(session)
     for text in texts:
-        ids = np.tile(np.asarray(text["ids"], np.int64), (side_by_side, 1))  # [rows, n]
+        ids, half = text["ids"], len(text["ids"]) // 2
         ring.rewind(0)
-        answers: list[int] = []
-        turns = [ids.shape[1] // 2, *[1] * (ids.shape[1] - ids.shape[1] // 2)]
-        for count in (piece for turn in turns if turn for piece in list(ring.pieces(turn))):
-            if ring.grow(count):
-                session.resize(ring.capacities)
-            here = ring.positions[0]
-            rows = np.tile(np.arange(count, dtype=np.int64), (side_by_side, 1))
-            step = np.ascontiguousarray(ids[:, here : here + count])
-            answers += session.step(step, rows + here, rows)[0].argmax(-1).tolist()
-            ring.advance(count)
+        turns = [half, *[1] * (len(ids) - half)]
+        rows = _logits(session, ring, ids, turns, side_by_side)
+        answers = [int(row.argmax()) for logits in rows for row in logits]
         ring.rewind(0)
         wrong = [(p, token, answers[p]) for p, token in text["expected"] if answers[p] != token]
         if wrong:
@@ -50,3 +44,46 @@ def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -
                 f"{device}). Do not use it: update the backend or driver, or export it again. "
                 "--no-check loads it all the same."
             )
+
+
+def require_invariance(session: Session, ring: Ring, texts: Sequence[Golden]) -> None:
+    """Compute the last tokens of each text one by one and at once.
+
+    Leaves the ring at position 0. Raises MistralcError unless their logits are the same in bits,
+    which depends on the processor: its kernels are not those of another.
+    """
+    for text in texts:
+        ids = text["ids"]
+        count = min(TOGETHER, ring.limits.chunk, len(ids) - 1)
+        begin = len(ids) - count
+        ring.rewind(0)
+        one_by_one = np.concatenate(list(_logits(session, ring, ids, [begin, *[1] * count])))
+        ring.rewind(begin)
+        together = np.concatenate(list(_logits(session, ring, ids, [count])))
+        ring.rewind(0)
+        difference = float(np.abs(together - one_by_one[begin:]).max())
+        if difference:
+            raise MistralcError(
+                "This bundle was to compute the same bits for a token alone and among others, and "
+                f"does not on this processor: logits of {count} tokens at once and one by one "
+                f"differ by up to {difference:.2g}. Its products round otherwise for one row where "
+                "blocks are large: export it with --block 32, or without --batch-invariant."
+            )
+
+
+def _logits(
+    session: Session, ring: Ring, ids: Sequence[int], turns: Iterable[int], rows: int = 1
+) -> Iterator[Logits]:
+    """Feed `ids`, from the ring's position on, in turns of these lengths, in `rows` rows alike.
+
+    Yields each step's logits [S, V] of the first row, a copy.
+    """
+    text = np.tile(np.asarray(ids, np.int64), (rows, 1))  # [rows, n]
+    for count in (piece for turn in turns if turn for piece in list(ring.pieces(turn))):
+        if ring.grow(count):
+            session.resize(ring.capacities)
+        here = ring.positions[0]
+        indices = np.tile(np.arange(count, dtype=np.int64), (rows, 1))
+        step = np.ascontiguousarray(text[:, here : here + count])
+        yield session.step(step, indices + here, indices)[0].copy()
+        ring.advance(count)

@@ -12,11 +12,11 @@ from typing import Any
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.scheme import QUANTIZED
-from graphs.spec import ITEM_SIZE
+from graphs.spec import ITEM_SIZE, PADDED
 from runtime import kernel_cache
 from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator
-from runtime.golden import replay
+from runtime.golden import replay, require_invariance
 from runtime.malloc import huge_pages
 from runtime.progress import Stage, silent
 from runtime.ring import Ring
@@ -45,6 +45,7 @@ def load_session(
                     directory / "model.onnx", spec, batch=batch, threads=threads,
                     fuse_qdq=manifest.precision != "fp8", pack_together=not on_huge_pages,
                     flash=_keys_of_a_head(manifest) > CACHED,
+                    padded=PADDED if manifest.batch_invariant else 0,
                 )  # fmt: skip
         if manifest.target == "cuda":
             from runtime.session_cuda import CudaOrtSession
@@ -117,7 +118,8 @@ def load(
     generator itself is one sequence, in the first row.
 
     `check` replays a known text first, and raises MistralcError where the answers are not those
-    that the checkpoint gives. `require_signature` is that of `open_bundle`.
+    that the checkpoint gives, or depend on what is computed beside a token and should not.
+    `require_signature` is that of `open_bundle`.
     """
     began = perf_counter()
     if isinstance(source, Bundle):
@@ -134,6 +136,8 @@ def load(
         generator = Generator(session, ring, manifest.model.vocab_size)
         if check:
             replay(session, ring, manifest.golden[:1], manifest.target)
+            if manifest.batch_invariant:
+                require_invariance(session, ring, manifest.golden[:1])
     return Loaded(
         bundle=bundle,
         generator=generator,

@@ -39,7 +39,8 @@ class OrtSession:
     1.31 makes integer products of those too, and then refuses them. `pack_together` packs weights
     with all threads, each on a heap of its own. Without `flash`, `GroupQueryAttention` computes
     all scores of a step before it weighs values by them: faster for one token as long as keys of a
-    head stay in the processor's cache, with a buffer of heads x S x slots x 4 bytes.
+    head stay in the processor's cache, with a buffer of heads x S x slots x 4 bytes. `padded` is
+    how many slots the graph writes beyond the last token's, where a layer has no window.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class OrtSession:
         fuse_qdq: bool = True,
         pack_together: bool = True,
         flash: bool = False,
+        padded: int = 0,
     ) -> None:
         self.spec, self.batch, self.partial = spec, batch, True
+        self._padded = padded
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0 lets ONNX Runtime take the physical cores
         options.inter_op_num_threads = 1
@@ -83,9 +86,8 @@ class OrtSession:
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Give the ring these capacities, by window, keeping the prefix that it holds."""
         heads, head_dim = self.spec.num_key_value_heads, self.spec.head_dim
-        shapes = [
-            (self.batch, heads, capacities[size], head_dim) for size in self.spec.layer_windows
-        ]
+        padded = {size: n + self._padded * (size is None) for size, n in capacities.items()}
+        shapes = [(self.batch, heads, padded[size], head_dim) for size in self.spec.layer_windows]
         for kind in ("key", "value"):
             # One array for all layers: NumPy asks for huge pages from 4 MiB on.
             memory = np.zeros(sum(map(math.prod, shapes)), np.float32)

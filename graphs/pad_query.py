@@ -1,0 +1,103 @@
+"""One query more than there are tokens, so that a token alone is computed as among others.
+
+ONNX Runtime multiplies one row with a matrix by another kernel than several rows, which adds up in
+another order: a token's last bits depend on whether it came alone. The kernels for two rows and
+for more agree. With a query of zeros behind the others, whose result is dropped, attention always
+has two, and a token is the same in bits however a text is cut into steps.
+
+    q ────┐                    q ──── Pad ─┐
+    mask ─┴─ Attention ─   →   mask ─ Pad ─┴─ Attention ─ Slice ─
+
+`GroupQueryAttention` writes a key and a value for that query too, into the slot after the last
+token's, which the next step overwrites: its caches have `PADDED` slots more than the ring counts.
+Knows nothing about weights.
+"""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from graphs.rewrite import Rule, constant
+from graphs.spec import PADDED, ModelSpec
+
+
+def _pattern(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node in graph if node.op_type in ("Attention", "GroupQueryAttention"))
+
+
+def _check(node: ir.Node) -> str | None:
+    if node.op_type == "Attention" and (len(node.inputs) < 4 or node.inputs[3] is None):
+        return f"{node.name} has no mask"
+    return None
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
+    if node.op_type == "Attention":  # query [B, H, S, D], mask [B, 1, S, C]
+        axis = 2
+        replaced = {0: _padded(graph, node, 0, 4, axis), 3: _padded(graph, node, 3, 4, axis)}
+    else:  # q, k and v [B, S, (H + 2K) D], last positions [B], their number, positions [B, S]
+        axis = 1
+        replaced = {0: _padded(graph, node, 0, 3, axis), 5: _next(graph, node, 5),
+                    6: _next(graph, node, 6), 9: _padded(graph, node, 9, 2, axis)}  # fmt: skip
+    for index, value in replaced.items():
+        node.replace_input_with(index, value)
+    _drop_last(graph, node.outputs[0], axis)
+
+
+def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) -> ir.Value:
+    """Input `index` of `node` with one place more on `axis`: zeros for queries, else the last."""
+    pads = [0] * (2 * rank)
+    pads[rank + axis] = PADDED
+    amount = constant(graph, ir.tensor(pads, ir.DataType.INT64, f"pad_{axis}_of_{rank}"))
+    mode = "edge" if index else "constant"
+    return _once(graph, ir.node("Pad", [node.inputs[index], amount], {"mode": mode}))
+
+
+def _next(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
+    """Input `index` of `node`, and one."""
+    one = constant(graph, ir.tensor(PADDED, ir.DataType.INT32, "padded_queries"))
+    return _once(graph, ir.node("Add", [node.inputs[index], one]))
+
+
+def _once(graph: ir.Graph, new: ir.Node) -> ir.Value:
+    """The output of `new`, or of the node that does the same for a layer before."""
+    value = new.inputs[0]
+    if value is None:
+        raise ValueError(f"{new.op_type} has nothing to read")
+    for node in value.consumers():
+        if node.graph is graph and (node.op_type, node.inputs) == (new.op_type, new.inputs):
+            for index in range(len(new.inputs)):
+                new.replace_input_with(index, None)
+            return node.outputs[0]
+    new.outputs[0].type = value.type
+    source = value.producer()
+    if source is None:  # an input of the graph
+        graph.insert_before(graph[0], new)
+    else:
+        graph.insert_after(source, new)
+    return new.outputs[0]
+
+
+def _drop_last(graph: ir.Graph, output: ir.Value, axis: int) -> None:
+    """Let what reads `output` read it without the last place of `axis`."""
+    bounds = [
+        constant(graph, ir.tensor([bound], ir.DataType.INT64, f"{name}_of_axis_{axis}"))
+        for name, bound in (("start", 0), ("end", -PADDED), ("number", axis))
+    ]
+    kept = ir.node("Slice", [None, *bounds])
+    new, source = kept.outputs[0], output.producer()
+    if source is None:
+        raise ValueError(f"{output.name} is made by no node")
+    new.type, new.shape, output.shape = output.type, output.shape, None
+    output.replace_all_uses_with(new)
+    kept.replace_input_with(0, output)
+    graph.insert_after(source, kept)
+
+
+def _expected(spec: ModelSpec) -> int:
+    return spec.num_hidden_layers
+
+
+PAD_QUERY = Rule(
+    name="pad_query", pattern=_pattern, check=_check, rewrite=_rewrite, expected=_expected
+)
