@@ -11,7 +11,7 @@ from runtime.generator import Generator
 from runtime.ring import Ring
 from runtime.sampling import SamplingParams
 from runtime.session import Ids, Logits
-from runtime.speculation import LONGEST_PAUSE, SIZE, PromptLookup
+from runtime.speculation import COST, LIKELY, LONGEST_PAUSE, PROBE, SIZE, PromptLookup
 from tests import tiny
 from tests.make_checkpoint import tiny_spec
 
@@ -161,8 +161,7 @@ def test_a_draft_is_what_followed_last() -> None:
 
 def test_a_draft_runs_on_into_itself() -> None:
     lookup = PromptLookup(array("i", [4, 5, 4, 5, 4]), 6)
-    lookup.learn(2, 2)
-    lookup.learn(4, 4)
+    lookup.learn(8, 8)
     assert lookup.draft(5, 10) == [4, 5, 4, 5, 4, 5]
 
 
@@ -173,13 +172,31 @@ def test_drafts_grow_when_right_and_pause_when_wrong() -> None:
     for _ in range(3):
         lengths.append(len(lookup.draft(3, 10)))
         lookup.learn(lengths[-1], lengths[-1])
-    assert lengths == [2, 4, 8]
-    waits = []
-    for _ in range(9):
-        lookup.learn(2, 0)
-        waits.append(next(i for i in range(1, 1000) if lookup.draft(3, 10)))
-    assert waits == [2, 4, 8, 16, 32, 64, 64, 64, 64]
+    assert lengths == [3, 5, 8]
+    waits, lengths = [], []
+    for _ in range(16):
+        lookup.learn(8, 0)
+        found = ((i, lookup.draft(3, 10)) for i in range(1, 1000))
+        wait, draft = next((i, draft) for i, draft in found if draft)
+        waits.append(wait)
+        lengths.append(len(draft))
+    assert lengths == [8, 4, 3, 2, 1, 1, 1, 1, 1, *[PROBE] * 7]
+    assert waits == [*[1] * 9, 2, 4, 8, 16, 32, 64, 64]
     assert LONGEST_PAUSE == 64
+
+
+@pytest.mark.parametrize("right", [0, 8])
+def test_a_long_text_of_one_kind_leaves_drafts_possible(right: int) -> None:
+    lookup = PromptLookup(array("i", [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]), 8)
+    for _ in range(5000):
+        lookup.learn(8, right)
+    lengths = [len(lookup.draft(3, 10)) for _ in range(LONGEST_PAUSE)]
+    assert max(lengths) == (8 if right else PROBE)
+
+
+def test_no_token_is_drafted_that_is_not_worth_its_cost() -> None:
+    lookup = PromptLookup(array("i", [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]), 50)
+    assert LIKELY ** len(lookup.draft(3, 50)) > COST > LIKELY ** (len(lookup.draft(3, 50)) + 1)
 
 
 @pytest.mark.parametrize("count", range(SIZE + 1))
