@@ -17,7 +17,7 @@ from graphs.qdq import Quantization, QuantizeLinears
 from graphs.rewrite import CONTRIB, Pass
 from graphs.scale_rotation import SCALE_ROTATION
 from graphs.skip_norm import SKIP_NORM
-from graphs.spec import Dtype, ModelSpec
+from graphs.spec import PADDED, Dtype, ModelSpec
 from graphs.tie_embedding import TIE_EMBEDDING
 
 PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
@@ -59,15 +59,16 @@ def lower(
     """Run the passes of `target` on `model` in place; returns how often each fired.
 
     Quantized linears are written last, when the passes have merged what they merge. `context` is
-    how many positions there will be, by default as many as the model was trained for. Raises
-    PassError when a pass that must fire does not.
+    how many positions there will be, by default as many as the model was trained for. With
+    `batch_invariant` a token is the same in bits whatever is computed beside it. Raises PassError
+    when a pass that must fire does not.
     """
     fired: dict[str, int] = {}
-    if context is not None:
-        spec = replace(spec, max_position_embeddings=context)
+    positions = context or spec.max_position_embeddings
     passes = PASSES[target]
     if batch_invariant:
-        passes = (*passes, *BATCH_INVARIANT[target])
+        passes, positions = (*passes, *BATCH_INVARIANT[target]), positions + PADDED
+    spec = replace(spec, max_position_embeddings=positions)
     if quantization is not None and quantization.schemes:
         write = QuantizeLinears(quantization=quantization, activation=activation)
         passes = (*passes, write, DEAD_CODE)

@@ -40,7 +40,8 @@ class OrtSession:
     with all threads, each on a heap of its own. Without `flash`, `GroupQueryAttention` computes
     all scores of a step before it weighs values by them: faster for one token as long as keys of a
     head stay in the processor's cache, with a buffer of heads x S x slots x 4 bytes. `padded` is
-    how many slots the graph writes beyond the last token's, where a layer has no window.
+    how many slots the graph writes beyond the last token's, where a layer has no window; rows of
+    such a graph run one after another.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class OrtSession:
     ) -> None:
         self.spec, self.batch, self.partial = spec, batch, True
         self._padded = padded
+        # `GroupQueryAttention` takes several queries in one row only.
+        self._row_by_row = padded > 0 and None in spec.windows
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0  # 0 lets ONNX Runtime take the physical cores
         options.inter_op_num_threads = 1
@@ -112,7 +115,8 @@ class OrtSession:
         the next step.
         """
         rows = slice(first, first + len(input_ids))
-        if input_ids.shape[1] == 1 and logits_indices.shape[1] == 1:
+        alone = len(input_ids) == 1 or not self._row_by_row
+        if alone and input_ids.shape[1] == 1 and logits_indices.shape[1] == 1:
             self._ids[rows], self._positions[rows] = input_ids, position_ids
             decoding = self._decoding(rows)
             self._session.run_with_iobinding(decoding.binding)

@@ -95,12 +95,12 @@ def model_bytes(spec: ModelSpec, target: str, seed: int = 0) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)
 
 
-def load(model: bytes, spec: ModelSpec, batch: int = 1) -> OrtSession:
+def load(model: bytes, spec: ModelSpec, batch: int = 1, padded: int = 0) -> OrtSession:
     """A session on `model`. One thread: such a model is too small to share."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         path.write_bytes(model)
-        return OrtSession(path, spec, batch=batch, threads=1)
+        return OrtSession(path, spec, batch=batch, threads=1, padded=padded)
 
 
 @cache
