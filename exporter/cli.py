@@ -56,7 +56,8 @@ def export(
     batch_invariant: Annotated[
         bool,
         typer.Option("--batch-invariant", help="A token is the same in bits alone and among "
-                     "others, so that --speculate changes none. For cpu; up to a tenth slower."),
+                     "others, so that --speculate changes none. For cpu; a tenth to a quarter "
+                     "slower."),
     ] = False,
     calibration: Annotated[
         Path | None,

@@ -35,7 +35,8 @@ def show(bundle: Bundle) -> None:
     slots = ", ".join(f"{slots:,}" for slots in derived["capacities"].values())
     rows = {
         "checkpoint": f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})",
-        "runs on": f"{manifest.target}, {manifest.precision}, activations {manifest.activation}",
+        "runs on": f"{manifest.target}, {manifest.precision}, activations {manifest.activation}"
+        + (", batch-invariant" if manifest.batch_invariant else ""),
         "parameters": f"{derived['parameters']:,}",
         "layers": f"{model.num_hidden_layers}, hidden {model.hidden_size:,}, "
         f"heads {model.num_attention_heads}:{model.num_key_value_heads} of {model.head_dim}",

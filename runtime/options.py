@@ -34,8 +34,9 @@ MaxNewTokens = Annotated[
 ]
 Speculate = Annotated[
     int,
-    typer.Option(min=0, metavar="N", help="Guess up to N tokens ahead where the text repeats."),
-]
+    typer.Option(min=0, metavar="N", help="Guess up to N tokens ahead where the text repeats. Near "
+                 "ties may fall otherwise, save in bundles exported with --batch-invariant."),
+]  # fmt: skip
 SessionFile = Annotated[
     Path | None,
     typer.Option(
