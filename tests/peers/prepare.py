@@ -36,6 +36,7 @@ CALIBRATED = {  # by name: options of `mistralc calibrate`
     "int4wo-gptq-128": ("--precision", "int4wo", "--method", "gptq", "--block", "128"),
     "int8wo-awq-gptq-128": ("--precision", "int8wo", "--method", "awq+gptq", "--block", "128"),
     "int8-smoothquant": ("--precision", "int8"),
+    "int8-smoothquant-kept": ("--precision", "int8", "--keep-share", "0.1"),
 }
 OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
     "fp32": ("--precision", "fp32"),
@@ -45,6 +46,7 @@ OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
     "int8wo-32": ("--precision", "int8wo"),
     "int8wo-awq-gptq-128": ("--precision", "int8wo"),
     "int8-smoothquant": ("--precision", "int8"),
+    "int8-smoothquant-kept": ("--precision", "int8"),
 }
 
 QUANTIZE = """
@@ -74,7 +76,8 @@ def prepare(folder: Path, python: str) -> None:
     for name, options in CALIBRATED.items():
         _calibrate(folder / "tables" / name, options)
     for name, options in OURS.items():
-        table = next((known for known in CALIBRATED if name.startswith(known)), None)
+        fitting = (known for known in CALIBRATED if name.startswith(known))
+        table = max(fitting, key=len, default=None)
         given = () if table is None else ("--calibration", folder / "tables" / table)
         _export(folder / "ours" / name, *options, *given)
     _export(folder / f"ours-window-{WINDOW}", "--precision", "fp32", "--window", WINDOW)
