@@ -34,14 +34,14 @@ def _check(node: ir.Node) -> str | None:
 def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     if node.op_type == "Attention":  # query [B, H, S, D], mask [B, 1, S, C]
         axis = 2
-        replaced = {0: _padded(graph, node, 0, 4, axis), 3: _padded(graph, node, 3, 4, axis)}
+        longer = {0: _padded(graph, node, 0, 4, axis), 3: _padded(graph, node, 3, 4, axis)}
     else:  # q, k and v [B, S, (H + 2K) D], last positions [B], their number, positions [B, S]
         axis = 1
-        replaced = {0: _padded(graph, node, 0, 3, axis), 5: _next(graph, node, 5),
-                    6: _next(graph, node, 6), 9: _padded(graph, node, 9, 2, axis)}  # fmt: skip
-    for index, value in replaced.items():
+        longer = {0: _padded(graph, node, 0, 3, axis), 5: _next(graph, node, 5),
+                  6: _next(graph, node, 6), 9: _padded(graph, node, 9, 2, axis)}  # fmt: skip
+    for index, value in longer.items():
         node.replace_input_with(index, value)
-    _drop_last(graph, node.outputs[0], axis)
+    _drop_last(graph, node, axis)
 
 
 def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) -> ir.Value:
@@ -49,26 +49,30 @@ def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) ->
     pads = [0] * (2 * rank)
     pads[rank + axis] = PADDED
     amount = constant(graph, ir.tensor(pads, ir.DataType.INT64, f"pad_{axis}_of_{rank}"))
-    mode = "edge" if index else "constant"
-    return _once(graph, ir.node("Pad", [node.inputs[index], amount], {"mode": mode}))
+    return _once(graph, "Pad", _input(node, index), amount, mode="edge" if index else "constant")
 
 
 def _next(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
     """Input `index` of `node`, and one."""
     one = constant(graph, ir.tensor(PADDED, ir.DataType.INT32, "padded_queries"))
-    return _once(graph, ir.node("Add", [node.inputs[index], one]))
+    return _once(graph, "Add", _input(node, index), one)
 
 
-def _once(graph: ir.Graph, new: ir.Node) -> ir.Value:
-    """The output of `new`, or of the node that does the same for a layer before."""
-    value = new.inputs[0]
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
     if value is None:
-        raise ValueError(f"{new.op_type} has nothing to read")
+        raise ValueError(f"{node.name} lacks its input {index}")
+    return value
+
+
+def _once(
+    graph: ir.Graph, op_type: str, value: ir.Value, other: ir.Value, **attributes: str
+) -> ir.Value:
+    """`op_type` of both; made once and shared by all layers that read `value`."""
     for node in value.consumers():
-        if node.graph is graph and (node.op_type, node.inputs) == (new.op_type, new.inputs):
-            for index in range(len(new.inputs)):
-                new.replace_input_with(index, None)
+        if node.op_type == op_type and node.inputs[1] is other:
             return node.outputs[0]
+    new = ir.node(op_type, [value, other], attributes)
     new.outputs[0].type = value.type
     source = value.producer()
     if source is None:  # an input of the graph
@@ -78,20 +82,18 @@ def _once(graph: ir.Graph, new: ir.Node) -> ir.Value:
     return new.outputs[0]
 
 
-def _drop_last(graph: ir.Graph, output: ir.Value, axis: int) -> None:
-    """Let what reads `output` read it without the last place of `axis`."""
+def _drop_last(graph: ir.Graph, node: ir.Node, axis: int) -> None:
+    """Let what reads the result of `node` read it without the last place of `axis`."""
     bounds = [
         constant(graph, ir.tensor([bound], ir.DataType.INT64, f"{name}_of_axis_{axis}"))
         for name, bound in (("start", 0), ("end", -PADDED), ("number", axis))
     ]
+    output = node.outputs[0]
     kept = ir.node("Slice", [None, *bounds])
-    new, source = kept.outputs[0], output.producer()
-    if source is None:
-        raise ValueError(f"{output.name} is made by no node")
-    new.type, new.shape, output.shape = output.type, output.shape, None
-    output.replace_all_uses_with(new)
+    kept.outputs[0].type, kept.outputs[0].shape, output.shape = output.type, output.shape, None
+    output.replace_all_uses_with(kept.outputs[0])
     kept.replace_input_with(0, output)
-    graph.insert_after(source, kept)
+    graph.insert_after(node, kept)
 
 
 def _expected(spec: ModelSpec) -> int:
