@@ -66,7 +66,8 @@ def require_invariance(session: Session, ring: Ring, texts: Sequence[Golden]) ->
                 "This bundle was to compute the same bits for a token alone and among others, and "
                 f"does not on this processor: logits of {count} tokens at once and one by one "
                 f"differ by up to {difference:.2g}. Its products round otherwise for one row where "
-                "blocks are large: export it with --block 32, or without --batch-invariant."
+                "blocks are large: calibrate or export with --block 32, or leave --batch-invariant "
+                "out."
             )
 
 
