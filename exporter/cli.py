@@ -84,6 +84,11 @@ def export(
         typer.Option(metavar="8|4", help="Bits of the output layer; 4 is faster and loses more.",
                      rich_help_panel=_QUANTIZED),
     ] = 8,
+    head_block: Annotated[
+        int | None,
+        typer.Option(metavar="32|64|128", help="Input features of the output layer that share a "
+                     "scale; 32 if left out, 64 is faster. For cpu.", rich_help_panel=_QUANTIZED),
+    ] = None,
     max_ppl_increase: Annotated[
         float,
         typer.Option(metavar="RATIO", help="Most perplexity a bundle for cpu may lose; 0.1 is 10%.",
@@ -142,7 +147,8 @@ def export(
         target=target, precision=precision, window=window, context=context, chunk=chunk,
         max_batch=max_batch, force=force, engine=engine, allow_faults=allow_faults,
         quantize=QuantizeOptions(
-            block=block, symmetric=symmetric, keep=tuple(keep or ()), head_bits=head_bits
+            block=block, symmetric=symmetric, keep=tuple(keep or ()), head_bits=head_bits,
+            head_block=head_block,
         ),
         calibration=calibration,
         gate=Gate(max_ppl_increase=max_ppl_increase, text=tuple(text or ())),

@@ -25,18 +25,20 @@ class QuantizeOptions:
 
     `block` is for weights without a table. `symmetric` leaves zero points out where there may be
     some; TensorRT takes none. `keep` names linears to leave alone; there is only `lm_head` so far,
-    which else is stored in `head_bits`.
+    which else is stored in `head_bits`, on the CPU in blocks of `head_block`.
     """
 
     block: int | None = None
     symmetric: bool = False
     keep: tuple[str, ...] = ()
     head_bits: int = 8
+    head_block: int | None = None
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block not in BLOCKS:
-            known = ", ".join(map(str, BLOCKS))
-            raise UsageError(f"--block is {self.block}; one of {known} is expected.")
+        for option, block in (("--block", self.block), ("--head-block", self.head_block)):
+            if block is not None and block not in BLOCKS:
+                known = ", ".join(map(str, BLOCKS))
+                raise UsageError(f"{option} is {block}; one of {known} is expected.")
         if self.head_bits not in HEAD_BITS:
             known = " or ".join(map(str, HEAD_BITS))
             raise UsageError(f"--head-bits is {self.head_bits}; {known} is expected.")
@@ -83,19 +85,39 @@ def layer_schemes(
 def output_scheme(
     spec: ModelSpec, target: str, precision: str, options: QuantizeOptions
 ) -> tuple[str, Scheme] | None:
-    """Return the output layer's weight and scheme, or None where it stays in floats."""
+    """Return the output layer's weight and scheme, or None where it stays in floats.
+
+    Raises UsageError for a block that the target, or the lookup in a tied embedding, cannot take.
+    """
     cpu, tied = target == "cpu", spec.tie_word_embeddings
+    _check_head_block(options.head_block, spec, target)
     if precision not in QUANTIZED or "lm_head" in options.keep:
         return None
     if not cpu and (tied or precision in CALIBRATED):
         return None
-    if tied and spec.hidden_size % CPU_BLOCK:
+    block = options.head_block or CPU_BLOCK
+    if tied and spec.hidden_size % block:
         return None
     if options.head_bits == 8:
-        scheme = default_scheme("int8wo", block=CPU_BLOCK if cpu else None)
+        scheme = default_scheme("int8wo", block=block if cpu else None)
     else:
-        scheme = default_scheme("int4wo", block=CPU_BLOCK if cpu else ENGINE_BLOCK)
+        scheme = default_scheme("int4wo", block=block if cpu else ENGINE_BLOCK)
     return EMBEDDING if tied else HEAD, scheme
+
+
+def _check_head_block(block: int | None, spec: ModelSpec, target: str) -> None:
+    if block is None:
+        return
+    if target != "cpu":
+        raise UsageError(
+            f"--head-block was given for --target {target}, whose output layer has a scale for "
+            "each row or no choice of blocks. Leave it out."
+        )
+    if spec.tie_word_embeddings and spec.hidden_size % block:
+        raise UsageError(
+            f"--head-block is {block}, which does not divide this model's {spec.hidden_size} "
+            "features, as a tied embedding needs. Give a smaller one, or leave it out."
+        )
 
 
 def fitting(

@@ -22,7 +22,7 @@ from exporter.packing import pack, pack_int4, unpack, unpack_int4
 from exporter.precision import make_recipe
 from exporter.quantize import blocked, quantize
 from exporter.quantized import Recipe, smoothed
-from exporter.schemes import QuantizeOptions
+from exporter.schemes import QuantizeOptions, output_scheme
 from exporter.simulate import simulate
 from exporter.verify import bundle_reference
 from graphs.errors import MistralcError, UsageError
@@ -217,14 +217,14 @@ def test_a_bundle_with_quantized_weights_computes_what_its_simulation_does(
 
 
 @pytest.mark.usefixtures("kept_traces")
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "block"), [(8, None), (8, 64), (4, None), (4, 64)])
 def test_a_tied_embedding_is_stored_once_and_read_by_both_its_users(
-    tmp_path: Path, bits: int
+    tmp_path: Path, bits: int, block: int | None
 ) -> None:
     spec = replace(SPEC, tie_word_embeddings=True)
     path = write_checkpoint(tmp_path / "checkpoint", spec)
     bundle = tmp_path / "bundle"
-    asked = QuantizeOptions(head_bits=bits)
+    asked = QuantizeOptions(head_bits=bits, head_block=block)
     manifest = export(str(path), bundle, ExportOptions(precision="int4wo", quantize=asked))
     assert_exact(manifest)
     graph = onnx.load(bundle / "model.onnx", load_external_data=False).graph
@@ -241,8 +241,21 @@ def test_a_tied_embedding_is_stored_once_and_read_by_both_its_users(
     assert_exact(larger)
     size = spec.vocab_size * spec.hidden_size
     saved = [m.files["weights.safetensors"].size for m in (larger, manifest)]
-    # Four bytes a weight become fewer, with a scale of four for every 32; headers differ a little.
-    assert saved[0] - saved[1] == pytest.approx(size * (4 - bits / 8 - 4 / 32), abs=500)
+    # Four bytes a weight become fewer, with a scale of four for a block; headers differ a little.
+    expected = size * (4 - bits / 8 - 4 / (block or 32))
+    assert saved[0] - saved[1] == pytest.approx(expected, abs=500)
+
+
+@pytest.mark.parametrize(
+    ("target", "block", "said"),
+    [("cpu", 48, "one of 32, 64, 128"), ("cpu", 128, "does not divide"), ("rtx", 64, "rtx")],
+)
+def test_a_block_that_the_output_layer_cannot_have_is_refused(
+    target: str, block: int, said: str
+) -> None:
+    spec = replace(SPEC, tie_word_embeddings=True)
+    with pytest.raises(UsageError, match=f"--head-block.*{said}"):
+        output_scheme(spec, target, "int4wo", QuantizeOptions(head_block=block))
 
 
 @pytest.mark.usefixtures("kept_traces")

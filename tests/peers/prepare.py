@@ -41,12 +41,12 @@ CALIBRATED = {  # by name: options of `mistralc calibrate`
 OURS: dict[str, tuple[str, ...]] = {  # by bundle: options of `mistralc export`
     "fp32": ("--precision", "fp32"),
     "int4wo-exact": ("--precision", "int4wo"),
-    "int4wo-gptq-128": ("--precision", "int4wo"),
+    "int4wo-gptq-128": ("--precision", "int4wo", "--head-block", "64"),
     "int4wo-gptq-128-head4": ("--precision", "int4wo", "--head-bits", "4"),
     "int8wo-32": ("--precision", "int8wo"),
-    "int8wo-awq-gptq-128": ("--precision", "int8wo"),
-    "int8-smoothquant": ("--precision", "int8"),
-    "int8-smoothquant-kept": ("--precision", "int8"),
+    "int8wo-awq-gptq-128": ("--precision", "int8wo", "--head-block", "64"),
+    "int8-smoothquant": ("--precision", "int8", "--head-block", "64"),
+    "int8-smoothquant-kept": ("--precision", "int8", "--head-block", "64"),
 }
 
 QUANTIZE = """
