@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphs.rewrite import Rule, constant
+from graphs.rewrite import Rule, constant, shared
 from graphs.spec import ModelSpec
 
 
@@ -76,16 +76,9 @@ def _reshape(graph: ir.Graph, value: ir.Value | None, heads: int) -> ir.Node:
 
 def _stacked(graph: ir.Graph, mask: ir.Value, groups: int) -> ir.Value:
     """The mask `groups` times along its rows; made once and shared by all layers."""
-    for node, _ in mask.uses():
-        if node.op_type == "Concat":
-            return node.outputs[0]
-    concat = ir.node("Concat", [mask] * groups, {"axis": 2})
-    concat.outputs[0].type = mask.type
-    maker = mask.producer()
-    if maker is None:
+    if mask.producer() is None:
         raise ValueError("the mask is an input of the graph; it should be computed in it")
-    graph.insert_after(maker, concat)
-    return concat.outputs[0]
+    return shared(graph, "Concat", [mask] * groups, {"axis": 2})
 
 
 def _expected(spec: ModelSpec) -> int:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from graphs.rewrite import Rule, constant
+from graphs.rewrite import Rule, constant, shared
 from graphs.spec import PADDED, ModelSpec
 
 
@@ -49,13 +49,14 @@ def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) ->
     pads = [0] * (2 * rank)
     pads[rank + axis] = PADDED
     amount = constant(graph, ir.tensor(pads, ir.DataType.INT64, f"pad_{axis}_of_{rank}"))
-    return _once(graph, "Pad", _input(node, index), amount, mode="edge" if index else "constant")
+    mode = "edge" if index else "constant"
+    return shared(graph, "Pad", [_input(node, index), amount], {"mode": mode})
 
 
 def _next(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
     """Input `index` of `node`, and one."""
     one = constant(graph, ir.tensor(PADDED, ir.DataType.INT32, "padded_queries"))
-    return _once(graph, "Add", _input(node, index), one)
+    return shared(graph, "Add", [_input(node, index), one])
 
 
 def _input(node: ir.Node, index: int) -> ir.Value:
@@ -63,23 +64,6 @@ def _input(node: ir.Node, index: int) -> ir.Value:
     if value is None:
         raise ValueError(f"{node.name} lacks its input {index}")
     return value
-
-
-def _once(
-    graph: ir.Graph, op_type: str, value: ir.Value, other: ir.Value, **attributes: str
-) -> ir.Value:
-    """`op_type` of both; made once and shared by all layers that read `value`."""
-    for node in value.consumers():
-        if node.op_type == op_type and node.inputs[1] is other:
-            return node.outputs[0]
-    new = ir.node(op_type, [value, other], attributes)
-    new.outputs[0].type = value.type
-    source = value.producer()
-    if source is None:  # an input of the graph
-        graph.insert_before(graph[0], new)
-    else:
-        graph.insert_after(source, new)
-    return new.outputs[0]
 
 
 def _drop_last(graph: ir.Graph, node: ir.Node, axis: int) -> None:

@@ -5,7 +5,7 @@ the export with the reasons its check gave: a rewrite that silently stops matchi
 gets slow, or wrong, without anyone noticing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphs.spec import ModelSpec
 
 Match = TypeVar("Match")
+Attributes = Mapping[str, int | float | str]
 CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators; never in a portable graph
 
 
@@ -81,6 +82,24 @@ def maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """The node that makes `value`, if it is of this kind."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
+
+
+def shared(
+    graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None
+) -> ir.Value:
+    """`op_type` of `inputs`, of the first's type: made where the first is, once for all readers."""
+    first = inputs[0]
+    for node in first.consumers():
+        if node.op_type == op_type and node.inputs == tuple(inputs):
+            return node.outputs[0]
+    new = ir.node(op_type, inputs, attributes)
+    new.outputs[0].type = first.type
+    source = first.producer()
+    if source is None:  # an input of the graph
+        graph.insert_before(graph[0], new)
+    else:
+        graph.insert_after(source, new)
+    return new.outputs[0]
 
 
 def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

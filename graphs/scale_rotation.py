@@ -18,7 +18,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from graphs.group_query_attention import HEAD_MULTIPLE, rotation_scale
-from graphs.rewrite import Rule, constant, maker
+from graphs.rewrite import Rule, constant, maker, shared
 from graphs.spec import ModelSpec
 
 
@@ -72,19 +72,14 @@ def _head_dim(rotation: ir.Node) -> int:
 
 def _scaled(graph: ir.Graph, angle: ir.Value, scale: float) -> ir.Value:
     """The product of `angle` and `scale`; made once and shared by all layers."""
-    for node in angle.consumers():
-        if node.op_type == "Mul":
-            return node.outputs[0]
     if angle.dtype is None:
         raise ValueError(f"{angle.name} has no type")
-    factor = constant(graph, ir.tensor(scale, angle.dtype, "rotation_scale"))
-    product = ir.node("Mul", [angle, factor])
-    product.outputs[0].type, product.outputs[0].shape = angle.type, angle.shape
-    source = angle.producer()
-    if source is None:
+    if angle.producer() is None:
         raise ValueError(f"{angle.name} is an input of the graph; it should be computed in it")
-    graph.insert_after(source, product)
-    return product.outputs[0]
+    factor = constant(graph, ir.tensor(scale, angle.dtype, "rotation_scale"))
+    product = shared(graph, "Mul", [angle, factor])
+    product.shape = angle.shape
+    return product
 
 
 def _expected(spec: ModelSpec) -> int:

@@ -31,8 +31,8 @@ def replay(session: Session, ring: Ring, texts: Sequence[Golden], device: str) -
         ids, half = text["ids"], len(text["ids"]) // 2
         ring.rewind(0)
         turns = [half, *[1] * (len(ids) - half)]
-        rows = _logits(session, ring, ids, turns, side_by_side)
-        answers = [int(row.argmax()) for logits in rows for row in logits]
+        steps = _logits(session, ring, ids, turns, side_by_side)
+        answers = [token for logits in steps for token in logits.argmax(-1).tolist()]
         ring.rewind(0)
         wrong = [(p, token, answers[p]) for p, token in text["expected"] if answers[p] != token]
         if wrong:
@@ -56,9 +56,10 @@ def require_invariance(session: Session, ring: Ring, texts: Sequence[Golden]) ->
         count = min(TOGETHER, ring.limits.chunk, len(ids) - 1)
         begin = len(ids) - count
         ring.rewind(0)
-        one_by_one = np.concatenate(list(_logits(session, ring, ids, [begin, *[1] * count])))
+        turns = [begin, *[1] * count]
+        one_by_one = np.concatenate([step.copy() for step in _logits(session, ring, ids, turns)])
         ring.rewind(begin)
-        together = np.concatenate(list(_logits(session, ring, ids, [count])))
+        together = np.concatenate([step.copy() for step in _logits(session, ring, ids, [count])])
         ring.rewind(0)
         difference = float(np.abs(together - one_by_one[begin:]).max())
         if difference:
@@ -76,7 +77,7 @@ def _logits(
 ) -> Iterator[Logits]:
     """Feed `ids`, from the ring's position on, in turns of these lengths, in `rows` rows alike.
 
-    Yields each step's logits [S, V] of the first row, a copy.
+    Yields each step's logits [S, V] of the first row, valid until the next step.
     """
     text = np.tile(np.asarray(ids, np.int64), (rows, 1))  # [rows, n]
     for count in (piece for turn in turns if turn for piece in list(ring.pieces(turn))):
@@ -85,5 +86,5 @@ def _logits(
         here = ring.positions[0]
         indices = np.tile(np.arange(count, dtype=np.int64), (rows, 1))
         step = np.ascontiguousarray(text[:, here : here + count])
-        yield session.step(step, indices + here, indices)[0].copy()
+        yield session.step(step, indices + here, indices)[0]
         ring.advance(count)
