@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-import calib.cli
-import exporter.cli
-import runtime.cli
-from runtime.program import DEBUG, run
+import calib.cli.evaluate
+import exporter.cli.export
+import runtime.cli.commands
+from runtime.cli.main import DEBUG, run
 
 app = typer.Typer(
     name="mistralc",
@@ -21,9 +21,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-exporter.cli.register(app)
-calib.cli.register(app)
-runtime.cli.register(app)
+exporter.cli.export.register(app)
+calib.cli.evaluate.register(app)
+runtime.cli.commands.register(app)
 
 BUILD_TOOLS = ("gguf", "google", "onnx", "onnx_ir", "onnxscript", "safetensors", "sentencepiece",
                "torch")  # fmt: skip
@@ -51,7 +51,7 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; `runtime.program.run` says how it ends."""
+    """Run the command line; `runtime.cli.main.run` says how it ends."""
     run(app, missing=dict.fromkeys(BUILD_TOOLS, ADVICE))
 
 

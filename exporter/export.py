@@ -17,35 +17,36 @@ from typing import Any
 
 import onnx_ir as ir
 
-from exporter import audit, bundle
-from exporter.calibration import CalibrationTable
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import override_window
-from exporter.engine import BuildRequest, EngineOptions, build_engine, capacities
-from exporter.gate import Gate, measure
-from exporter.golden import golden, margin
-from exporter.model import Decoder
-from exporter.plan import plan, require_host
-from exporter.precision import describe, make_recipe, quantization
-from exporter.quantized import Recipe
-from exporter.run_archive import write_run_archive
-from exporter.schemes import QuantizeOptions
-from exporter.simulate import simulate
-from exporter.tokenizer import read_tokenizer
-from exporter.trace import trace
-from exporter.verify import Agreement, cases, require, to_json, to_markdown, verify
-from exporter.weights import Layout, link_weights, stream_weights
+from exporter.bundle import staging
+from exporter.bundle.run_archive import write_run_archive
+from exporter.bundle.weights_file import Layout, link_weights, stream_weights
+from exporter.checkpoint.config_hf import override_window
+from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checks.golden import golden, margin
+from exporter.checks.quality_gate import Gate, measure
+from exporter.checks.verify import Agreement, cases, require, to_json, to_markdown, verify
+from exporter.decoder.model import Decoder
+from exporter.decoder.trace import trace
+from exporter.engine import audit
+from exporter.engine.build import BuildRequest, EngineOptions, build_engine, capacities
+from exporter.estimate import plan, require_host
+from exporter.quantization.calibration_table import CalibrationTable
+from exporter.quantization.make_recipe import describe, make_recipe, quantization
+from exporter.quantization.policy import QuantizeOptions
+from exporter.quantization.recipe import Recipe
+from exporter.quantization.reference import simulate
+from exporter.tokenizer.read import read_tokenizer
 from graphs.errors import UsageError
 from graphs.manifest import Manifest
-from graphs.pipeline import BATCH_INVARIANT, lower
-from graphs.scheme import QUANTIZED
+from graphs.passes.fix_dimensions import specialize
+from graphs.passes.pipeline import BATCH_INVARIANT, lower
+from graphs.quant_scheme import QUANTIZED
 from graphs.spec import Dtype, ModelSpec, RingSpec
-from graphs.specialize import specialize
-from runtime import tensorrt
-from runtime.golden import require_invariance
+from runtime.backends import tensorrt_library
+from runtime.backends.session import Session
+from runtime.decoding.golden import require_invariance
 from runtime.load import load_session, make_ring
-from runtime.progress import Stage, silent
-from runtime.session import Session
+from runtime.system.progress import Stage, silent
 
 HALF: Mapping[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
 ENGINE: Mapping[str, Dtype] = {**HALF, **dict.fromkeys(QUANTIZED, "float16")}
@@ -128,9 +129,9 @@ def export(
     Raises MistralcError, and leaves nothing behind, when anything is not as it must be: the
     options, the checkpoint, the host, or the numbers of the finished bundle.
     """
-    bundle.check_destination(destination, force=options.force)
+    staging.check_destination(destination, force=options.force)
     if options.target in ENGINES:
-        tensorrt.load(options.target)
+        tensorrt_library.load(options.target)
     checkpoint = open_checkpoint(source)
     spec = _windowed(checkpoint.spec, options)
     ring = ring_spec(spec, options)
@@ -154,13 +155,13 @@ def export(
         versions=versions(),
         files={},
     )
-    with bundle.staged(destination) as directory:
+    with staging.staged(destination) as directory:
         graph = directory / "graph" if options.target in ENGINES else directory
         graph.mkdir(exist_ok=True)
         model, manifest = _write_graph(
             checkpoint, recipe, manifest, graph, stage, batch_invariant=options.batch_invariant
         )
-        bundle.write_tokenizer(tokenizer, directory)
+        staging.write_tokenizer(tokenizer, directory)
         write_run_archive(directory)
         reference = simulate(recipe, checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
@@ -183,7 +184,7 @@ def export(
             known = (
                 {} if manifest.engine is None else {"engine.plan": manifest.engine["plan_sha256"]}
             )
-            manifest = replace(manifest, files=bundle.list_files(directory, known))
+            manifest = replace(manifest, files=staging.list_files(directory, known))
         return record(manifest, directory, agreements, "the checkpoint")
 
 
@@ -223,7 +224,7 @@ def record(
         parts.append(to_markdown(manifest.verification))
     if manifest.engine is not None:
         parts.append(audit.to_markdown(manifest.engine))
-    return bundle.write_record(manifest, "\n".join(parts), directory)
+    return staging.write_record(manifest, "\n".join(parts), directory)
 
 
 def versions() -> dict[str, str]:
@@ -287,7 +288,7 @@ def _write_graph(
                 raise
             named = {**manifest.checkpoint, "fingerprint": fingerprint.result()}
     link_weights(model, recipe, directory)
-    bundle.write_model(model, directory)
+    staging.write_model(model, directory)
     return model, replace(manifest, checkpoint=named, passes=passes)
 
 

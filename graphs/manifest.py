@@ -51,7 +51,9 @@ class Manifest:
     versions: Mapping[str, str]  # of mistralc and of the libraries that made the bundle
     passes: Mapping[str, int] = field(default_factory=dict)  # how often each graph pass fired
     quantization: Mapping[str, Any] | None = None  # schemes by weight, and what decided them
-    golden: Sequence[Mapping[str, Any]] = ()  # texts and clear preferences: runtime/golden.py
+    golden: Sequence[
+        Mapping[str, Any]
+    ] = ()  # texts and clear preferences: runtime/decoding/golden.py
     verification: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] | None = None  # the audit of a TensorRT plan
     files: Mapping[str, FileEntry]

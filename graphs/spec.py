@@ -16,7 +16,7 @@ from graphs.errors import MistralcError
 Dtype = Literal["float32", "float16", "bfloat16", "int64"]
 Dim = int | str
 
-PADDED = 1  # queries behind the last token's in a batch-invariant graph: graphs/pad_query.py
+PADDED = 1  # queries behind the last token's in a batch-invariant graph: pad_query.py
 ITEM_SIZE: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}  # bytes
 
 

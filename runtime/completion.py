@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any
 
-from runtime.generator import FinishReason, Generator, Progress
-from runtime.sampling import Floats, Sampled, SamplingParams
-from runtime.stopping import StopStrings
-from runtime.tokenizer import Tokenizer
+from runtime.decoding.generator import FinishReason, Generator, Progress
+from runtime.decoding.sampling import Floats, Sampled, SamplingParams
+from runtime.text.stop_strings import StopStrings
+from runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

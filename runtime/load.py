@@ -11,18 +11,18 @@ from typing import Any
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
-from graphs.scheme import QUANTIZED
+from graphs.quant_scheme import QUANTIZED
 from graphs.spec import ITEM_SIZE, PADDED
-from runtime import kernel_cache
-from runtime.bundle import Bundle, open_bundle
-from runtime.generator import Generator
-from runtime.golden import replay, require_invariance
-from runtime.malloc import huge_pages
-from runtime.progress import Stage, silent
-from runtime.ring import Ring
-from runtime.session import Session
-from runtime.sizes import file_bytes
-from runtime.tokenizer import Tokenizer
+from runtime.backends import kernel_cache
+from runtime.backends.session import Session
+from runtime.bundle.open import Bundle, open_bundle
+from runtime.bundle.sizes import file_bytes
+from runtime.decoding.generator import Generator
+from runtime.decoding.golden import replay, require_invariance
+from runtime.decoding.ring import Ring
+from runtime.system.malloc import huge_pages
+from runtime.system.progress import Stage, silent
+from runtime.text.tokenizer import Tokenizer
 
 # Bytes of a head's keys up to which attention without blocks was the faster one: 267 us beside 368
 # for SmolLM2's layers at 4,096 tokens, 263 beside 284 for Mistral-7B's at 512 and 1,154 beside
@@ -37,7 +37,7 @@ def load_session(
     spec, ring, activation = manifest.model, manifest.ring, manifest.activation
     try:
         if manifest.target == "cpu":
-            from runtime.session_ort import OrtSession
+            from runtime.backends.onnxruntime_cpu import OrtSession
 
             on_huge_pages = _bytes_on_huge_pages(manifest)
             with huge_pages(on_huge_pages):
@@ -48,10 +48,10 @@ def load_session(
                     padded=PADDED if manifest.batch_invariant else 0,
                 )  # fmt: skip
         if manifest.target == "cuda":
-            from runtime.session_cuda import CudaOrtSession
+            from runtime.backends.onnxruntime_cuda import CudaOrtSession
 
             return CudaOrtSession(directory / "model.onnx", spec, ring, activation, batch=batch)
-        from runtime.session_trt import TrtSession
+        from runtime.backends.tensorrt import TrtSession
 
         entry = manifest.files.get("engine.plan")  # none while the bundle is being made
         return TrtSession(

@@ -106,7 +106,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 @pytest.fixture(scope="session")
 def sliding_checkpoint(once: Once) -> Path:
     """A checkpoint of 100,000 random weights with a window of 8 tokens. Do not change it."""
-    from tests.make_checkpoint import tiny_spec, write_checkpoint
+    from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
     return once("sliding/tiny", lambda path: write_checkpoint(path, tiny_spec(window=8)))
 
@@ -114,7 +114,7 @@ def sliding_checkpoint(once: Once) -> Path:
 @pytest.fixture(scope="session")
 def plain_checkpoint(once: Once) -> Path:
     """The same without a window. Do not change it."""
-    from tests.make_checkpoint import tiny_spec, write_checkpoint
+    from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
     return once("plain/tiny", lambda path: write_checkpoint(path, tiny_spec()))
 
@@ -147,11 +147,11 @@ def rounded_bundle(once: Once, plain_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def kept_traces() -> Iterator[None]:
-    """Let exports in this process take copies of the traces that `tests/tiny.py` keeps.
+    """Let exports in this process take copies of the traces that `tests/support/tiny.py` keeps.
 
     Tracing is most of a tiny export. `test_trace.py` shows that a trace made anew is the same.
     """
-    from tests import tiny
+    from tests.support import tiny
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("exporter.export.trace", tiny.traced)

@@ -17,13 +17,13 @@ import gguf
 import numpy as np
 import pytest
 
-from exporter import bundle as writing
 from exporter import export as exporting
+from exporter.bundle import staging as writing
 from graphs.manifest import Manifest, read_manifest
-from runtime.bundle import open_bundle
+from runtime.bundle.open import open_bundle
 from tests.conftest import CONTEXT, Command, Ended
-from tests.make_checkpoint import tiny_spec, write_checkpoint
-from tests.tiny import traced
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
+from tests.support.tiny import traced
 
 Copy = Callable[[Path], Path]
 

@@ -13,11 +13,12 @@ from typing import Any
 import onnx
 import pytest
 
-from exporter.bundle import list_files
+from exporter.bundle.staging import list_files
 from graphs.manifest import read_manifest
-from runtime import options
-from runtime.bandwidth import BYTES
-from runtime.bundle import open_bundle
+from runtime.bundle.open import open_bundle
+from runtime.cli import options
+from runtime.decoding.sampling_defaults import sampling_params
+from runtime.system.memory_bandwidth import BYTES
 from tests.conftest import CONTEXT, Command, Ended
 
 Copy = Callable[[Path], Path]
@@ -222,11 +223,11 @@ def test_a_bundle_without_a_window_ends_at_its_context(
 def test_a_checkpoints_own_sampling_is_the_default_and_the_users_goes_before_it() -> None:
     defaults = {"temperature": 0.7, "top_k": 40, "eos_token_id": [2]}
     given = options.chosen(top_k=5, seed=None)
-    params = options.sampling_params(defaults, given)
+    params = sampling_params(defaults, given)
     assert (params.temperature, params.top_k, params.seed) == (0.7, 5, None)
-    greedy = options.sampling_params({**defaults, "do_sample": False}, {})
+    greedy = sampling_params({**defaults, "do_sample": False}, {})
     assert greedy.temperature == 0
-    assert options.sampling_params({}, {}).temperature == 0
+    assert sampling_params({}, {}).temperature == 0
 
 
 # inspect
@@ -282,7 +283,7 @@ def test_verify_prints_a_table_for_people(
 def test_a_short_verification_leaves_out_long_cases(
     mistralc: Command, plain_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from exporter.verify import SHORT
+    from exporter.checks.verify import SHORT
 
     bundle = tmp_path / "bundle"
     told(mistralc("export", plain_checkpoint, "-o", bundle, "--chunk", SHORT, "-q"))

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import sys, time
 began = time.perf_counter()
-import runtime.generator
+import runtime.decoding.generator
 seconds = time.perf_counter() - began
 heavy = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "safetensors"}
 print(seconds, *sorted(heavy & sys.modules.keys()))
@@ -36,4 +36,4 @@ def test_the_generator_imports_in_under_300_ms():
     # The least of five: other processes can only make an import slower, never faster. NumPy is
     # most of it; 0.13 s were seen on a machine that was busy with other work.
     fastest = min(import_generator()[0] for _ in range(5))
-    assert fastest < 0.3, f"import runtime.generator takes {fastest:.2f} s at best"
+    assert fastest < 0.3, f"import runtime.decoding.generator takes {fastest:.2f} s at best"

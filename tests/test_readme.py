@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import Command
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
 BASH = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -164,7 +164,7 @@ def test_code_named_in_the_documents_is_where_they_say() -> None:
     """`NAME` (`package/file.py`) is defined or imported there; every file named exists."""
     pairs = 0
     tests = "\n".join(
-        path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")
+        path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
     )
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
@@ -173,7 +173,9 @@ def test_code_named_in_the_documents_is_where_they_say() -> None:
             defined = rf"^(?:class |def )?{name}\b(?=[\(:\[]|: | =|, )"
             assert re.search(defined, source, re.MULTILINE), f"{document.name}: no {name} in {path}"
             pairs += 1
-        for path in re.findall(r"`((?:calib|exporter|graphs|runtime|tests)/[\w/]+\.py)`", text):
+        for path in re.findall(
+            r"`((?:calib|exporter|graphs|runtime|tests|benchmarks)/[\w/]+\.py)`", text
+        ):
             assert (ROOT / path).is_file(), f"{document.name} names {path}"
         for name in re.findall(r"`(test_\w+)`", text):
             assert f"def {name}(" in tests, f"{document.name} names {name}"

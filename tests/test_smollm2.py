@@ -22,21 +22,21 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import override_window
-from exporter.model import load_decoder
-from exporter.tokenizer import read_tokenizer
-from exporter.trace import trace
-from graphs.pipeline import lower
+from exporter.checkpoint.config_hf import override_window
+from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checks.corpus import read_corpus, windows
+from exporter.decoder.model import load_decoder
+from exporter.decoder.trace import trace
+from exporter.tokenizer.read import read_tokenizer
+from graphs.passes.pipeline import lower
 from graphs.spec import ModelSpec, RingSpec
-from runtime import tokenizer as reading
-from runtime.corpus import read_corpus, windows
-from runtime.generator import Generator
-from runtime.ring import Ring
-from runtime.sampling import SamplingParams
-from runtime.session_ort import OrtSession
-from tests import tiny
+from runtime.backends.onnxruntime_cpu import OrtSession
+from runtime.decoding.generator import Generator
+from runtime.decoding.ring import Ring
+from runtime.decoding.sampling import SamplingParams
+from runtime.text import tokenizer as reading
 from tests.conftest import Command
+from tests.support import tiny
 
 pytestmark = pytest.mark.smollm2
 

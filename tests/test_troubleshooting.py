@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.documents import DOCS
-from tests.messages import FILLED, messages
+from tests.support.documents import DOCS
+from tests.support.messages import FILLED, messages
 
 ROW = re.compile(r"^\| `(.+?)` \| .+ \| .+ \|$", re.MULTILINE)
 QUOTED = ROW.findall((DOCS / "troubleshooting.md").read_text(encoding="utf-8"))

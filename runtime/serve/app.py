@@ -14,15 +14,22 @@ from fastapi.responses import PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from runtime.serve import schemas
-from runtime.serve.calls import Call
 from runtime.serve.errors import ApiError, JsonResponse
 from runtime.serve.metrics import CONTENT_TYPE
+from runtime.serve.openai import schemas
+from runtime.serve.openai.calls import Call
+from runtime.serve.openai.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    ErrorBody,
+    Model,
+    ModelList,
+    State,
+)
+from runtime.serve.openai.shapes import ChatShape, CompletionShape, Named
+from runtime.serve.openai.streaming import Reply
 from runtime.serve.page import page_response
-from runtime.serve.schemas import ChatRequest, CompletionRequest, ErrorBody, Model, ModelList, State
 from runtime.serve.service import Engine, Service
-from runtime.serve.shapes import ChatShape, CompletionShape, Named
-from runtime.serve.streaming import Reply
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request cannot be served as it is"},

@@ -13,9 +13,9 @@ from time import perf_counter
 from typing import NamedTuple
 
 from graphs.errors import MistralcError, UsageError
-from runtime.ring import ContextFullError
-from runtime.sampling import Sampled
-from runtime.scheduler import End, QueueFullError, Request, Scheduler, Ticket
+from runtime.decoding.ring import ContextFullError
+from runtime.decoding.sampling import Sampled
+from runtime.scheduling.scheduler import End, QueueFullError, Request, Scheduler, Ticket
 from runtime.serve.errors import ApiError
 from runtime.serve.metrics import Metrics
 

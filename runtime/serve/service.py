@@ -6,16 +6,16 @@ import time
 from typing import Literal, NamedTuple
 
 from graphs.errors import MistralcError
+from runtime.decoding.snapshot import fingerprint
 from runtime.load import load
-from runtime.malloc import one_heap
-from runtime.scheduler import Scheduler, Stats
-from runtime.serve.calls import Call, Translator
+from runtime.scheduling.scheduler import Scheduler, Stats
 from runtime.serve.errors import ApiError
 from runtime.serve.jobs import Inbox, Job
 from runtime.serve.metrics import Metrics
+from runtime.serve.openai.calls import Call, Translator
 from runtime.serve.settings import Settings
-from runtime.snapshot import fingerprint
-from runtime.tokenizer import Tokenizer
+from runtime.system.malloc import one_heap
+from runtime.text.tokenizer import Tokenizer
 
 State = Literal["loading", "ready", "draining", "failed"]
 

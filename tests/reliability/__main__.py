@@ -19,11 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
-from tests.documents import DOCS, replace_between
 from tests.reliability.explore import Counts, explore
 from tests.reliability.registry import TARGETS, TRIALS
 from tests.reliability.target import Target
 from tests.reliability.trial import Trial, run_trial
+from tests.support.documents import DOCS, replace_between
 
 MARKS = "<!-- counted by python -m tests.reliability -->", "<!-- end of the counts -->"
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from graphs.manifest import CHECKSUM, FILE_NAME, FileEntry, Manifest, _checksum
 from graphs.spec import RingSpec
-from runtime.bundle import SETTLED_NS, cache_file, open_bundle, sha256
-from runtime.bundle_check import check_bundle, rebuild_command
-from runtime.describe import facts
-from runtime.host import Cuda, Library
+from runtime.bundle.describe import facts
+from runtime.bundle.open import SETTLED_NS, cache_file, open_bundle, sha256
+from runtime.doctor.bundle_checks import check_bundle, rebuild_command
+from runtime.system.host import Cuda, Library
 from tests.reliability.checkpoints import small_spec
 from tests.reliability.damage import Draw, Raw, damaged_bytes, damaged_json
 from tests.reliability.target import Files, Folder, Prepared, Target

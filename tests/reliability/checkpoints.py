@@ -9,15 +9,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from exporter import gguf_reader
-from exporter.checkpoint import open_checkpoint, read_spec
+from exporter.checkpoint import gguf_file
+from exporter.checkpoint.open import open_checkpoint, read_spec
+from exporter.checkpoint.stored import FLOATS
+from exporter.estimate import plan
 from exporter.export import ExportOptions, ring_spec
-from exporter.plan import plan
-from exporter.stored import FLOATS
 from graphs.spec import ModelSpec
-from tests.make_checkpoint import Format, tiny_spec, write_checkpoint
 from tests.reliability.damage import Draw, Place, damaged_bytes, damaged_json
 from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.support.make_checkpoint import Format, tiny_spec, write_checkpoint
 
 PREAMBLE = 8  # bytes before a safetensors header: its length
 
@@ -97,7 +97,7 @@ def _sharded(folder: Path) -> Prepared:
     return Prepared(cases=index | shard, read=Folder(path).reading(_read_weights))
 
 
-class _Recording(gguf_reader._Cursor):
+class _Recording(gguf_file._Cursor):
     """A cursor that notes where the numbers of a header lie."""
 
     places: list[Place]
@@ -112,11 +112,11 @@ def gguf_places(path: Path) -> list[Place]:
     """Where a GGUF's header has counts, lengths, types, offsets and single values."""
     cursor = _Recording(path, path.read_bytes())  # type: ignore[arg-type]  # a map is bytes enough
     cursor.places = []
-    tensors, keys = gguf_reader._preamble(cursor)
+    tensors, keys = gguf_file._preamble(cursor)
     for _ in range(keys):
-        gguf_reader._pair(cursor)
+        gguf_file._pair(cursor)
     for _ in range(tensors):
-        gguf_reader._info(cursor)
+        gguf_file._info(cursor)
     return cursor.places
 
 
@@ -154,7 +154,7 @@ def _value(value: Any) -> bytes:
     kinds = {one for one, _ in items}
     if len(kinds) != 1 or None in kinds:
         return b""
-    head = struct.pack("<IIQ", gguf_reader._ARRAY, kinds.pop() or 0, len(items))
+    head = struct.pack("<IIQ", gguf_file._ARRAY, kinds.pop() or 0, len(items))
     return head + b"".join(written for _, written in items)
 
 
@@ -167,7 +167,7 @@ def _scalar(value: Any) -> tuple[int | None, bytes]:
         case float():
             return 12, struct.pack("<d", value)
         case str():
-            return gguf_reader._STRING, _text(value)
+            return gguf_file._STRING, _text(value)
     return None, b""
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from exporter.export import ExportOptions, export
-from tests.make_checkpoint import tiny_spec, write_checkpoint
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 CONTEXT = 96  # tokens: a prompt of a hundred letters does not fit
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.make_checkpoint import tiny_spec, write_checkpoint
 from tests.reliability.trial import Trial
-from tests.serving import (
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
+from tests.support.serving import (
     ENDLESS,
     FREE,
     IMPATIENT,

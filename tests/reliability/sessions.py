@@ -8,12 +8,12 @@ from pathlib import Path
 
 from graphs.errors import MistralcError
 from graphs.manifest import read_manifest
-from runtime import snapshot
-from tests.make_checkpoint import tiny_spec, write_checkpoint
+from runtime.decoding import snapshot
 from tests.reliability.damage import one_edit
 from tests.reliability.guard import check_message
 from tests.reliability.trial import Trial
 from tests.reliability.trials import Command, run, small_disk
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 SHORT, LONG = "The ring", "The ring turns, and what it forgets it never knew."
 

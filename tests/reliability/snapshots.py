@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from runtime.chat import Chat
+from runtime.cli.chat import Chat
+from runtime.cli.session_file import keep, resume
 from runtime.completion import Limits
+from runtime.decoding.sampling import SamplingParams
+from runtime.decoding.snapshot import DIGEST, MAGIC
 from runtime.load import Loaded, load
-from runtime.resume import keep, resume
-from runtime.sampling import SamplingParams
-from runtime.snapshot import DIGEST, MAGIC
 from tests.reliability import exported
 from tests.reliability.damage import Draw, damaged_bytes, damaged_json
 from tests.reliability.target import Folder, Prepared, Target

@@ -10,22 +10,22 @@ import torch
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from calib.choices import read_questions
-from calib.work import Layer, Work
-from exporter import calibration
-from exporter.calibration import JSON_NAME, TENSORS_NAME, CalibrationTable
-from exporter.checkpoint import open_checkpoint
-from exporter.precision import describe, make_recipe
-from exporter.quantized import INPUT_SCALE, SMOOTHING
-from exporter.schemes import QuantizeOptions
-from exporter.tokenizer import read_tokenizer
-from graphs.scheme import SCALE, groups
+from calib.evaluation.multiple_choice import read_questions
+from calib.layers.work_directory import Layer, Work
+from exporter.checkpoint.open import open_checkpoint
+from exporter.checks.corpus import read_corpus
+from exporter.quantization import calibration_table
+from exporter.quantization.calibration_table import JSON_NAME, TENSORS_NAME, CalibrationTable
+from exporter.quantization.make_recipe import describe, make_recipe
+from exporter.quantization.policy import QuantizeOptions
+from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING
+from exporter.tokenizer.read import read_tokenizer
+from graphs.quant_scheme import SCALE, groups
 from graphs.spec import ModelSpec
-from runtime.corpus import read_corpus
-from tests.make_checkpoint import tiny_spec, write_checkpoint
 from tests.reliability.checkpoints import PREAMBLE, small_spec
 from tests.reliability.damage import Draw, damaged_bytes, damaged_json
 from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 LINES: tuple[dict[str, Any], ...] = (
     {"text": "It was a bright cold day in April."},
@@ -101,7 +101,7 @@ def _table(folder: Path) -> Prepared:
     table = CalibrationTable(
         precision="int8", method="smoothquant", checkpoint=checkpoint.fingerprint(),
         data={"source": "text"}, versions={"mistralc": "0.1.0"}, tensors=tensors_of(spec),
-        schemes={n: calibration.Scheme(codes="int8", activation="int8")
+        schemes={n: calibration_table.Scheme(codes="int8", activation="int8")
                  for group in groups(spec) for n in group.readers},
     )  # fmt: skip
     path = folder / "table"
@@ -144,8 +144,8 @@ def _restamped(data: bytes, tensors: bytes) -> bytes:
     try:
         value = json.loads(data)
         value.pop("sha256", None)
-        value["tensors_sha256"] = calibration._sha256(safetensors.torch.load(tensors))
-        return json.dumps(value | {"sha256": calibration._checksum(value)}).encode()
+        value["tensors_sha256"] = calibration_table._sha256(safetensors.torch.load(tensors))
+        return json.dumps(value | {"sha256": calibration_table._checksum(value)}).encode()
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError, SafetensorError):
         return data
 

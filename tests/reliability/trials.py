@@ -23,15 +23,15 @@ from pathlib import Path
 
 import pytest
 
-import calib.calibrate  # noqa: F401  (what the commands would import when they run)
+import calib.layers.calibrate  # noqa: F401  (what the commands would import when they run)
 import exporter.export
-import runtime.session_ort  # noqa: F401
-from exporter.bundle import PARTIAL
-from exporter.calibration import CalibrationTable
-from runtime.bundle import open_bundle
-from tests.make_checkpoint import tiny_spec, write_checkpoint
+import runtime.backends.onnxruntime_cpu  # noqa: F401
+from exporter.bundle.staging import PARTIAL
+from exporter.quantization.calibration_table import CalibrationTable
+from runtime.bundle.open import open_bundle
 from tests.reliability.guard import check_message
 from tests.reliability.trial import Trial
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
 LIMIT = 120  # seconds of one run

@@ -9,17 +9,17 @@ from typing import Any
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from exporter.bundle import write_tokenizer
-from exporter.chat_formats import CHAT_TEMPLATES
-from exporter.gguf_reader import read_gguf
-from exporter.tokenizer import read_tokenizer
-from runtime.detokenizer import byte_characters
-from runtime.template import ChatTemplate
-from runtime.tokenizer import Tokenizer
-from tests.make_checkpoint import tiny_spec, write_checkpoint
+from exporter.bundle.staging import write_tokenizer
+from exporter.checkpoint.gguf_file import read_gguf
+from exporter.tokenizer.chat_formats import CHAT_TEMPLATES
+from exporter.tokenizer.read import read_tokenizer
+from runtime.text.chat_template import ChatTemplate
+from runtime.text.detokenizer import byte_characters
+from runtime.text.tokenizer import Tokenizer
 from tests.reliability.checkpoints import gguf_bytes
 from tests.reliability.damage import NUMBERS, Draw, damaged_bytes, damaged_json
 from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 TEXTS = ("", " a", "Hello, é [INST] </s> 你好\0")
 CHAT = [{"role": "user", "content": "Hello [INST]"}, {"role": "assistant", "content": "Hi"}]

@@ -1,0 +1,71 @@
+"""Whether a step costs the same at 8 windows as at one, and whether memory grows on the way.
+
+Not a test. `python -m benchmarks.flat BUNDLE [--steps 1000] [--times 8]` needs a bundle whose
+layers all have a window W. Two rows of one session stand at positions W and 8 W and take one step
+each in turn, so that whatever the machine does besides hits both alike.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from runtime.backends.session import Ids, Session
+from runtime.decoding.ring import Ring
+from runtime.load import load
+from runtime.measure.bench import machine, resident_bytes
+
+NEAR, FAR = 0, 1  # rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--times", type=int, default=8)
+    parser.add_argument("--threads", type=int)
+    arguments = parser.parse_args()
+    loaded = load(arguments.bundle, rows=2, threads=arguments.threads)
+    spec, times = loaded.bundle.manifest.model, arguments.times
+    if not spec.slides:
+        raise SystemExit(f"{arguments.bundle} has a layer without a window: it does grow.")
+    window = max(size for size in spec.windows if size is not None)
+    session, ring = loaded.generator.session, loaded.generator.ring
+    ring.grow_to(times * window)
+    session.resize(ring.capacities)
+    text = np.random.Generator(np.random.PCG64(0)).integers(0, spec.vocab_size, times * window)
+    for row in (NEAR, FAR):  # after this the ring is full, and all of it has been touched
+        feed(session, ring, text[:window], row)
+    before = resident_bytes()
+    feed(session, ring, text[window:], FAR)
+    after = resident_bytes()
+    seconds = np.empty((arguments.steps, 2))
+    for turn in seconds:
+        for row in (NEAR, FAR):
+            began = perf_counter()
+            feed(session, ring, text[:1], row)
+            turn[row] = perf_counter() - began
+    near, far = 1e3 * np.median(seconds, axis=0)
+    print(json.dumps(machine()))
+    print(f"bundle: {arguments.bundle}, window {window:,}, capacity {max(ring.full.values()):,}")
+    print(f"median step from position {window:,}: {near:.3f} ms")
+    print(f"median step from position {times * window:,}: {far:.3f} ms")
+    print(f"ratio: {far / near:.4f}; {arguments.steps} steps of each, in turn")
+    print(f"resident memory on the way there: {before:,} to {after:,} bytes")
+    print(f"and after all steps: {resident_bytes():,} bytes")
+
+
+def feed(session: Session, ring: Ring, ids: Ids, row: int) -> None:
+    """Write ids [n] into one row, in pieces."""
+    for count in ring.pieces(len(ids), row):
+        here = ring.positions[row]
+        positions = np.arange(here, here + count)[None]
+        session.step(ids[None, :count], positions, np.array([[count - 1]]), row)
+        ring.advance(count, row)
+        ids = ids[count:]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""A Hugging Face `config.json` as a ModelSpec. Knows nothing about weights or torch.
+
+Both spellings are read, that of transformers 4 and that of 5. What this decoder does not compute
+is an error that names the setting, never a setting that is skipped: biases, experts, other
+activations, other rotary scalings, partial rotary embedding, quantized weights. Mistral's
+`params.json` is read in config_params.py, GGUF metadata in config_gguf.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from exporter.checkpoint.fields import Fields
+from graphs.errors import MistralcError, UsageError
+from graphs.spec import ModelSpec, RopeScaling
+
+Window = int | None
+
+MOST_LAYERS = 1000  # published decoders stay below 150; a damaged number must not fill memory
+USE_ANOTHER = "Only the dense Mistral architecture is supported: use another checkpoint."
+
+# What the first architecture decides in transformers 5 (models/mistral, models/ministral and
+# models/llama): all three are the same decoder, and differ in windows and default values.
+_FAMILIES = {
+    "MistralForCausalLM": "mistral",
+    "MinistralForCausalLM": "ministral",
+    "LlamaForCausalLM": "llama",
+}
+_DEFAULT_WINDOW = 4096  # transformers' MistralConfig and MinistralConfig, when the key is absent
+DEFAULT_THETA = 10_000.0  # transformers, and llama.cpp for GGUF
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe")
+_BIASES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")
+_QK_NORMS = ("qk_norm", "use_qk_norm")
+
+
+def override_window(spec: ModelSpec, window: int) -> ModelSpec:
+    """The same model with a sliding window of `window` tokens in every layer (`--window`)."""
+    if window < 1:
+        raise UsageError(f"--window is {window}; at least 1 token is expected.")
+    return replace(spec, layer_windows=(window,) * spec.num_hidden_layers)
+
+
+def layer_count(fields: Fields, key: str) -> int:
+    """The number of layers, kept to what can be a decoder before anything is sized by it."""
+    layers = fields.integer(key)
+    if layers > MOST_LAYERS:
+        raise fields.wrong(key, f"at most {MOST_LAYERS} layers")
+    return layers
+
+
+def head_size(fields: Fields, key: str, hidden: int, heads: int) -> int:
+    """D: what the checkpoint says, or else hidden size over heads, which then has to divide."""
+    if fields.has(key):
+        return fields.integer(key)
+    if hidden % heads:
+        raise MistralcError(
+            f"{fields.origin}: `{key}` is absent and the hidden size {hidden} is not a multiple "
+            f"of the {heads} attention heads; one of the two is expected. Correct the "
+            "checkpoint's configuration."
+        )
+    return hidden // heads
+
+
+def spec_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> ModelSpec:
+    """Read a Hugging Face `config.json`. `origin` names the file in errors.
+
+    Raises MistralcError naming the first setting that is missing, of the wrong type, or beyond
+    the dense Mistral architecture.
+    """
+    fields = Fields(config, origin)
+    family = _family(fields)
+    _refuse_extras(fields)
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    layers = layer_count(fields, "num_hidden_layers")
+    theta, scaling = _rope_from_hf(fields)
+    return ModelSpec(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_kv_heads(fields, heads, family),
+        head_dim=head_size(fields, "head_dim", hidden, heads),
+        max_position_embeddings=fields.integer("max_position_embeddings"),
+        rms_norm_eps=fields.number("rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+        layer_windows=_windows_from_hf(fields, layers, family),
+    )
+
+
+def _family(fields: Fields) -> str:
+    """`mistral`, `ministral` or `llama`: what `architectures` and `model_type` agree on."""
+    names = fields.values.get("architectures") or []
+    expected = f"one of {', '.join(_FAMILIES)}"
+    if not isinstance(names, list) or len(names) > 1:
+        raise fields.wrong("architectures", f"a list with {expected}")
+    if names and (not isinstance(names[0], str) or names[0] not in _FAMILIES):
+        raise MistralcError(
+            f"{fields.origin}: the architecture is {names[0]}; {expected} is expected. "
+            f"{USE_ANOTHER}"
+        )
+    model_type = fields.text("model_type", _FAMILIES[names[0]] if names else None)
+    family = _FAMILIES[names[0]] if names else model_type
+    if family not in _FAMILIES.values() or model_type != family:
+        raise MistralcError(
+            f"{fields.origin}: `model_type` is {model_type}; "
+            f"{family if names else 'mistral, ministral or llama'} is expected"
+            f"{' beside ' + names[0] if names else ''}. {USE_ANOTHER}"
+        )
+    # transformers' AutoConfig reads a Mistral with `layer_types` as a Ministral.
+    return "ministral" if family == "mistral" and fields.has("layer_types") else family
+
+
+def _refuse_extras(fields: Fields) -> None:
+    """Raise for settings that would change what the decoder computes or how weights are kept."""
+    _refuse(fields, _BIASES, "biases")
+    _refuse(fields, _EXPERTS, "a mixture of experts")
+    _refuse(fields, _QK_NORMS, "normalized queries and keys")
+    _refuse(fields, ("text_config", "vision_config"), "several models in one")
+    if fields.has("quantization_config"):
+        section = fields.values["quantization_config"]
+        method = section.get("quant_method") if isinstance(section, Mapping) else section
+        raise MistralcError(
+            f"{fields.origin}: `quantization_config` says that the weights are quantized "
+            f"({str(method)[:40]}); float32, float16 or bfloat16 weights are expected. Use the "
+            "checkpoint it was made from; mistralc quantizes with --precision."
+        )
+    if fields.text("hidden_act", "silu") not in ("silu", "swish"):
+        raise MistralcError(
+            f"{fields.origin}: `hidden_act` is {fields.text('hidden_act')}; the activation silu "
+            f"is expected. {USE_ANOTHER}"
+        )
+    _refuse_partial_rotary(fields)
+
+
+def _refuse(fields: Fields, keys: tuple[str, ...], meaning: str) -> None:
+    for key in keys:
+        value = fields.values.get(key)
+        if value is not None and value is not False and value != 0:
+            raise MistralcError(
+                f"{fields.origin}: `{key}` asks for {meaning}, which this decoder does not have; "
+                f"it is expected to be absent, false or 0. {USE_ANOTHER}"
+            )
+
+
+def _refuse_partial_rotary(fields: Fields) -> None:
+    if fields.number("partial_rotary_factor", 1.0) != 1.0:
+        raise MistralcError(
+            f"{fields.origin}: `partial_rotary_factor` is "
+            f"{fields.number('partial_rotary_factor')}; 1 is expected, rotary embedding over the "
+            f"whole head. {USE_ANOTHER}"
+        )
+
+
+def _kv_heads(fields: Fields, heads: int, family: str) -> int:
+    # An absent key means "as many as heads" to Llama and 8 to Mistral: where the two differ it
+    # has to be said. Null means "as many as heads" to both.
+    if family == "llama" or "num_key_value_heads" in fields.values:
+        return fields.integer("num_key_value_heads", heads)
+    return fields.integer("num_key_value_heads")
+
+
+def _windows_from_hf(fields: Fields, layers: int, family: str) -> tuple[Window, ...]:
+    """Per-layer windows: `sliding_window` where `layer_types` says so, or everywhere without it."""
+    window = fields.integer("sliding_window") if fields.has("sliding_window") else None
+    if family == "llama":
+        if window is not None:
+            raise MistralcError(
+                f"{fields.origin}: `sliding_window` is {window}, which LlamaForCausalLM ignores; "
+                "null is expected. Name MistralForCausalLM if the model was trained with the "
+                "window, or take the setting out and use --window."
+            )
+    elif "sliding_window" not in fields.values:
+        window = _DEFAULT_WINDOW
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        return (window,) * layers
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise fields.wrong("layer_types", f"a list with one entry for each of {layers} layers")
+    return tuple(_window_of(fields, kind, window) for kind in kinds)
+
+
+def _window_of(fields: Fields, kind: Any, window: Window) -> Window:
+    if kind == "full_attention":
+        return None
+    if kind != "sliding_attention":
+        raise MistralcError(
+            f"{fields.origin}: `layer_types` names {str(kind)[:40]}; full_attention or "
+            f"sliding_attention is expected. {USE_ANOTHER}"
+        )
+    if window is None:
+        raise MistralcError(
+            f"{fields.origin}: `layer_types` names sliding_attention, but `sliding_window` is "
+            "null; the number of tokens a layer sees is expected. Correct either of the two."
+        )
+    return window
+
+
+def _rope_from_hf(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from `rope_parameters` (5), or `rope_theta` and `rope_scaling` (4).
+
+    A file may carry both spellings, as long as they say the same.
+    """
+    sections = [
+        section
+        for key in ("rope_parameters", "rope_scaling")
+        if (section := fields.section(key)) is not None
+    ]
+    thetas = {part.number("rope_theta") for part in (fields, *sections) if part.has("rope_theta")}
+    scalings = {_scaling_from_hf(section) for section in sections}
+    if len(thetas) > 1 or len(scalings) > 1:
+        raise MistralcError(
+            f"{fields.origin}: `rope_theta`, `rope_parameters` and `rope_scaling` contradict each "
+            "other; the same rotary embedding is expected in all of them. Keep the one the model "
+            "was trained with."
+        )
+    return (
+        next(iter(thetas), DEFAULT_THETA),
+        next(iter(scalings), None),
+    )
+
+
+_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_SCALING_KEYS: Mapping[str, frozenset[str]] = {
+    "default": frozenset(),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+}
+
+
+def _scaling_from_hf(section: Fields) -> RopeScaling | None:
+    types = {section.text(key) for key in ("rope_type", "type") if section.has(key)} or {"default"}
+    name = "/".join(sorted(types))
+    if name not in _SCALING_KEYS:
+        raise MistralcError(
+            f"{section.origin}: the rotary scaling is {name[:40]}; "
+            f"{', '.join(_SCALING_KEYS)} are supported. {USE_ANOTHER}"
+        )
+    section.only(_ROPE_KEYS | _SCALING_KEYS[name], f"The rotary scaling is {name}. {USE_ANOTHER}")
+    _refuse_partial_rotary(section)
+    if name == "default":
+        return None
+    factor = section.number("factor")
+    if name == "linear":
+        return RopeScaling(rope_type="linear", factor=factor)
+    scaling = RopeScaling(
+        rope_type="llama3",
+        factor=factor,
+        low_freq_factor=section.number("low_freq_factor"),
+        high_freq_factor=section.number("high_freq_factor"),
+        original_max_position_embeddings=section.integer("original_max_position_embeddings"),
+    )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise section.wrong("high_freq_factor", f"more than low_freq_factor, "
+                            f"{scaling.low_freq_factor},")  # fmt: skip
+    return scaling

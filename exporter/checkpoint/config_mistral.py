@@ -1,0 +1,109 @@
+"""Mistral's `params.json` as a ModelSpec. Knows nothing about weights or torch.
+
+The meaning of every key is that of Mistral's reference code (mistral-inference, `args.py`,
+`transformer.py` and `cache.py`). A key with a value that is not listed here is an error: newer
+files carry settings that change the arithmetic, and skipping one would be a silent difference.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from exporter.checkpoint.config_hf import USE_ANOTHER, Window, head_size, layer_count
+from exporter.checkpoint.fields import Fields
+from graphs.errors import MistralcError
+from graphs.spec import ModelSpec
+
+_CONTEXT = 128_000  # positions for which the reference code computes its rotary table
+_READ = frozenset(
+    {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps",
+     "vocab_size", "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings",
+     "max_position_embeddings", "max_seq_len", "model_type", "activation"}
+)  # fmt: skip
+_WITHOUT_EFFECT = frozenset({"max_batch_size"})
+_REFUSED: Mapping[str, str] = {
+    "moe": "a mixture of experts",
+    "lora": "LoRA layers",
+    "vision_encoder": "a vision encoder",
+    "audio": "an audio encoder",
+    "multimodal": "an audio or vision encoder",
+    "quantization": "quantized weights",
+    "yarn": "YaRN rotary scaling",
+    "rope_scaling": "rotary scaling",
+    "llama_4_scaling": "attention scaled by position",
+    "qk_norm": "normalized queries and keys",
+    "use_biases": "biases",
+}
+
+
+def spec_from_params(params: Mapping[str, Any], origin: str = "params.json") -> ModelSpec:
+    """Read Mistral's `params.json`. `origin` names the file in errors.
+
+    Raises MistralcError naming the first setting that is missing, of the wrong type, or beyond
+    the dense Mistral architecture.
+    """
+    fields = Fields(params, origin)
+    _refuse_extras(fields)
+    dim, heads = fields.integer("dim"), fields.integer("n_heads")
+    layers = layer_count(fields, "n_layers")
+    windows = _windows(fields, layers)
+    return ModelSpec(
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=dim,
+        intermediate_size=fields.integer("hidden_dim"),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=fields.integer("n_kv_heads"),
+        head_dim=head_size(fields, "head_dim", dim, heads),
+        max_position_embeddings=_context(fields),
+        rms_norm_eps=fields.number("norm_eps"),
+        rope_theta=_theta(fields),
+        tie_word_embeddings=fields.flag("tied_embeddings", default=False),
+        layer_windows=windows,
+    )
+
+
+def _refuse_extras(fields: Fields) -> None:
+    for key, meaning in _REFUSED.items():
+        if fields.values.get(key):
+            raise MistralcError(
+                f"{fields.origin}: `{key}` asks for {meaning}, which this decoder does not have; "
+                f"it is expected to be absent. {USE_ANOTHER}"
+            )
+    fields.only(_READ | _WITHOUT_EFFECT | _REFUSED.keys(), "Take it out if it changes nothing.")
+    for key, expected in (("model_type", "transformer"), ("activation", "silu")):
+        if fields.text(key, expected) != expected:
+            raise MistralcError(
+                f"{fields.origin}: `{key}` is {fields.text(key)}; {expected} is expected. "
+                f"{USE_ANOTHER}"
+            )
+
+
+def _context(fields: Fields) -> int:
+    return fields.integer("max_position_embeddings", fields.integer("max_seq_len", _CONTEXT))
+
+
+def _theta(fields: Fields) -> float:
+    # The reference code falls back to 10**6. When it first did so, a model with a window kept
+    # 10**4, and the only weights published with a window and without a theta, Mistral-7B v0.1,
+    # were trained with 10**4: that case is kept.
+    windowed = fields.has("sliding_window") or fields.has("_sliding_window")
+    return fields.number("rope_theta", 10_000.0 if windowed else 1_000_000.0)
+
+
+def _windows(fields: Fields, layers: int) -> tuple[Window, ...]:
+    """One window for all layers, or a list that repeats over them, null for full attention."""
+    if fields.has("sliding_window") and fields.has("_sliding_window"):
+        raise MistralcError(
+            f"{fields.origin}: both `sliding_window` and `_sliding_window` are given; one of the "
+            "two is expected. Keep the one the model was trained with."
+        )
+    key = "sliding_window" if fields.has("sliding_window") else "_sliding_window"
+    value = fields.values.get(key)
+    if not isinstance(value, list):
+        return ((fields.integer(key) if fields.has(key) else None),) * layers
+    expected = f"a number of tokens, or a list of them whose length divides the {layers} layers,"
+    if not value or layers % len(value):
+        raise fields.wrong(key, expected)
+    if not all(size is None or (type(size) is int and size >= 1) for size in value):
+        raise fields.wrong(key, expected)
+    return tuple(value) * (layers // len(value))

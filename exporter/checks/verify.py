@@ -1,0 +1,312 @@
+"""Does a bundle compute what the PyTorch decoder computes? Knows nothing about writing bundles.
+
+The reference runs the whole text in one pass, with a ring as long as the text that never wraps;
+the bundle runs it the way it is used, in pieces, over its own ring. They agree only if window,
+ring, rotary angles, graph passes and runtime are all right.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from numpy.typing import NDArray
+
+from exporter.bundle.weights_file import FILE_NAME
+from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.decoder.model import Decoder, logits_at
+from exporter.quantization.calibration_table import CalibrationTable
+from exporter.quantization.gguf_blocks import read_blocks
+from exporter.quantization.make_recipe import stored_recipe
+from exporter.quantization.packing import unpack
+from exporter.quantization.recipe import Recipe
+from exporter.quantization.reference import simulate
+from exporter.quantization.rounding import Quantized
+from graphs.errors import MistralcError
+from graphs.manifest import Manifest
+from graphs.quant_scheme import stored_parts
+from graphs.spec import Dtype
+from runtime.backends.session import Session
+from runtime.load import make_ring
+
+Logits = NDArray[np.float32]
+Progress = Callable[[int], None]  # called with the number of tokens just run
+
+COMPARED = 256  # positions whose logits are compared, evenly spread: 256 x 32,000 are 33 MB
+SHORT = 160  # tokens of the longest case in a short verification: two turns of a 64-slot ring
+TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest logit difference accepted, as a share of the largest logit (at least 1), by activation.
+
+Summation order differs between backends: SmolLM2's 30 layers were seen to differ by 7e-6 of the
+largest logit on random tokens, where float32 itself is 2e-5 away from float64. A wrong mask, slot
+or angle shows up as 1e-1 and more. The bounds for float16 and bfloat16 are estimates from the
+width of their significands: no engine has been measured yet.
+"""
+ROUNDED_KL = 0.1
+"""Mean divergence, in nats, accepted instead where inputs are rounded to 8 bits while computing.
+
+A number that summation order pushes over the edge between two codes is off by a whole step, and on
+random tokens the layers after it carry that on: SmolLM2's logits were off by up to 46 % of the
+largest while the divergence was 0.005 to 0.03 nats. A tiny model without such a number agrees to
+5e-7. A wrong mask, scale or code shows up as 1 nat and more.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How close the bundle is to the reference on one case, over the compared positions.
+
+    `max_abs` is in logits, `max_rel` a share of the largest logit, `kl` the mean Kullback-Leibler
+    divergence in nats of the bundle's distribution from the reference's, `top1` the share of
+    positions where both prefer the same token.
+    """
+
+    case: str
+    tokens: int
+    max_abs: float
+    max_rel: float
+    kl: float
+    top1: float
+    tolerance: float
+    tolerance_kl: float | None = None  # of bundles that round inputs, and counts instead
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is one of summation order only."""
+        if self.tolerance_kl is not None:
+            return self.kl <= self.tolerance_kl
+        return self.max_rel <= self.tolerance
+
+    @property
+    def allowed(self) -> str:
+        """What counts, in words."""
+        if self.tolerance_kl is not None:
+            return f"a divergence of {self.tolerance_kl:g} nats"
+        return f"{self.tolerance:.0e} of the largest logit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """Turns of these lengths, each fed at once unless it is a single token."""
+
+    name: str
+    turns: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Length of the whole text."""
+        return sum(self.turns)
+
+
+def cases(manifest: Manifest, *, short: bool) -> list[Case]:
+    """The lengths at which a window or a ring can go wrong: W-1, W, W+1, 2W+3, and turns.
+
+    Without a window the chunk takes its place. `short` keeps texts to 160 tokens, for export.
+    """
+    window = next((size for size in manifest.model.windows if size is not None), None)
+    unit = manifest.ring.chunk if window is None else window
+    letter = "chunk" if window is None else "W"
+    limit = None if manifest.model.slides else manifest.ring.context
+    wanted = [
+        Case(name=f"{letter}-1", turns=(unit - 1,)),
+        Case(name=letter, turns=(unit,)),
+        Case(name=f"{letter}+1", turns=(unit + 1,)),
+        Case(name=f"2{letter}+3", turns=(2 * unit + 3,)),
+        Case(name="turns", turns=(unit // 2 + 1, *[1] * 5, unit // 2 + 7, *[1] * 5)),
+    ]
+    if limit is not None:
+        wanted = [case for case in wanted if case.tokens <= limit]
+    if short:
+        wanted = [case for case in wanted if case.tokens <= SHORT]
+    wanted = [case for case in wanted if case.tokens > 0]
+    if not any(case.name == "turns" for case in wanted):
+        room = min(limit or SHORT, SHORT)
+        turns = (room // 2, 1, 1, room // 4) if room > 5 else (1,) * room
+        wanted.append(Case(name="turns", turns=turns))
+    return wanted
+
+
+def verify(
+    session: Session,
+    manifest: Manifest,
+    reference: Decoder,
+    *,
+    short: bool,
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Run every case on both and compare; the same pseudo-random tokens every time."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    found = []
+    for case in cases(manifest, short=short):
+        ids = generator.integers(0, manifest.model.vocab_size, case.tokens)
+        wanted = np.unique(np.linspace(0, case.tokens - 1, COMPARED).astype(np.int64))
+        rows = torch.from_numpy(wanted)
+        expected = logits_at(reference, torch.from_numpy(ids), rows).numpy()
+        got = np.concatenate(list(_bundle_logits(session, manifest, case, ids, wanted, progress)))
+        found.append(_compare(case, got, expected, manifest))
+    return found
+
+
+def require(agreements: list[Agreement]) -> None:
+    """Raise MistralcError unless every case passed."""
+    failed = [a for a in agreements if not a.passed]
+    if failed:
+        worst = max(failed, key=lambda a: (a.kl, a.max_rel))
+        raise MistralcError(
+            f"The bundle does not compute what the checkpoint does: in case {worst.case} "
+            f"({worst.tokens} tokens) logits differ by up to {worst.max_abs:.3g}, "
+            f"{worst.max_rel:.3%} of the largest, a divergence of {worst.kl:.3g} nats, and "
+            f"{worst.allowed} is allowed; the likeliest token agrees at {worst.top1:.1%} of "
+            "positions. Please report this with the versions in the bundle's manifest; another "
+            "version of the backend may not have the fault."
+        )
+
+
+def rounds_inputs(manifest: Manifest) -> bool:
+    """Whether some linear of the bundle rounds its input to 8 bits while it computes."""
+    facts = manifest.quantization
+    return facts is not None and bool("nbits" in facts["layouts"].values() or facts["input_scales"])
+
+
+def to_json(agreements: list[Agreement], against: str) -> dict[str, Any]:
+    """Return the manifest's record of a verification."""
+    passed = all(a.passed for a in agreements)
+    return {"against": against, "passed": passed, "allowed": agreements[0].allowed,
+            "cases": [asdict(a) for a in agreements]}  # fmt: skip
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """Return a verification's record as the table that goes into `report/verify.md`."""
+    lines = [
+        "# Verification",
+        "",
+        f"Logits of this bundle against the PyTorch decoder, float32, with {record['against']}.",
+        "",
+        "| case | tokens | max abs | max rel | KL (nats) | top-1 agreement |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {a['case']} | {a['tokens']} | {a['max_abs']:.2e} | {a['max_rel']:.2e} "
+        f"| {a['kl']:.2e} | {a['top1']:.2%} |"
+        for a in record["cases"]
+    ]
+    verdict = "passed" if record["passed"] else "FAILED"
+    return "\n".join([*lines, "", f"Verdict: {verdict} (allowed: {record['allowed']}).", ""])
+
+
+def bundle_reference(bundle: Path, manifest: Manifest) -> Decoder:
+    """Build the reference on a bundle's own `weights.safetensors`, codes and all."""
+    if not (bundle / FILE_NAME).exists():
+        raise MistralcError(
+            f"{bundle} holds an engine, whose weights cannot be read back. Compare it with the "
+            "checkpoint that it was made of: add --against CHECKPOINT."
+        )
+    file = safetensors.safe_open(bundle / FILE_NAME, framework="pt")
+    recipe = stored_recipe(manifest)
+    read = {name: partial(_unpacked, file, name, recipe) for name in recipe.schemes}
+    return simulate(replace(recipe, repacked=read), file.get_tensor)
+
+
+def same_checkpoint(source: str, manifest: Manifest) -> Checkpoint:
+    """Open the checkpoint `source`. Raises MistralcError unless the bundle was made of it."""
+    checkpoint = open_checkpoint(source)
+    found, expected = checkpoint.fingerprint(), manifest.checkpoint["fingerprint"]
+    if found != expected:
+        raise MistralcError(
+            f"The bundle was made of {manifest.checkpoint['name']} (fingerprint {expected[:12]}…), "
+            f"and {source} is another checkpoint (fingerprint {found[:12]}…). Give the one it was "
+            "made of, or leave --against out to compare with the bundle's own weights."
+        )
+    return checkpoint
+
+
+def checkpoint_reference(
+    source: str, manifest: Manifest, table: CalibrationTable | None
+) -> Decoder:
+    """Build the reference on the checkpoint `source`, which must be the one of the bundle.
+
+    A bundle that was made with a table of calibration needs that table.
+    """
+    checkpoint = same_checkpoint(source, manifest)
+    facts = manifest.quantization or {}
+    wanted = facts.get("calibration")
+    if wanted != (None if table is None else table.fingerprint):
+        raise MistralcError(
+            f"The bundle was made {f'with the calibration table {wanted[:12]}…' if wanted else ''}"
+            f"{'' if wanted else 'without a calibration table'}, and "
+            f"{'none' if table is None else table.fingerprint[:12] + '…'} was given. "
+            "Give the one it was made with as --calibration, or leave --against out."
+        )
+    recipe = stored_recipe(manifest)
+    exact = {name: read_blocks(checkpoint, name) for name in facts.get("repacked", ())}
+    tensors = {} if table is None else table.tensors
+    return simulate(replace(recipe, tensors=tensors, repacked=exact), checkpoint.tensor)
+
+
+def _bundle_logits(
+    session: Session,
+    manifest: Manifest,
+    case: Case,
+    ids: NDArray[np.int64],
+    wanted: NDArray[np.int64],
+    progress: Progress | None,
+) -> Iterator[Logits]:
+    ring = make_ring(manifest)
+    session.resize(ring.capacities)
+    for turn in case.turns:
+        for count in ring.pieces(turn):
+            if ring.grow(count):
+                session.resize(ring.capacities)
+            begin = ring.positions[0]
+            rows = wanted[(wanted >= begin) & (wanted < begin + count)] - begin
+            asked = rows if len(rows) else np.array([count - 1])
+            logits = session.step(
+                ids[None, begin : begin + count],
+                np.arange(begin, begin + count)[None],
+                asked[None],
+            )
+            ring.advance(count)
+            if progress is not None:
+                progress(count)
+            yield logits[0, : len(rows)].copy()
+
+
+def _unpacked(file: Any, name: str, recipe: Recipe) -> Quantized:
+    scheme, layout = recipe.schemes[name], recipe.layout(name)
+    rows, columns = shape = recipe.spec.weight_shapes()[name]
+    stored = stored_parts(name, shape, scheme, recipe.activation, layout)
+    parts = [file.get_tensor(part.name) for part in stored]
+    return unpack(parts, (rows, columns), scheme, layout)
+
+
+def _compare(case: Case, got: Logits, expected: Logits, manifest: Manifest) -> Agreement:
+    if not np.isfinite(got).all():
+        raise MistralcError(
+            f"The bundle's logits hold NaN or infinity in case {case.name} ({case.tokens} tokens); "
+            "finite numbers are expected. Please report this with the bundle's manifest."
+        )
+    difference = float(np.abs(got - expected).max())
+    largest = max(1.0, float(np.abs(expected).max()))
+    ours, theirs = _log_softmax(got), _log_softmax(expected)
+    kl = (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
+    return Agreement(
+        case=case.name,
+        tokens=case.tokens,
+        max_abs=difference,
+        max_rel=difference / largest,
+        kl=float(kl.mean()),
+        top1=float((got.argmax(-1) == expected.argmax(-1)).mean()),
+        tolerance=TOLERANCE[manifest.activation],
+        tolerance_kl=ROUNDED_KL if rounds_inputs(manifest) else None,
+    )
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    result: NDArray[np.float64] = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    return result

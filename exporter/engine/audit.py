@@ -1,0 +1,178 @@
+"""What TensorRT made of the graph, read from its own list of layers. Builds and runs nothing.
+
+An engine can be right and still be wrong for production: weights stored twice, attention taken
+apart into products and a softmax, a cache copied instead of updated. None of it shows in the
+answers, all of it in the layers, which the builder names even on a machine without a GPU:
+
+    Name: _gemm_mha_v2_myl0_6, LayerType: kgen, Inputs: [ { Name: … }], Constants: […],
+    Outputs: […], TacticName: , StreamId: 0, Metadata: [ONNX Layer: node_attention]
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import onnx_ir as ir
+
+from exporter.engine.build import Plan, capacities
+from graphs.errors import MistralcError
+from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
+
+FUSED = re.compile(r"mha|fmha|flash", re.IGNORECASE)  # in the names of fused attention kernels
+REPEAT = "Repl"  # in the names of kernels that write a value out several times
+STORED_ONCE = 1.02  # plan bytes by weight bytes; twice the linears of a 7B would be 1.9
+ALLOWANCE = 4 << 20  # bytes of kernels and tables, which a small model's plan mostly consists of
+
+_NAME = re.compile(r"Name: (\S+), LayerType: (\w*)")
+_SECTION = re.compile(r"(Inputs|Outputs): \[(.*?)\](?=, (?:Constants|TacticName):)")
+_TENSOR = re.compile(r"\{ Name: (\S+),")
+_SOURCE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerInfo:
+    """One layer of an engine: what it reads and writes, and the ONNX nodes it came from."""
+
+    name: str
+    kind: str
+    inputs: frozenset[str]
+    outputs: frozenset[str]
+    nodes: frozenset[str]
+
+    @classmethod
+    def parse(cls, line: str) -> Self | None:
+        """Read a line of TensorRT's list; None where it is not one."""
+        found = _NAME.match(line)
+        if found is None:
+            return None
+        sections = dict(_SECTION.findall(line))
+        inputs, outputs = (
+            frozenset(_TENSOR.findall(sections.get(name, ""))) for name in ("Inputs", "Outputs")
+        )
+        nodes = frozenset(_SOURCE.findall(line))
+        return cls(name=found[1], kind=found[2], inputs=inputs, outputs=outputs, nodes=nodes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Audit:
+    """The facts about an engine that decide whether it may be shipped. Sizes are in bytes.
+
+    `attention_fused` of `attention` nodes run in one fused kernel; `caches_in_place` of `caches`
+    are read and written under one name; `caches_repeated` are written out once per query head.
+    """
+
+    layers: Mapping[str, int]
+    attention: int
+    attention_fused: int
+    caches: int
+    caches_in_place: int
+    caches_repeated: int
+    interface: str
+    plan_bytes: int
+    weight_bytes: int
+    plan_sha256: str
+    tensorrt: str
+    warnings: tuple[str, ...]
+
+    @property
+    def faults(self) -> list[str]:
+        """What is wrong with the engine, in words; empty when nothing is."""
+        found = []
+        if self.attention_fused < self.attention:
+            found.append(
+                f"only {self.attention_fused} of {self.attention} attention layers are fused"
+            )
+        if self.caches_in_place < self.caches:
+            found.append(f"only {self.caches_in_place} of {self.caches} caches are in place")
+        if self.plan_bytes > STORED_ONCE * self.weight_bytes + ALLOWANCE:
+            ratio = self.plan_bytes / self.weight_bytes
+            found.append(f"the plan has {ratio:.2f} times the bytes of the weights")
+        if self.interface != "as the contract":
+            found.append(self.interface)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for the manifest."""
+        return {**asdict(self), "warnings": list(self.warnings), "faults": self.faults}
+
+
+def audit(
+    plan: Plan, graph: ir.Graph, spec: ModelSpec, ring: RingSpec, activation: Dtype, weights: int
+) -> Audit:
+    """Compare the engine's layers with the graph it was built from; `weights` are its bytes."""
+    layers = [layer for layer in map(LayerInfo.parse, plan.layers) if layer is not None]
+    attention = {str(node.name) for node in graph if node.op_type == "Attention"}
+    fused = {n for layer in layers if FUSED.search(layer.name) for n in layer.nodes & attention}
+    caches = {row.name for row in graph_outputs(spec, activation)} - {"logits"}
+    pasts = {row.name for row in graph_inputs(spec, activation) if row.name.startswith("past_")}
+    copied = {n.replace("past_", "present_") for layer in layers for n in layer.inputs & pasts}
+    in_place = {n for layer in layers for n in layer.inputs & layer.outputs & caches} - copied
+    repeated = {n for layer in layers if REPEAT in layer.name for n in layer.inputs & caches}
+    return Audit(
+        layers=dict(sorted(Counter(layer.kind for layer in layers).items())),
+        attention=len(attention),
+        attention_fused=len(fused),
+        caches=len(caches),
+        caches_in_place=len(in_place),
+        caches_repeated=len(repeated),
+        interface=_interface(plan, spec, ring, activation),
+        plan_bytes=plan.nbytes,
+        weight_bytes=weights,
+        plan_sha256=plan.sha256,
+        tensorrt=plan.version,
+        warnings=plan.warnings,
+    )
+
+
+def require(found: Audit, *, allow: bool) -> None:
+    """Raise MistralcError when the engine has a fault, unless the user allowed it."""
+    if found.faults and not allow:
+        raise MistralcError(
+            f"TensorRT {found.tensorrt} built an engine that is not fit to ship: "
+            f"{'; '.join(found.faults)}. Add --allow-faults to keep it all the same, or try "
+            "another version of TensorRT."
+        )
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """Return an audit's record as the section that goes into the bundle's report."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in record["layers"].items())
+    ratio = record["plan_bytes"] / record["weight_bytes"]
+    rows = {
+        "TensorRT": record["tensorrt"],
+        "GPUs": ", ".join(record["gpus"]) or "every one that it supports",
+        "layers": kinds,
+        "fused attention": f"{record['attention_fused']} of {record['attention']}",
+        "caches in place": f"{record['caches_in_place']} of {record['caches']}",
+        "caches repeated for query heads": record["caches_repeated"],
+        "interface": record["interface"],
+        "plan": f"{record['plan_bytes']:,} bytes, {ratio:.3f} times the weights'",
+        "SHA-256": record["plan_sha256"],
+        "faults": "; ".join(record["faults"]) or "none",
+    }
+    lines = ["# Engine", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items()]
+    lines += ["", f"TensorRT's warnings: {len(record['warnings'])}.", ""]
+    return "\n".join([*lines, *(f"- {' '.join(w.split())}" for w in record["warnings"]), ""])
+
+
+def _interface(plan: Plan, spec: ModelSpec, ring: RingSpec, activation: Dtype) -> str:
+    """Compare the engine's inputs and outputs with the graph contract."""
+    for kind, tensors, table in (
+        ("input", plan.inputs, graph_inputs(spec, activation)),
+        ("output", plan.outputs, graph_outputs(spec, activation)),
+    ):
+        expected = dict(_shapes(table, capacities(spec, ring)))
+        if dict(tensors) != expected:
+            wrong = sorted(set(expected.items()) ^ set(tensors.items()))[0]
+            return f"the {kind} {wrong[0]} is not as the contract has it"
+    return "as the contract"
+
+
+def _shapes(
+    table: Iterable[TensorSpec], fixed: Mapping[str, int]
+) -> Iterable[tuple[str, tuple[int, ...]]]:
+    for row in table:
+        yield row.name, tuple(fixed.get(d, -1) if isinstance(d, str) else d for d in row.shape)

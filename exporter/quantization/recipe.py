@@ -1,0 +1,114 @@
+"""From a checkpoint's weight to the codes that stand for it in a bundle. Knows nothing about files.
+
+What calibration decided comes as the named tensors of a `CalibrationTable`; without one, every
+weight is rounded to the nearest code. The same functions serve the streaming export and the
+PyTorch simulation, so both have the same codes.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from exporter.checkpoint.stored import FLOATS
+from exporter.quantization.packing import unpack_int4
+from exporter.quantization.rounding import Quantized, quantize
+from graphs.quant_scheme import SCALE, ZERO_POINT, Layout, Scheme, groups
+from graphs.spec import Dtype, ModelSpec
+
+SMOOTHING, INPUT_SCALE = ".smoothing", ".input_scale"  # after a group's name
+
+
+def smoothed(name: str, weight: Tensor, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Fold the smoothing of `tensors` into one weight, float32: the model computes the same.
+
+    Columns of a group's readers are multiplied by the group's scales, and the gain or the rows of
+    what produces the group's input divided by them. With grouped queries a row of v feeds several
+    columns of o, which therefore share one scale.
+    """
+    result = weight
+    for group in groups(spec):
+        scales = tensors.get(group.name + SMOOTHING)
+        if scales is None:
+            continue
+        if name in group.readers:
+            result = result.float() * scales.float()
+        elif name == group.producer:
+            produced = scales.float()
+            if len(produced) != len(weight):  # [H * D], and the rows are [K * D]
+                heads = produced.view(spec.num_key_value_heads, -1, spec.head_dim)
+                produced = heads[:, 0].flatten()
+            result = result.float() / produced.view(-1, *[1] * (weight.dim() - 1))
+    return result
+
+
+def quantized(
+    name: str, weight: Tensor, scheme: Scheme, stored: torch.dtype, tensors: Mapping[str, Tensor]
+) -> Quantized:
+    """Quantize a weight [N, K] that is smoothed already, as the table says, else to the nearest."""
+    scale, zero_point = tensors.get(name + SCALE), tensors.get(name + ZERO_POINT)
+    codes = tensors.get(name)
+    if scale is not None:  # one for each row serves all its blocks
+        scale = scale.expand(-1, scheme.blocks(weight.shape[1]))
+    if codes is None or scale is None:
+        return quantize(weight, scheme, stored, scale, zero_point)
+    if scheme.codes == "int4":
+        codes = unpack_int4(codes)[:, : weight.shape[1]]
+    return Quantized(
+        scheme=scheme, codes=codes, scale=scale.to(stored).float(), zero_point=zero_point
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How every weight of a model is stored: as floats of type `activation`, or by its scheme.
+
+    `layouts` says how codes lie where that is not `onnx`; `repacked` has the weights whose codes
+    the checkpoint holds already, so that nothing is rounded a second time.
+    """
+
+    spec: ModelSpec
+    activation: Dtype
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    repacked: Mapping[str, Callable[[], Quantized]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of floats and scales."""
+        return FLOATS[self.activation]
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether some linear rounds its input while it computes."""
+        nbits = "nbits" in self.layouts.values()
+        return nbits or any(scheme.activation for scheme in self.schemes.values())
+
+    def layout(self, name: str) -> Layout:
+        """How the codes of a quantized weight lie in the file."""
+        return self.layouts.get(name, "onnx")
+
+    def calibrated(self, name: str) -> bool:
+        """Whether anything in the table concerns this weight."""
+        touched = name in self.tensors or name + SCALE in self.tensors
+        return touched or any(
+            group.name + SMOOTHING in self.tensors and name in (*group.readers, group.producer)
+            for group in groups(self.spec)
+        )
+
+    def smoothed(self, name: str, weight: Tensor) -> Tensor:
+        """Return the weight as its numbers are before they are quantized."""
+        return smoothed(name, weight, self.spec, self.tensors)
+
+    def quantized(self, name: str, weight: Tensor) -> Quantized:
+        """Quantize a smoothed weight [N, K], or some rows of one that no table concerns."""
+        return quantized(name, weight, self.schemes[name], self.stored, self.tensors)
+
+    def input_scale(self, name: str) -> float:
+        """Return the static scale of the input that the linear `name` rounds."""
+        for group in groups(self.spec):
+            if name in group.readers:
+                return float(self.tensors[group.name + INPUT_SCALE])
+        raise KeyError(name)

@@ -1,0 +1,110 @@
+"""A weight as codes and scales, and back. Knows nothing about models or files.
+
+Every function works on one weight [N, K] at a time and is plain PyTorch, so it is at the same time
+the simulation that finished bundles are compared with.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphs.quant_scheme import LEAST, MOST, Scheme
+
+SMALLEST = 1e-12  # of a scale; a block of zeros has none of its own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """A weight [N, K] as its scheme stores it. J is the number of blocks in a row.
+
+    `weight = scale * (codes - zero_point) + minimum`, each of the three [N, J].
+    """
+
+    scheme: Scheme
+    codes: Tensor  # [N, K]; int8 (also for int4, -8 to 7), or float8_e4m3fn
+    scale: Tensor  # [N, J], float32, rounded to what the bundle stores
+    zero_point: Tensor | None = None  # [N, J], int8
+    minimum: Tensor | None = None  # [N, J], float32
+
+    def dequantized(self) -> Tensor:
+        """Return the weight [N, K] that the codes stand for, in float32."""
+        n, k = self.codes.shape
+        codes = blocked(self.codes.float(), self.scheme)  # [N, J, block]
+        if self.zero_point is not None:
+            codes = codes - self.zero_point.float().unsqueeze(-1)
+        weight = codes * self.scale.unsqueeze(-1)
+        if self.minimum is not None:
+            weight = weight + self.minimum.unsqueeze(-1)
+        return weight.view(n, -1)[:, :k]
+
+
+def blocked(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Cut the rows of a weight [N, K] into blocks [N, J, block], the last filled up with zeros."""
+    n, k = weight.shape
+    blocks = scheme.blocks(k)
+    return F.pad(weight, (0, blocks * (scheme.block or k) - k)).view(n, blocks, -1)
+
+
+def quantize(
+    weight: Tensor,
+    scheme: Scheme,
+    stored: torch.dtype,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> Quantized:
+    """Round `weight` [N, K] to the nearest code; `stored` is the type that scales are kept in.
+
+    Scales and zero points that calibration found may be given; else a block's range is that of
+    its values, so that nothing is clipped.
+    """
+    n, k = weight.shape
+    blocks = blocked(weight.float(), scheme)  # [N, J, block]
+    if scale is None:
+        scale, zero_point, minimum = _range(blocks, scheme, stored)
+    else:
+        scale, minimum = scale.to(stored).float(), None
+    shifted = blocks if minimum is None else blocks - minimum.unsqueeze(-1)
+    codes = shifted / scale.unsqueeze(-1)
+    if zero_point is not None:
+        codes = codes + zero_point.float().unsqueeze(-1)
+    return Quantized(
+        scheme=scheme,
+        codes=_rounded(codes, scheme).view(n, -1)[:, :k].contiguous(),
+        scale=scale,
+        zero_point=zero_point,
+        minimum=minimum,
+    )
+
+
+def round_activation(x: Tensor, scheme: Scheme, scale: float) -> Tensor:
+    """Return x as it is after it was rounded to the scheme's activation type and back."""
+    if scheme.activation is None:
+        return x
+    scaled = (x.float() / scale).clamp(LEAST[scheme.activation], MOST[scheme.activation])
+    whole = scaled.round() if scheme.activation == "int8" else scaled.to(torch.float8_e4m3fn)
+    return (whole.float() * scale).to(x.dtype)
+
+
+def _rounded(codes: Tensor, scheme: Scheme) -> Tensor:
+    bounded = codes.clamp(LEAST[scheme.codes], MOST[scheme.codes])
+    if scheme.codes == "float8e4m3":
+        return bounded.to(torch.float8_e4m3fn)
+    return bounded.round_().to(torch.int8)
+
+
+def _range(
+    blocks: Tensor, scheme: Scheme, stored: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Scale, zero point and minimum that just cover each block [N, J, block]."""
+    least, most = LEAST[scheme.codes], MOST[scheme.codes]
+    if scheme.offset == "none":
+        scale = (blocks.abs().amax(-1) / most).clamp_min(SMALLEST).to(stored).float()
+        return scale, None, None
+    low, high = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
+    scale = ((high - low) / (most - least)).clamp_min(SMALLEST).to(stored).float()
+    if scheme.offset == "minimum":
+        return scale, None, (low - least * scale).to(stored).float()
+    zero_point = (least - low / scale).round().clamp(least, most).to(torch.int8)
+    return scale, zero_point, None

@@ -1,0 +1,179 @@
+"""A SentencePiece BPE vocabulary as a `tokenizers` document. Knows nothing about directories.
+
+The pieces come from a model file (Mistral's `tokenizer.model*`) or from a GGUF, which carries
+the same table. Scores of SentencePiece's BPE are minus the order in which pieces were learned.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+
+from exporter.tokenizer.bpe import AddedToken, document, merges_from_ranks
+from graphs.errors import MistralcError
+
+SPACE = "\u2581"
+_BPE = 2  # TrainerSpec.ModelType
+
+
+class PieceType(IntEnum):
+    """`ModelProto.SentencePiece.Type`; a GGUF's `token_type` has the same numbers."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One row of the vocabulary; its id is its place."""
+
+    text: str
+    score: float
+    type: PieceType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """All of a SentencePiece model that its tokenization depends on."""
+
+    pieces: tuple[Piece, ...]
+    bos_id: int
+    eos_id: int
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = False
+
+    def version(self) -> str:
+        """Mistral's tokenizer version, told by the control tokens that each version added."""
+        control = {piece.text for piece in self.pieces if piece.type is PieceType.CONTROL}
+        marks = {"v7": "[SYSTEM_PROMPT]", "v3": "[PREFIX]", "v2": "[INST]"}
+        return next((version for version, mark in marks.items() if mark in control), "v1")
+
+
+def read_model(path: Path) -> Vocabulary:
+    """The vocabulary of a SentencePiece model file. Raises `MistralcError` on what it cannot do."""
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except DecodeError as error:
+        raise MistralcError(
+            f"{path} cannot be read as a SentencePiece model ({error}). The file is cut short or "
+            "is something else, for example a Git LFS pointer: download it again."
+        ) from error
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    refused = {
+        "no pieces": not proto.pieces,
+        "pieces that are not UTF-8": any(not isinstance(p.piece, str) for p in proto.pieces),
+        "a model type other than BPE": trainer.model_type != _BPE,
+        "whitespace as suffix": trainer.treat_whitespace_as_suffix,
+        "unescaped whitespace": not normalizer.escape_whitespaces,
+        "unused pieces": any(piece.type == PieceType.UNUSED for piece in proto.pieces),
+        "a denormalizer": bool(proto.denormalizer_spec.precompiled_charsmap),
+        # `tokenizers` replaces by grapheme where SentencePiece takes the longest match: é in two
+        # code points and CR LF come out differently. Mistral's and Llama's models replace nothing.
+        f"the normalizer {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
+    }
+    for what, found in refused.items():
+        if found:
+            raise MistralcError(
+                f"The SentencePiece model {path} has {what}; a BPE model that leaves characters "
+                "as they are, like Mistral's and Llama's, is expected. Use a checkpoint that "
+                "carries a tokenizer.json instead."
+            )
+    return Vocabulary(
+        pieces=tuple(
+            Piece(text=piece.piece, score=piece.score, type=PieceType(piece.type))
+            for piece in proto.pieces
+        ),
+        bos_id=trainer.bos_id,
+        eos_id=trainer.eos_id,
+        add_dummy_prefix=normalizer.add_dummy_prefix,
+        remove_extra_whitespaces=normalizer.remove_extra_whitespaces,
+    )
+
+
+def to_document(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The `tokenizers` document with the same ids.
+
+    One text differs: exactly one user-defined piece (`[REF]`) and nothing else is not given the
+    leading space that it has in SentencePiece.
+    """
+    ids = {piece.text: i for i, piece in enumerate(vocabulary.pieces)}
+    if len(ids) != len(vocabulary.pieces):
+        raise MistralcError(
+            f"The vocabulary has {len(vocabulary.pieces)} pieces, but only {len(ids)} different "
+            "ones; each is expected once. The tokenizer file is damaged: download it again."
+        )
+    user_defined = _of_type(vocabulary, PieceType.USER_DEFINED)
+    added_types = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
+    unknown = _of_type(vocabulary, PieceType.UNKNOWN)
+    return document(
+        vocabulary=ids,
+        merges=_merges(vocabulary),
+        added=[
+            AddedToken(id=ids[text], content=text, special=text not in user_defined)
+            for text in _of_type(vocabulary, *added_types)
+        ],
+        normalizer={"type": "Sequence", "normalizers": _normalizers(vocabulary, user_defined)},
+        decoder={"type": "Sequence", "decoders": _decoders(vocabulary)},
+        unk_token=unknown[0] if unknown else None,
+        fuse_unk=True,
+        byte_fallback=len(_of_type(vocabulary, PieceType.BYTE)) == 256,
+    )
+
+
+def _of_type(vocabulary: Vocabulary, *types: PieceType) -> list[str]:
+    return [piece.text for piece in vocabulary.pieces if piece.type in types]
+
+
+def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
+    """SentencePiece joins neighbours into any normal piece, the one of best score first."""
+    normal = (piece for piece in vocabulary.pieces if piece.type is PieceType.NORMAL)
+    best_first = sorted(normal, key=lambda piece: -piece.score)
+    ranks = {piece.text: rank for rank, piece in enumerate(best_first)}
+    for text in ranks:
+        lacking = next((c for c in text if len(text) > 1 and c not in ranks), None)
+        if lacking is not None:
+            raise MistralcError(
+                f"The vocabulary has the piece {text!r} but not its character {lacking!r}; every "
+                "character of a piece is expected to be a piece. Use a checkpoint that carries "
+                "a tokenizer.json instead."
+            )
+    return merges_from_ranks(ranks)
+
+
+def _normalizers(vocabulary: Vocabulary, user_defined: Sequence[str]) -> list[dict[str, Any]]:
+    """The steps of SentencePiece's normalizer, in its order: extra spaces, prefix, spaces.
+
+    A user-defined piece is looked for in normalized text, and `tokenizers` normalizes the piece
+    too: the prefix must leave it alone, or it would be found only after a space.
+    """
+    steps: list[dict[str, Any]] = []
+    if vocabulary.remove_extra_whitespaces:  # at the end, a literal U+2581 is a space as well
+        ends, runs = rf"\A +|[ {SPACE}]+\z", " +"
+        steps += [_replace({"Regex": ends}, ""), _replace({"Regex": runs}, " ")]
+    if vocabulary.add_dummy_prefix and user_defined:
+        alone = "|".join(map(re.escape, user_defined))
+        steps.append(_replace({"Regex": rf"\A(?!(?:{alone})\z)"}, SPACE))
+    elif vocabulary.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    return [*steps, _replace({"String": " "}, SPACE)]
+
+
+def _decoders(vocabulary: Vocabulary) -> Iterable[dict[str, Any]]:
+    steps = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if vocabulary.add_dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return steps
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}

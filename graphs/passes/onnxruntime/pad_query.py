@@ -1,0 +1,89 @@
+"""One query more than there are tokens, so that a token alone is computed as among others.
+
+ONNX Runtime multiplies one row with a matrix by another kernel than several rows, which adds up in
+another order: a token's last bits depend on whether it came alone. The kernels for two rows and
+for more agree. With a query of zeros behind the others, whose result is dropped, attention always
+has two, and a token is the same in bits however a text is cut into steps.
+
+    q ────┐                    q ──── Pad ─┐
+    mask ─┴─ Attention ─   →   mask ─ Pad ─┴─ Attention ─ Slice ─
+
+`GroupQueryAttention` writes a key and a value for that query too, into the slot after the last
+token's, which the next step overwrites: its caches have `PADDED` slots more than the ring counts.
+Knows nothing about weights.
+"""
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from graphs.passes.rule import Rule, constant, shared
+from graphs.spec import PADDED, ModelSpec
+
+
+def _pattern(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node in graph if node.op_type in ("Attention", "GroupQueryAttention"))
+
+
+def _check(node: ir.Node) -> str | None:
+    if node.op_type == "Attention" and (len(node.inputs) < 4 or node.inputs[3] is None):
+        return f"{node.name} has no mask"
+    return None
+
+
+def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
+    if node.op_type == "Attention":  # query [B, H, S, D], mask [B, 1, S, C]
+        axis = 2
+        longer = {0: _padded(graph, node, 0, 4, axis), 3: _padded(graph, node, 3, 4, axis)}
+    else:  # q, k and v [B, S, (H + 2K) D], last positions [B], their number, positions [B, S]
+        axis = 1
+        longer = {0: _padded(graph, node, 0, 3, axis), 5: _next(graph, node, 5),
+                  6: _next(graph, node, 6), 9: _padded(graph, node, 9, 2, axis)}  # fmt: skip
+    for index, value in longer.items():
+        node.replace_input_with(index, value)
+    _drop_last(graph, node, axis)
+
+
+def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) -> ir.Value:
+    """Input `index` of `node` with one place more on `axis`: zeros for queries, else the last."""
+    pads = [0] * (2 * rank)
+    pads[rank + axis] = PADDED
+    amount = constant(graph, ir.tensor(pads, ir.DataType.INT64, f"pad_{axis}_of_{rank}"))
+    mode = "edge" if index else "constant"
+    return shared(graph, "Pad", [_input(node, index), amount], {"mode": mode})
+
+
+def _next(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
+    """Input `index` of `node`, and one."""
+    one = constant(graph, ir.tensor(PADDED, ir.DataType.INT32, "padded_queries"))
+    return shared(graph, "Add", [_input(node, index), one])
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"{node.name} lacks its input {index}")
+    return value
+
+
+def _drop_last(graph: ir.Graph, node: ir.Node, axis: int) -> None:
+    """Let what reads the result of `node` read it without the last place of `axis`."""
+    bounds = [
+        constant(graph, ir.tensor([bound], ir.DataType.INT64, f"{name}_of_axis_{axis}"))
+        for name, bound in (("start", 0), ("end", -PADDED), ("number", axis))
+    ]
+    output = node.outputs[0]
+    kept = ir.node("Slice", [None, *bounds])
+    kept.outputs[0].type, kept.outputs[0].shape, output.shape = output.type, output.shape, None
+    output.replace_all_uses_with(kept.outputs[0])
+    kept.replace_input_with(0, output)
+    graph.insert_after(node, kept)
+
+
+def _expected(spec: ModelSpec) -> int:
+    return spec.num_hidden_layers
+
+
+PAD_QUERY = Rule(
+    name="pad_query", pattern=_pattern, check=_check, rewrite=_rewrite, expected=_expected
+)

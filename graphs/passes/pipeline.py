@@ -1,0 +1,79 @@
+"""Which passes run for which target, in which order. Read it aloud: it is the whole optimizer."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from graphs.passes.dead_code import DEAD_CODE
+from graphs.passes.fold_constants import FOLD_CONSTANTS
+from graphs.passes.merge_linears import MERGE_GATE_UP, MERGE_QKV
+from graphs.passes.onnxruntime.fold_attention_scale import SCALE_ROTATION
+from graphs.passes.onnxruntime.fuse_transpose import FUSE_TRANSPOSE
+from graphs.passes.onnxruntime.group_query_attention import GROUP_QUERY_ATTENTION
+from graphs.passes.onnxruntime.pad_query import PAD_QUERY
+from graphs.passes.onnxruntime.skip_norm import SKIP_NORM
+from graphs.passes.quantize_linears import Quantization, QuantizeLinears
+from graphs.passes.rule import CONTRIB, Pass
+from graphs.passes.tie_embedding import TIE_EMBEDDING
+from graphs.passes.trt.fold_query_groups import FOLD_QUERY_GROUPS
+from graphs.passes.trt.keep_gate_up_apart import PART_GATE_UP
+from graphs.spec import PADDED, Dtype, ModelSpec
+
+PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
+"""What every target begins with: after these the graph has standard operators only."""
+
+PASSES: Mapping[str, tuple[Pass, ...]] = {
+    "portable": PORTABLE,
+    "cpu": (
+        *PORTABLE,
+        MERGE_QKV,
+        MERGE_GATE_UP,
+        SKIP_NORM,
+        GROUP_QUERY_ATTENTION,
+        DEAD_CODE,
+        SCALE_ROTATION,
+    ),
+    "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
+    "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
+    "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
+}
+
+BATCH_INVARIANT: Mapping[str, tuple[Pass, ...]] = {"cpu": (PAD_QUERY,)}
+"""What follows where a token must be the same in bits whatever is computed beside it."""
+
+LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
+"""What follows when the quantized linears are written: it is for those that are left."""
+
+
+def lower(
+    model: ir.Model,
+    spec: ModelSpec,
+    target: str,
+    quantization: Quantization | None = None,
+    activation: Dtype = "float32",
+    context: int | None = None,
+    *,
+    batch_invariant: bool = False,
+) -> dict[str, int]:
+    """Run the passes of `target` on `model` in place; returns how often each fired.
+
+    Quantized linears are written last, when the passes have merged what they merge. `context` is
+    how many positions there will be, by default as many as the model was trained for. With
+    `batch_invariant` a token is the same in bits whatever is computed beside it. Raises PassError
+    when a pass that must fire does not.
+    """
+    fired: dict[str, int] = {}
+    positions = context or spec.max_position_embeddings
+    passes = PASSES[target]
+    if batch_invariant:
+        passes, positions = (*passes, *BATCH_INVARIANT[target]), positions + PADDED
+    spec = replace(spec, max_position_embeddings=positions)
+    if quantization is not None and quantization.schemes:
+        write = QuantizeLinears(quantization=quantization, activation=activation)
+        passes = (*passes, write, DEAD_CODE)
+    for step in (*passes, *LAST.get(target, ())):
+        fired[step.name] = fired.get(step.name, 0) + step(model, spec)
+    if any(node.domain == CONTRIB for node in model.graph):
+        model.opset_imports[CONTRIB] = 1
+    return fired

@@ -1,0 +1,196 @@
+"""A session on ONNX Runtime CPU, with the ring updated in place. Knows nothing about text.
+
+Every cache is a NumPy array bound as `past_*` and as `present_*`: the graph writes one slot
+and nothing is copied. A one-token step runs on a binding that is kept for its rows, with buffers
+that live as long as the ring, so decoding allocates nothing. Longer steps run row by row, each on
+its own part of the caches, as `GroupQueryAttention` wants it.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from graphs.errors import MistralcError
+from graphs.spec import ModelSpec
+from runtime.backends.session import Caches, Ids, Logits, Slots
+
+NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # read when a session is made
+KEPT = 16  # bindings of one-token steps; another takes 0.5 ms and 70 KB for 30 layers
+
+
+class _Decoding(NamedTuple):
+    """A one-token step of some rows: what is bound, and where its logits [n, 1, V] go."""
+
+    binding: ort.IOBinding
+    logits: Logits
+
+
+class OrtSession:
+    """`model.onnx` loaded on ONNX Runtime CPU with a ring of `batch` rows.
+
+    `fuse_qdq` lets it join quantized operators into integer ones. For float8 it must not: version
+    1.31 makes integer products of those too, and then refuses them. `pack_together` packs weights
+    with all threads, each on a heap of its own. Without `flash`, `GroupQueryAttention` computes
+    all scores of a step before it weighs values by them: faster for one token as long as keys of a
+    head stay in the processor's cache, with a buffer of heads x S x slots x 4 bytes. `padded` is
+    how many slots the graph writes beyond the last token's, where a layer has no window; rows of
+    such a graph run one after another.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        spec: ModelSpec,
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        fuse_qdq: bool = True,
+        pack_together: bool = True,
+        flash: bool = False,
+        padded: int = 0,
+    ) -> None:
+        self.spec, self.batch, self.partial = spec, batch, True
+        self._padded = padded
+        # `GroupQueryAttention` takes several queries in one row only.
+        self._row_by_row = padded > 0 and None in spec.windows
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0  # 0 lets ONNX Runtime take the physical cores
+        options.inter_op_num_threads = 1
+        # Its plan of which operator writes over whose result makes steps up to 9 % longer than the
+        # arena's own reuse does, and takes 6 MB more.
+        options.enable_mem_reuse = False
+        if pack_together:
+            options.add_session_config_entry("session.prepack.enable_parallel", "1")
+        if not fuse_qdq:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        try:
+            with nullcontext() if flash else _variable(NO_FLASH, "1"):
+                self._session = ort.InferenceSession(model, options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise MistralcError(
+                f"ONNX Runtime {ort.__version__} could not load {model}: {error}. Export the "
+                "bundle again with this version of mistralc, or install the version of ONNX "
+                "Runtime that its manifest names."
+            ) from error
+        self._caches: dict[str, NDArray[np.float32]] = {}
+        self._ids, self._positions, self._indices = np.zeros((3, batch, 1), np.int64)
+        self._logits = np.zeros((batch, 1, spec.vocab_size), np.float32)
+        self._many = np.empty((0, spec.vocab_size), np.float32)  # logits of longer steps
+        self._decode: dict[tuple[int, int], _Decoding] = {}  # by first row and end
+        self._rows = [self._session.io_binding() for _ in range(batch)]
+
+    def resize(self, capacities: Mapping[int | None, int]) -> None:
+        """Give the ring these capacities, by window, keeping the prefix that it holds."""
+        heads, head_dim = self.spec.num_key_value_heads, self.spec.head_dim
+        padded = {size: n + self._padded * (size is None) for size, n in capacities.items()}
+        shapes = [(self.batch, heads, padded[size], head_dim) for size in self.spec.layer_windows]
+        for kind in ("key", "value"):
+            # One array for all layers: NumPy asks for huge pages from 4 MiB on.
+            memory = np.zeros(sum(map(math.prod, shapes)), np.float32)
+            for i, shape in enumerate(shapes):
+                flat, memory = np.split(memory, [math.prod(shape)])
+                cache = flat.reshape(shape)
+                old = self._caches.get(f"{kind}.{i}")
+                if old is not None:
+                    kept = min(old.shape[2], cache.shape[2])
+                    cache[:, :, :kept] = old[:, :, :kept]
+                self._caches[f"{kind}.{i}"] = cache
+        self._decode.clear()
+        for row, binding in enumerate(self._rows):
+            self._bind_caches(binding, slice(row, row + 1))
+
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
+        """Write tokens [n, S] at positions [n, S] of the rows from `first` on; the rest is idle.
+
+        Returns logits [n, T, V] of the rows asked for, in the session's own buffer, valid until
+        the next step.
+        """
+        rows = slice(first, first + len(input_ids))
+        alone = len(input_ids) == 1 or not self._row_by_row
+        if alone and input_ids.shape[1] == 1 and logits_indices.shape[1] == 1:
+            self._ids[rows], self._positions[rows] = input_ids, position_ids
+            decoding = self._decoding(rows)
+            self._session.run_with_iobinding(decoding.binding)
+            return decoding.logits
+        logits = self._buffer(len(input_ids), logits_indices.shape[1])
+        for row, binding in enumerate(self._rows[rows]):
+            at = slice(row, row + 1)
+            step = input_ids[at], position_ids[at], logits_indices[at], logits[at]
+            self._bind_step(binding, *step)
+            self._session.run_with_iobinding(binding)
+        return logits
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring, in the type that the backend keeps."""
+        return [cache[row, :, slots[size]].copy() for size, cache in self._in_order()]
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        for (size, cache), kept in zip(self._in_order(), caches, strict=True):
+            cache[row, :, slots[size]] = kept
+
+    def _in_order(self) -> Iterator[tuple[int | None, NDArray[np.float32]]]:
+        """Every layer's key and value, with the layer's window."""
+        for i, size in enumerate(self.spec.layer_windows):
+            for kind in ("key", "value"):
+                yield size, self._caches[f"{kind}.{i}"]
+
+    def _decoding(self, rows: slice) -> _Decoding:
+        """A one-token step of these rows; the bindings of the rows that ran last are kept."""
+        found = self._decode.pop((rows.start, rows.stop), None)
+        if found is None:
+            if len(self._decode) == KEPT:
+                del self._decode[next(iter(self._decode))]
+            found = _Decoding(self._session.io_binding(), self._logits[rows])
+            self._bind_caches(found.binding, rows)
+            inputs = self._ids[rows], self._positions[rows], self._indices[rows]
+            self._bind_step(found.binding, *inputs, found.logits)
+        self._decode[rows.start, rows.stop] = found  # the latest is the last
+        return found
+
+    def _buffer(self, rows: int, wanted: int) -> Logits:
+        """Room for `wanted` rows of logits in each of `rows` sequences, [n, T, V]."""
+        count = rows * wanted
+        if len(self._many) < count:
+            self._many = np.empty((count, self.spec.vocab_size), np.float32)
+        return self._many[:count].reshape(rows, wanted, -1)
+
+    def _bind_caches(self, binding: ort.IOBinding, rows: slice) -> None:
+        for name, cache in self._caches.items():
+            value = ort.OrtValue.ortvalue_from_numpy(cache[rows])  # shares the array's memory
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+
+    @staticmethod
+    def _bind_step(
+        binding: ort.IOBinding, ids: Ids, positions: Ids, indices: Ids, logits: Logits
+    ) -> None:
+        for name, array in (
+            ("input_ids", ids),
+            ("position_ids", positions),
+            ("logits_indices", indices),
+        ):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """Set a variable of the environment inside, unless the user has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]

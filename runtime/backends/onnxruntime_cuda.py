@@ -1,0 +1,213 @@
+"""A session on ONNX Runtime CUDA, with the ring updated in place. Knows nothing about text.
+
+The ring, the inputs and the logits lie in memory that is allocated here and bound by address:
+`past_*` and `present_*` to the same, and decoding always to the same, so that ONNX Runtime can
+capture it as a CUDA graph. Logits are copied out here too, because ONNX Runtime's Python values
+cannot be read as bfloat16.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import onnxruntime as ort
+
+from graphs.errors import MistralcError
+from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
+from runtime.backends.cuda_device import Gpu
+from runtime.backends.device_buffers import StepBuffers, sized, sizes
+from runtime.backends.session import Caches, Ids, Logits, Slots
+from runtime.backends.step_bounds import check_capacities, check_step
+
+PROVIDER = "CUDAExecutionProvider"
+DEVICE = "cuda"  # as ONNX Runtime's bindings call where the memory is
+GRAPH, NO_GRAPH = "1", "-1"  # `gpu_graph_id`: the decode step's, and none
+
+# onnx.proto: TensorProto.DataType
+_ELEMENT = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+
+
+class CudaOrtSession:
+    """`model.onnx` loaded on ONNX Runtime's CUDA provider with a full ring of `batch` rows.
+
+    `captured` says whether decoding is a CUDA graph, which ONNX Runtime refuses for a graph that
+    it puts on the CPU in part.
+    """
+
+    def __init__(
+        self, model: Path, spec: ModelSpec, ring: RingSpec, activation: Dtype, *, batch: int = 1
+    ) -> None:
+        self.partial = False  # a captured graph has the shapes of all rows
+        self.spec, self.ring, self.batch, self.activation = spec, ring, batch, activation
+        _require_provider()
+        self._gpu = Gpu("cuda")
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._session: Any
+            self._session, self.captured = _open(model)
+            self._buffers = StepBuffers(self._gpu, spec, ring, activation, batch)
+            self._decode = self._session.io_binding()
+            self._prefill = self._session.io_binding()
+            for binding in (self._decode, self._prefill):
+                self._bind_ring(binding)
+            self._bind_step(self._decode, 1, 1)
+            self._options = {graph: _options(graph) for graph in (GRAPH, NO_GRAPH)}
+            undo.pop_all()
+
+    def resize(self, capacities: Mapping[int | None, int]) -> None:
+        """Check the capacities, by window: this ring is full from the start and keeps its size."""
+        check_capacities(self.spec, self.ring, capacities)
+
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
+        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+
+        All rows take part, so `first` is 0. The result is the session's own buffer, valid until
+        the next step. Raises MistralcError, before anything is written, for a step that the ring
+        cannot take.
+        """
+        if self._session is None:
+            raise MistralcError("This session was closed. Load the bundle again.")
+        check_step(self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices, first)
+        self._buffers.write(input_ids, position_ids, logits_indices)
+        self._buffers.copy_in()
+        tokens, wanted = input_ids.shape[1], logits_indices.shape[1]
+        self._gpu.wait()  # ONNX Runtime works in a stream of its own
+        if tokens == 1 and wanted == 1:
+            self._run(self._decode, GRAPH)
+        else:
+            self._bind_step(self._prefill, tokens, wanted)
+            self._run(self._prefill, NO_GRAPH)
+        self._buffers.copy_out(wanted)
+        self._gpu.wait()
+        return self._buffers.result(wanted)
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        return self._buffers.read_row(row, slots)
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        self._buffers.write_row(row, slots, caches)
+
+    def close(self) -> None:
+        """Give all memory back; may be called twice."""
+        self._decode = self._prefill = self._session = None
+        self._gpu.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self, binding: Any, graph: str) -> None:
+        """Run a binding; returns when the device is done."""
+        try:
+            self._session.run_with_iobinding(binding, self._options[graph])
+        except Exception as error:
+            free, total = self._gpu.free()
+            raise MistralcError(
+                f"ONNX Runtime {ort.__version__} could not run a step, with {free:,} of {total:,} "
+                f"bytes of the GPU free: {error}. If memory ran out, free some, or export with a "
+                "smaller --chunk, --window or --max-batch; else report this with the GPU."
+            ) from error
+
+    def _bind_ring(self, binding: Any) -> None:
+        for row in graph_inputs(self.spec, self.activation):
+            if row.name.startswith("past_"):
+                self._bind(binding.bind_input, row, self._buffers.shapes[row.name])
+        for row in graph_outputs(self.spec, self.activation):
+            if row.name.startswith("present_"):
+                self._bind(binding.bind_output, row, self._buffers.shapes[row.name])
+
+    def _bind_step(self, binding: Any, tokens: int, wanted: int) -> None:
+        letters = sizes(self.spec, self.ring, self.batch, tokens, wanted)
+        for row in graph_inputs(self.spec, self.activation):
+            if not row.name.startswith("past_"):
+                self._bind(binding.bind_input, row, sized(row.shape, letters))
+        logits = graph_outputs(self.spec, self.activation)[0]
+        address = self._buffers.logits(wanted).device
+        self._bind(binding.bind_output, logits, sized(logits.shape, letters), address)
+
+    def _bind(
+        self, bind: Any, row: TensorSpec, shape: tuple[int, ...], address: int | None = None
+    ) -> None:
+        where = self._buffers.addresses[row.name] if address is None else address
+        bind(row.name, DEVICE, 0, _ELEMENT[row.dtype], shape, where)
+
+
+def _require_provider() -> None:
+    """Raise MistralcError unless this is ONNX Runtime for CUDA."""
+    if PROVIDER not in ort.get_available_providers():
+        raise MistralcError(
+            f"This bundle was built for the target cuda, and the installed ONNX Runtime "
+            f"{ort.__version__} has no {PROVIDER} (it has "
+            f"{', '.join(ort.get_available_providers())}). The packages onnxruntime and "
+            "onnxruntime-gpu exclude each other: pip uninstall onnxruntime, then "
+            "pip install 'mistralc[cuda]'."
+        )
+
+
+def _open(model: Path) -> tuple[Any, bool]:
+    """Load `model`, with CUDA graphs where ONNX Runtime allows them; whether it did comes second.
+
+    Raises MistralcError where ONNX Runtime fell back to the CPU, which it does with a warning only.
+    """
+    with redirect_stdout(StringIO()):  # it prints what it did not find; the check below says it
+        ort.preload_dlls()  # CUDA and cuDNN from their Python packages, if they are there
+    session, captured = None, True
+    for captured in (True, False):
+        try:
+            session = ort.InferenceSession(model, ort.SessionOptions(), providers(graphs=captured))
+            break
+        except Exception as error:
+            # a graph with a node on the CPU cannot be captured; it runs all the same
+            if not captured or "graph capture" not in str(error):
+                raise _not_loaded(model, error) from error
+    if session is None or PROVIDER not in session.get_providers():
+        needs = getattr(ort, "cuda_version", "") or "13"
+        raise MistralcError(
+            f"ONNX Runtime {ort.__version__} could not start its {PROVIDER} and fell back to the "
+            f"CPU, for which this bundle was not built. It needs CUDA {needs} and cuDNN "
+            "9: pip install 'onnxruntime-gpu[cuda,cudnn]' brings both. Its own warning above names "
+            "the library that is missing."
+        )
+    return session, captured
+
+
+def _options(graph: str) -> Any:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", graph)
+    return options
+
+
+def providers(*, graphs: bool) -> list[tuple[str, dict[str, str]]]:
+    """What to run on. Weights are allocated as they are, not in powers of two."""
+    return [
+        (
+            PROVIDER,
+            {
+                "device_id": "0",
+                "arena_extend_strategy": "kSameAsRequested",
+                "enable_cuda_graph": "1" if graphs else "0",
+            },
+        )
+    ]
+
+
+def _not_loaded(model: Path, error: Exception) -> MistralcError:
+    return MistralcError(
+        f"ONNX Runtime {ort.__version__} could not load {model} on CUDA: {error}. If memory ran "
+        "out, take a larger GPU or export with a smaller --precision; else export the bundle again "
+        "with this version of mistralc, or install the version of ONNX Runtime in its manifest."
+    )

@@ -1,0 +1,97 @@
+"""Whether a loaded plan is the engine that the manifest describes. Runs nothing, loads nothing.
+
+A plan has its ring's capacity, its chunk and its batch compiled into it. One that was built for
+other sizes would read and write beyond what it was given, so it is compared before memory is
+allocated: names, types, shapes, the caches' aliasing, and the optimization profiles.
+"""
+
+from typing import Any, NamedTuple
+
+from graphs.errors import MistralcError
+from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
+from runtime.backends.device_buffers import STEP_INPUTS, sized, sizes
+
+_DTYPE = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+_REMEDY = "The plan is not the one of this manifest: export the checkpoint again."
+
+
+class Profiles(NamedTuple):
+    """Which optimization profile serves a step of one token, and which serves any other."""
+
+    decode: int
+    prefill: int
+
+
+def check_plan(
+    trt: Any, engine: Any, spec: ModelSpec, ring: RingSpec, activation: Dtype, batch: int
+) -> Profiles:
+    """Compare an engine with the graph contract; returns the profiles to run it with.
+
+    Raises MistralcError, naming the first tensor that differs.
+    """
+    expected = [
+        *((row, trt.TensorIOMode.INPUT) for row in graph_inputs(spec, activation)),
+        *((row, trt.TensorIOMode.OUTPUT) for row in graph_outputs(spec, activation)),
+    ]
+    found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    names = {row.name for row, _ in expected}
+    if found != names:
+        first = sorted(found ^ names)[0]
+        raise MistralcError(
+            f"The plan has {len(found)} inputs and outputs and the model {len(names)}; {first} is "
+            f"only in {'the plan' if first in found else 'the model'}. {_REMEDY}"
+        )
+    for row, mode in expected:
+        _check_tensor(trt, engine, row, mode, sizes(spec, ring, -1, -1, -1))
+    return _profiles(engine, ring, batch)
+
+
+def _check_tensor(
+    trt: Any, engine: Any, row: TensorSpec, mode: Any, letters: dict[str, int]
+) -> None:
+    name = row.name
+    facts = {
+        "direction": (engine.get_tensor_mode(name), mode),
+        "type": (engine.get_tensor_dtype(name), getattr(trt.DataType, _DTYPE[row.dtype])),
+        "place": (engine.get_tensor_location(name), trt.TensorLocation.DEVICE),
+        "shape": (tuple(engine.get_tensor_shape(name)), sized(row.shape, letters)),
+    }
+    if name.startswith("present_"):
+        past = name.replace("present_", "past_", 1)
+        # None, or an empty name: another buffer is written, and the ring would stay empty
+        facts["memory"] = (engine.get_aliased_input_tensor(name) or "its own", past)
+    for what, (got, wanted) in facts.items():
+        if got != wanted:
+            raise MistralcError(
+                f"The {what} of {name} in the plan is {got}; {wanted} is expected (-1 is any "
+                f"size). {_REMEDY}"
+            )
+
+
+def _profiles(engine: Any, ring: RingSpec, batch: int) -> Profiles:
+    """The first profile that covers one token, and the first that covers 1 to chunk of them."""
+    decode, chunk = {"S": 1, "T": 1}, {"S": ring.chunk, "T": ring.chunk}
+    serving: list[list[int]] = [[], []]
+    seen = []
+    for index in range(engine.num_optimization_profiles):
+        low, _, high = zip(*(_range(engine, name, index) for name in STEP_INPUTS), strict=True)
+        seen.append(f"rows {low[0][0]} to {high[0][0]}, tokens {low[0][1]} to {high[0][1]}")
+        for most, found in zip((decode, chunk), serving, strict=True):
+            needed = [(batch, most["S"]), (batch, most["S"]), (batch, most["T"])]
+            if all(
+                least[0] <= batch <= top[0] and least[1] <= 1 and size[1] <= top[1]
+                for least, top, size in zip(low, high, needed, strict=True)
+            ):
+                found.append(index)
+    if not all(serving):
+        raise MistralcError(
+            f"This session is for {batch} rows and steps of 1 to {ring.chunk} tokens, with logits "
+            f"of as many; the plan was built for {'; and for '.join(seen)}. Ask for no more rows "
+            "than --max-batch, or export the checkpoint again with these sizes."
+        )
+    return Profiles(serving[0][0], serving[1][0])
+
+
+def _range(engine: Any, name: str, profile: int) -> list[tuple[int, ...]]:
+    """Least, best and largest shape of an input."""
+    return [tuple(shape) for shape in engine.get_tensor_profile_shape(name, profile)]

@@ -1,0 +1,320 @@
+"""A session on TensorRT or TensorRT-RTX, with the ring updated in place. Knows nothing about text.
+
+Every cache is one allocation bound as `past_*` and as `present_*`. Two execution contexts share
+the weights: one always decodes a token, with shapes and addresses that never change, the other
+takes prompts. Decoding is one CUDA graph: TensorRT-RTX captures its own, TensorRT is captured here
+together with the copies to and from the host.
+"""
+
+import mmap
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from functools import cache as once
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from graphs.errors import MistralcError
+from graphs.spec import Dtype, ModelSpec, RingSpec, ring_bytes
+from runtime.backends import kernel_cache, tensorrt_library
+from runtime.backends.cuda_device import Gpu, out_of_memory
+from runtime.backends.device_buffers import STEP_INPUTS, StepBuffers
+from runtime.backends.plan_contract import check_plan
+from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validity
+from runtime.backends.session import Caches, Ids, Logits, Slots
+from runtime.backends.step_bounds import check_capacities, check_step
+
+KEPT_WORDS = 20  # errors of TensorRT, the last of which explain a failure
+
+_REMEDY: Mapping[str, str] = {
+    REBUILD: "Export the checkpoint again, for this GPU and with this version of TensorRT, or "
+    "install the version that built the plan.",
+    DRIVER: "Update the NVIDIA driver.",
+    MEMORY: "Free some of the GPU's memory, or take a larger GPU.",
+    COPY: "Copy the bundle again from where it was built.",
+}
+
+
+class TrtSession:
+    """`engine.plan` loaded on the first GPU with a full ring of `batch` rows.
+
+    `cache` is where TensorRT-RTX's compiled kernels are kept (`kernel_cache.cache_file`).
+    `weight_budget` is how many bytes of weights stay on the GPU, for a plan built with weight
+    streaming; None lets as many stay as fit. `captured` says whether decoding is a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        plan: Path,
+        spec: ModelSpec,
+        ring: RingSpec,
+        activation: Dtype,
+        target: str,
+        *,
+        batch: int = 1,
+        cache: Path | None = None,
+        weight_budget: int | None = None,
+    ) -> None:
+        self.partial = False  # shapes and addresses are those of all rows
+        self.spec, self.ring, self.batch, self.target = spec, ring, batch, target
+        self._trt = tensorrt_library.load(target)
+        self._log = _log(target)
+        self._log.words.clear()
+        self._cache = cache
+        self._kernels: Any = None
+        self._decode: Any = None
+        self._prefill: Any = None
+        self._graph: Any = None
+        self._kept: list[Any] = []  # what the contexts need alive, in the order it was made
+        self._streams = self.captured = False
+        self._gpu = Gpu(target)
+        with ExitStack() as undo:
+            undo.callback(self._release)
+            engine = self._load(plan, ring_bytes(spec, ring, activation))
+            profiles = check_plan(self._trt, engine, spec, ring, activation, batch)
+            self._buffers = StepBuffers(self._gpu, spec, ring, activation, batch)
+            self._set_budget(engine, weight_budget)
+            self._decode = self._context(engine, profiles.decode, decode=True)
+            self._prefill = self._context(engine, profiles.prefill, decode=False)
+            self._warm_up()
+            undo.pop_all()
+
+    def resize(self, capacities: Mapping[int | None, int]) -> None:
+        """Check the capacities, by window: this ring is full from the start and keeps its size."""
+        check_capacities(self.spec, self.ring, capacities)
+
+    def step(
+        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
+    ) -> Logits:
+        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+
+        All rows take part, so `first` is 0. The result is the session's own buffer, valid until
+        the next step. Raises MistralcError, before anything is written, for a step that the ring
+        cannot take.
+        """
+        if self._decode is None:
+            raise MistralcError("This session was closed. Load the bundle again.")
+        check_step(self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices, first)
+        self._buffers.write(input_ids, position_ids, logits_indices)
+        tokens, wanted = input_ids.shape[1], logits_indices.shape[1]
+        if tokens != 1 or wanted != 1:
+            self._shape(self._prefill, tokens, wanted)
+            self._enqueue(self._prefill, wanted)
+        elif self._graph is not None:
+            self._gpu.launch(self._graph)
+        else:
+            self._enqueue(self._decode, 1)
+        self._gpu.wait()
+        return self._buffers.result(wanted)
+
+    def read_row(self, row: int, slots: Slots) -> Caches:
+        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        return self._buffers.read_row(row, slots)
+
+    def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
+        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        self._buffers.write_row(row, slots, caches)
+
+    def close(self) -> None:
+        """Keep the compiled kernels, and give all memory back; may be called twice."""
+        if self._decode is not None:
+            self._save_kernels()
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _release(self) -> None:
+        if self._kept:
+            with suppress(MistralcError):  # an interrupted step may still be running
+                self._gpu.wait()
+        self._graph = self._decode = self._prefill = self._kernels = None
+        while self._kept:  # contexts' settings, engine, runtime: the last made goes first
+            self._kept.pop()
+        self._gpu.close()
+
+    def _load(self, plan: Path, ring: int) -> Any:
+        """Deserialize the plan out of the page cache, so that the host never holds a copy."""
+        runtime = self._trt.Runtime(self._log)
+        nbytes = plan.stat().st_size if plan.is_file() else 0
+        if nbytes == 0:
+            raise MistralcError(
+                f"{plan} is missing or empty; a TensorRT plan is expected. Copy the bundle again "
+                "from where it was built."
+            )
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            engine = runtime.deserialize_cuda_engine(view)
+        if engine is None:
+            free, total = self._gpu.free()
+            if free < nbytes:
+                raise out_of_memory("the weights and the ring", nbytes + ring, free, total)
+            raise _not_loaded(plan, self._trt, self._log)
+        self._kept += [runtime, engine]
+        return engine
+
+    def _set_budget(self, engine: Any, budget: int | None) -> None:
+        """How many weights stay on the GPU; after the ring was allocated, before any context."""
+        streamable = int(engine.streamable_weights_size)
+        if streamable == 0:
+            if budget is not None:
+                raise MistralcError(
+                    f"A budget of {budget:,} bytes for weights was given, and this plan keeps all "
+                    "its weights on the GPU. Export the checkpoint again with --weight-streaming, "
+                    "or leave the budget out."
+                )
+            return
+        if budget is None:
+            budget = int(engine.get_weight_streaming_automatic_budget())
+        engine.weight_streaming_budget_v2 = min(budget, streamable)
+        self._streams = budget < streamable
+
+    def _context(self, engine: Any, profile: int, *, decode: bool) -> Any:
+        """An execution context with everything bound that does not change from step to step."""
+        if self.target == "rtx":
+            config = self._config(engine, decode=decode)
+            context = engine.create_execution_context(config)
+            self._kept.append(config)
+        else:
+            context = engine.create_execution_context()
+        if context is None:
+            raise self._failed("make room for a step")
+        if profile != 0:
+            self._require(context.set_optimization_profile_async(profile, self._gpu.stream))
+            self._gpu.wait()
+        for name, address in self._buffers.addresses.items():
+            self._require(context.set_tensor_address(name, address), name)
+            if name.startswith("past_"):
+                self._require(context.set_input_shape(name, self._buffers.shapes[name]), name)
+        self._shape(context, 1, 1)
+        return context
+
+    def _config(self, engine: Any, *, decode: bool) -> Any:
+        """TensorRT-RTX's settings of a context.
+
+        A decode step has one shape, whose kernels are compiled at once and captured; prompts have
+        many, which are compiled beside the work where they come up.
+        """
+        config = engine.create_runtime_config()
+        graphs, kernels = (
+            self._trt.CudaGraphStrategy,
+            self._trt.DynamicShapesKernelSpecializationStrategy,
+        )
+        capture = decode and not self._streams  # what comes over the host link is not captured
+        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if capture else graphs.DISABLED
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            kernels.EAGER if decode else kernels.LAZY
+        )
+        if self._cache is not None:
+            if self._kernels is None:
+                self._kernels = config.create_runtime_cache()
+                known = kernel_cache.read(self._cache)
+                if known is not None:  # False where they are another GPU's: then it starts anew
+                    self._kernels.deserialize(known)
+                self._kept.append(self._kernels)
+            config.set_runtime_cache(self._kernels)
+        return config
+
+    def _shape(self, context: Any, tokens: int, wanted: int) -> None:
+        """Tell the context how large this step is, and where its logits go."""
+        for name in STEP_INPUTS:
+            count = wanted if name == "logits_indices" else tokens
+            self._require(context.set_input_shape(name, (self.batch, count)), name)
+        address = self._buffers.logits(wanted).device
+        self._require(context.set_tensor_address("logits", address), "logits")
+
+    def _enqueue(self, context: Any, wanted: int) -> None:
+        """Put a whole step into the stream: inputs in, network, logits out."""
+        self._buffers.copy_in()
+        if not context.execute_async_v3(self._gpu.stream):
+            raise self._failed("run a step")
+        self._buffers.copy_out(wanted)
+
+    def _warm_up(self) -> None:
+        """Decode one token twice, so that everything is compiled and captured; then empty the ring.
+
+        TensorRT has to run a shape once before it can be captured.
+        """
+        zero = np.zeros((self.batch, 1), np.int64)
+        self._buffers.write(zero, zero, zero)
+        for _ in range(2):
+            self._enqueue(self._decode, 1)
+            self._gpu.wait()
+        if self.target == "rtx":
+            self.captured = not self._streams
+        else:
+            self._graph = self._gpu.capture(lambda: self._enqueue(self._decode, 1))
+            self.captured = self._graph is not None
+        self._buffers.clear_ring()
+        self._gpu.wait()
+        self._save_kernels()
+
+    def _save_kernels(self) -> None:
+        if self._kernels is None or self._cache is None:
+            return
+        blob = self._kernels.serialize()
+        kernels = bytes(blob) if blob is not None else b""
+        if kernels and kernels != kernel_cache.read(self._cache):
+            kernel_cache.write(self._cache, kernels)
+
+    def _require(self, accepted: bool, name: str = "") -> None:
+        if not accepted:
+            raise self._failed(f"accept the shape or address of {name or 'a profile'}")
+
+    def _failed(self, doing: str) -> MistralcError:
+        words = _words(self._log)
+        if "memory" in words.lower():
+            free, total = self._gpu.free()
+            return MistralcError(
+                f"TensorRT could not {doing}, with {free:,} of {total:,} bytes of the GPU free: "
+                f"{words}. nvidia-smi shows what else is using it. Free some, take a larger GPU, "
+                "or export with a smaller --chunk, --window or --max-batch."
+            )
+        return MistralcError(
+            f"TensorRT could not {doing}: {words}. Update the driver, or report this with the GPU "
+            f"and the version of {tensorrt_library.DISTRIBUTION[self.target]}."
+        )
+
+
+def _not_loaded(plan: Path, trt: Any, log: Any) -> MistralcError:
+    """Say why a plan was refused: TensorRT's verdict on its header, else its own words."""
+    verdict = validity(plan, trt.__name__)
+    why = " and ".join(verdict.reasons) or _words(log)
+    remedy = " ".join(_REMEDY[kind] for kind in verdict.remedies or (COPY,))
+    return MistralcError(
+        f"TensorRT {trt.__version__} could not load {plan} ({plan.stat().st_size:,} bytes): {why}. "
+        f"{remedy} `mistralc doctor` checks the bundle and this host."
+    )
+
+
+def _words(log: Any) -> str:
+    return " ".join(" ".join(log.words).split())[:600] or "it gave no reason"
+
+
+@once
+def _log(target: str) -> Any:
+    """One logger for the process: TensorRT holds on to the first that it is given."""
+    trt = tensorrt_library.load(target)
+
+    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
+        """Keeps the last errors."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.words: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            """Take one message."""
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self.words = [*self.words[1 - KEPT_WORDS :], message]
+
+    return Log()

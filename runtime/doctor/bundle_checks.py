@@ -1,0 +1,173 @@
+"""Whether a bundle is whole and this host can run it. Loads no model, knows no command."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from graphs.errors import MistralcError, UsageError
+from graphs.manifest import Manifest, manifest_bytes, parse_manifest
+from graphs.spec import ring_bytes
+from runtime.bundle.open import check_files
+from runtime.bundle.signature import check_signature, required_key
+from runtime.doctor.finding import Check, failed, ok, warning
+from runtime.doctor.plan_checks import Engine, check_engine
+from runtime.system import host
+from runtime.system.host import BACKENDS, Cuda, Library, release
+
+OLDEST_ONNXRUNTIME = (1, 31)  # as the extra `cpu` asks: the graph is of opset 24
+
+BACKEND_OF: Mapping[str, str] = {
+    "cpu": "onnxruntime", "cuda": "onnxruntime", "rtx": "tensorrt_rtx", "tensorrt": "tensorrt",
+}  # fmt: skip
+"""By a bundle's target, which is also the name of the extra that installs the backend."""
+
+ENGINES = ("rtx", "tensorrt")  # targets whose bundle holds a plan
+
+
+def check_bundle(
+    path: Path,
+    libraries: Mapping[str, Library],
+    providers: tuple[str, ...],
+    cuda: Cuda,
+    require_signature: Path | None = None,
+) -> list[Check]:
+    """Check that a bundle is whole and that this host has what it runs on.
+
+    `require_signature` is that of `open_bundle`. TensorRT is not shown a plan of other bytes than
+    the manifest lists.
+    """
+    checks: list[Check] = []
+    key = required_key(require_signature)
+    try:
+        data = manifest_bytes(path)
+        if key is not None:
+            checks.append(
+                ok("signature", f"by the required key {check_signature(data, path, key)}")
+            )
+        manifest = parse_manifest(data, path)
+    except UsageError:
+        raise
+    except MistralcError as error:
+        export = f"mistralc export CHECKPOINT -o {path} --force"
+        if key is None or checks:
+            return [*checks, failed("manifest", str(error), export)]
+        return [failed("signature", str(error), f"mistralc sign {path} --key PRIVATE_KEY")]
+    rebuild = rebuild_command(path, manifest)
+    size = sum(entry.size for entry in manifest.files.values())
+    checks.append(
+        ok("manifest", f"schema {manifest.schema}, {manifest.target}, {manifest.precision}, "
+           f"written by mistralc {manifest.versions.get('mistralc', '?')}")
+    )  # fmt: skip
+    whole = True
+    try:
+        check_files(path, manifest, in_full=key is not None)
+        checks.append(ok("files", f"{len(manifest.files)} intact, {size / 1e6:,.1f} MB"))
+    except MistralcError as error:
+        whole = False
+        checks.append(failed("files", str(error), rebuild))
+    if manifest.target not in BACKEND_OF:
+        found = f"this version of mistralc knows no target {manifest.target!r}"
+        return [*checks, failed("target", found, "pip install --upgrade mistralc")]
+    library = libraries[BACKEND_OF[manifest.target]]
+    checks.append(check_backend(manifest, library, providers))
+    engine = engine_of(path, manifest)
+    if engine is not None and whole:
+        checks += check_engine(engine, library, cuda, rebuild)
+    return [*checks, check_room(manifest, host.memory_total(), host.memory_available(), cuda)]
+
+
+def engine_of(path: Path, manifest: Manifest) -> Engine | None:
+    """What the manifest says about the bundle's plan; None for a bundle without one."""
+    if manifest.target not in ENGINES:
+        return None
+    carriers = BACKENDS[BACKEND_OF[manifest.target]]
+    gpus = () if manifest.engine is None else manifest.engine.get("gpus", ())
+    return Engine(
+        plan=path / "engine.plan",
+        target=manifest.target,
+        version=_recorded(manifest, carriers),
+        compute_capabilities=tuple(f"{gpu[2:-1]}.{gpu[-1]}" for gpu in gpus),  # sm89 is 8.9
+    )
+
+
+def check_backend(manifest: Manifest, library: Library, providers: tuple[str, ...]) -> Check:
+    """Check that what the bundle's target runs on is installed, works and is not too old."""
+    name, target = "backend", manifest.target
+    install = f"pip install 'mistralc[{target}]'"
+    if library.version is None:
+        return failed(name, f"the target {target} needs {library.name}; not installed", install)
+    if library.problem is not None:
+        fault = broken(library)
+        return failed(name, f"{library.name} {fault.found}", str(fault.remedy))
+    found = f"{library.distribution or library.name} {library.version}"
+    if library.name != "onnxruntime":
+        return ok(name, found)  # a plan's check of the version is stricter
+    if release(library.version) < OLDEST_ONNXRUNTIME:
+        oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+        return failed(name, f"{found}; {oldest} or later is needed", f"{install} --upgrade")
+    if target == "cuda" and "CUDAExecutionProvider" not in providers:
+        return failed(
+            name,
+            f"{found} has no CUDAExecutionProvider",
+            f"pip uninstall onnxruntime    then: {install}",
+        )
+    recorded = _recorded(manifest, BACKENDS[library.name])
+    if recorded is not None and release(library.version) < release(recorded):
+        return warning(
+            name,
+            f"{found}; the bundle was verified with {recorded}",
+            f"pip install {library.distribution}=={recorded}",
+        )
+    return ok(name, found)
+
+
+def check_room(manifest: Manifest, total: int | None, available: int | None, cuda: Cuda) -> Check:
+    """Compare weights and full ring with the memory of the host, or of the first GPU."""
+    weights = max((entry.size for entry in manifest.files.values()), default=0)
+    ring = ring_bytes(manifest.model, manifest.ring, manifest.activation)
+    needed = weights + ring
+    found = f"{weights / 1e6:,.1f} MB of weights and {ring / 1e6:,.1f} MB of ring"
+    smaller = "mistralc export    with a smaller --precision, --window or --max-batch"
+    if manifest.target != "cpu":
+        if not cuda.devices:
+            return ok("room", f"{found}; to be compared where there is a GPU")
+        device = cuda.devices[0]
+        found += f", {device.memory_bytes / 1e6:,.1f} MB on the {device.name}"
+        return failed("room", found, smaller) if device.memory_bytes < needed else ok("room", found)
+    if total is None or available is None:
+        return ok("room", found)
+    found += f", {available / 1e6:,.1f} MB available"
+    if total < needed:
+        return failed("room", f"{found} of {total / 1e6:,.1f} MB", smaller)
+    if available < needed:
+        return warning("room", found, "Stop other programs, or move the bundle to another host.")
+    return ok("room", found)
+
+
+def rebuild_command(path: Path, manifest: Manifest) -> str:
+    """The command that exports this bundle again; a checkpoint's directory is not recorded."""
+    name = manifest.checkpoint["name"]
+    words = ["mistralc", "export", name if name == "smollm2" else f"PATH/TO/{name}", "-o", path]
+    words += ["--target", manifest.target, "--precision", manifest.precision]
+    if manifest.window_source == "user":
+        words += ["--window", manifest.model.windows[0]]
+    elif not manifest.model.slides:
+        words += ["--context", manifest.ring.context]
+    words += ["--chunk", manifest.ring.chunk]
+    if manifest.ring.max_batch > 1:
+        words += ["--max-batch", manifest.ring.max_batch]
+    return " ".join(map(str, [*words, "--force"]))
+
+
+def broken(library: Library) -> Check:
+    """Report a library that is installed and does not import."""
+    name = library.distribution or library.name
+    return warning(
+        library.name,
+        f"{library.version} is installed and does not import: {library.problem}",
+        f"pip install --force-reinstall {name}",
+    )
+
+
+def _recorded(manifest: Manifest, carriers: tuple[str, ...]) -> str | None:
+    """The version of a backend that made the bundle."""
+    return next((manifest.versions[name] for name in carriers if name in manifest.versions), None)

@@ -1,0 +1,286 @@
+"""What differs between two bundles: what they say, hold and compute. Prints nothing.
+
+What they compute is compared on the golden texts of both, so that no text need be at hand, and
+timed in turns, so that a machine that is busy for a while is busy for both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from graphs.errors import MistralcError
+from graphs.manifest import Manifest
+from graphs.spec import ring_bytes
+from runtime.backends.session import Ids, Logits, Session
+from runtime.bundle.open import Bundle
+from runtime.bundle.sizes import file_bytes
+from runtime.decoding.ring import Ring
+from runtime.load import load_session, make_ring
+from runtime.measure.bench import machine, resident_bytes
+from runtime.measure.perplexity import divergences, feed
+from runtime.system.progress import Stage, silent
+
+WARM_UP, STEPS = 8, 64  # one-token steps of each bundle: not counted, and counted
+BLOCK = 8  # steps in a row: threads of the other backend still spin during the first of them
+
+ABSENT = object()  # what the other manifest has and this one does not
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A field of the manifest, as the path to it, and what each bundle says there."""
+
+    field: tuple[str, ...]
+    a: Any
+    b: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; the side that does not have the field is left out."""
+        sides = {"a": self.a, "b": self.b}
+        said = {name: value for name, value in sides.items() if value is not ABSENT}
+        return {"field": list(self.field), **said}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A file's bytes in each bundle, None where it is missing, and whether they are the same."""
+
+    name: str
+    a: int | None
+    b: int | None
+    same: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitsDifference:
+    """How far logits are apart over `positions` of `texts` golden texts.
+
+    `max_abs` is the largest difference of a logit, `top1` the share of positions where both
+    prefer the same token; `kl` and `max_kl` are KL(A || B) in nats, on average and at most.
+    """
+
+    texts: int
+    positions: int
+    max_abs: float
+    top1: float
+    kl: float
+    max_kl: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latency:
+    """Medians of `steps` one-token steps of each bundle, in milliseconds."""
+
+    steps: int
+    a_ms: float
+    b_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes: of the bundle's files, of its full ring, and by how much loading it grew the process.
+
+    `resident` is None where the bundle was not loaded.
+    """
+
+    files: int
+    ring: int
+    resident: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """All that was found. `left_out` says what was not compared, and why."""
+
+    identical: bool
+    changes: tuple[Change, ...]
+    files: tuple[File, ...]
+    logits: LogitsDifference | None
+    latency: Latency | None
+    memory: tuple[Memory, Memory]
+    left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        a, b = self.memory
+        return {
+            "identical": self.identical,
+            "manifest": [change.to_json() for change in self.changes],
+            "files": [asdict(file) for file in self.files],
+            "logits": None if self.logits is None else asdict(self.logits),
+            "latency": None if self.latency is None else asdict(self.latency),
+            "memory": {"a": asdict(a), "b": asdict(b)},
+            "left_out": list(self.left_out),
+            "machine": machine(),
+        }
+
+
+def compare(
+    a: Bundle, b: Bundle, *, static: bool = False, threads: int | None = None, stage: Stage = silent
+) -> Difference:
+    """Compare two open bundles; `static` loads neither.
+
+    A bundle that cannot be loaded here costs the comparison of what they compute, and no more.
+    """
+    one, two = a.manifest, b.manifest
+    logits, latency, left_out = None, None, []
+    memory = [_memory(one), _memory(two)]
+    if static:
+        left_out.append("logits and latency: --static was given")
+    else:
+        try:
+            with stage("Loading both", None):
+                sides = _load(a, threads), _load(b, threads)
+        except MistralcError as error:
+            left_out.append(f"logits, latency and memory in use: {error}")
+        else:
+            memory = [_memory(one, sides[0].resident), _memory(two, sides[1].resident)]
+            with stage("Comparing logits", None):
+                logits = _logits(sides, left_out)
+            with stage("Timing", None):
+                latency = _latency(sides, left_out)
+    return Difference(
+        identical=one.to_text() == two.to_text(),
+        changes=tuple(changes(_fields(one), _fields(two))),
+        files=tuple(files(one, two)),
+        logits=logits,
+        latency=latency,
+        memory=(memory[0], memory[1]),
+        left_out=tuple(left_out),
+    )
+
+
+def changes(a: Any, b: Any, field: tuple[str, ...] = ()) -> Iterator[Change]:
+    """Every value that differs in two trees of plain data, in the order of `a`."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        for name in dict.fromkeys([*a, *b]):
+            yield from changes(a.get(name, ABSENT), b.get(name, ABSENT), (*field, name))
+    elif _lists(a, b) and len(a) == len(b):
+        for index, (left, right) in enumerate(zip(a, b, strict=True)):
+            yield from changes(left, right, (*field, str(index)))
+    elif a != b:
+        yield Change(field=field, a=a, b=b)
+
+
+def files(a: Manifest, b: Manifest) -> Iterator[File]:
+    """Every file of either bundle, by name."""
+    for name in sorted({*a.files, *b.files}):
+        one, two = a.files.get(name), b.files.get(name)
+        yield File(
+            name=name,
+            a=None if one is None else one.size,
+            b=None if two is None else two.size,
+            same=one == two,
+        )
+
+
+def _lists(a: Any, b: Any) -> bool:
+    return isinstance(a, list | tuple) and isinstance(b, list | tuple)
+
+
+def _fields(manifest: Manifest) -> dict[str, Any]:
+    """What a manifest says, but for its files, which have a table of their own."""
+    found = asdict(manifest)
+    del found["files"]
+    return found
+
+
+def _memory(manifest: Manifest, resident: int | None = None) -> Memory:
+    ring = ring_bytes(manifest.model, manifest.ring, manifest.activation)
+    return Memory(files=file_bytes(manifest), ring=ring, resident=resident)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Side:
+    """A loaded bundle."""
+
+    manifest: Manifest
+    session: Session
+    ring: Ring
+    resident: int
+
+    def restart(self) -> None:
+        self.ring.rewind(0)
+        self.session.resize(self.ring.capacities)
+
+
+def _load(bundle: Bundle, threads: int | None) -> _Side:
+    if bundle.manifest.target == "cpu":
+        import onnxruntime  # noqa: F401  (the library's own memory is neither bundle's)
+    before = resident_bytes()
+    session = load_session(bundle.path, bundle.manifest, threads=threads)
+    ring = make_ring(bundle.manifest)
+    session.resize(ring.capacities)
+    for _ in feed(session, ring, np.zeros(1, np.int64), 0):
+        pass  # the first step allocates what all others use
+    grown = resident_bytes() - before
+    return _Side(manifest=bundle.manifest, session=session, ring=ring, resident=grown)
+
+
+def _logits(sides: tuple[_Side, _Side], left_out: list[str]) -> LogitsDifference | None:
+    """Compare the logits at every position of both bundles' golden texts."""
+    sizes = [side.manifest.model.vocab_size for side in sides]
+    if sizes[0] != sizes[1]:
+        left_out.append(f"logits: the vocabularies have {sizes[0]:,} and {sizes[1]:,} tokens")
+        return None
+    texts = golden_texts([side.manifest for side in sides])
+    if not texts:
+        left_out.append("logits: neither bundle has a golden text that both can hold")
+        return None
+    worst, kl, agreed = 0.0, [], 0
+    for ids in texts:
+        a, b = (_read(side, ids) for side in sides)  # [n, V]
+        worst = max(worst, float(np.abs(a - b).max()))
+        kl += [float(each) for block in divergences(a, b) for each in block]
+        agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
+    return LogitsDifference(
+        texts=len(texts), positions=len(kl), max_abs=worst, top1=agreed / len(kl),
+        kl=sum(kl) / len(kl), max_kl=max(kl),
+    )  # fmt: skip
+
+
+def golden_texts(manifests: Sequence[Manifest]) -> list[Ids]:
+    """The golden texts of the bundles, ids [n] each and each once, that all of them can hold."""
+    found = dict.fromkeys(tuple(text["ids"]) for one in manifests for text in one.golden)
+    room = [one.ring.context for one in manifests if not one.model.slides]
+    return [np.array(ids, np.int64) for ids in found if len(ids) <= min(room, default=len(ids))]
+
+
+def _read(side: _Side, ids: Ids) -> Logits:
+    """Logits [n, V] of a text [n], read from an empty ring."""
+    side.restart()
+    return np.concatenate([logits.copy() for _, logits in feed(side.session, side.ring, ids, 0)])
+
+
+def _latency(sides: tuple[_Side, _Side], left_out: list[str]) -> Latency | None:
+    """Time one-token steps of both, a few of the one and then a few of the other."""
+    rooms = [side.manifest.ring.context for side in sides if not side.manifest.model.slides]
+    steps = min([STEPS, *(room - WARM_UP for room in rooms)]) // BLOCK * BLOCK
+    if steps < BLOCK:
+        left_out.append(f"latency: a bundle that holds {min(rooms)} tokens is too short to time")
+        return None
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for side in sides:
+        side.restart()
+    for _ in range((WARM_UP + steps) // BLOCK):
+        for side, times in zip(sides, seconds, strict=True):
+            times += [_timed_step(side) for _ in range(BLOCK)]
+    a, b = (1e3 * median(times[WARM_UP:]) for times in seconds)
+    return Latency(steps=steps, a_ms=a, b_ms=b)
+
+
+def _timed_step(side: _Side) -> float:
+    """Seconds of one step, without the growing of a ring, which is once in a while."""
+    if side.ring.grow(1):
+        side.session.resize(side.ring.capacities)
+    token, index = np.zeros((2, 1, 1), np.int64)
+    position = np.full((1, 1), side.ring.positions[0], np.int64)
+    began = perf_counter()
+    side.session.step(token, position, index)
+    took = perf_counter() - began
+    side.ring.advance(1)
+    return took

@@ -1,0 +1,252 @@
+"""A bundle as a model of Triton Inference Server's Python backend. Knows no HTTP and no files.
+
+`1/model.py` of a model repository, which `mistralc triton` writes, takes its class from here, out
+of the bundle's own `run.pyz`. The model is decoupled: a request gets a response for each piece of
+text. Requests share the rows of one session, as those of `serve` do.
+
+    execute ──▶ scheduler's thread ──▶ queue ──▶ sender's thread ──▶ responses
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import monotonic
+from typing import Any, NamedTuple
+
+import numpy as np
+from triton_python_backend_utils import (
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL,
+    InferenceResponse,
+    Tensor,
+    TritonError,
+    TritonModelException,
+    get_input_tensor_by_name,
+)
+
+from graphs.errors import MistralcError, UsageError
+from runtime.decoding.sampling import Sampled
+from runtime.decoding.sampling_defaults import sampling_params
+from runtime.load import load
+from runtime.scheduling.scheduler import (
+    End,
+    QueueFullError,
+    Request,
+    Scheduler,
+    StoppedError,
+    Ticket,
+)
+from runtime.system.malloc import one_heap
+from runtime.text.stop_strings import StopStrings
+
+POLL_S = 0.1  # how often all requests are asked whether their clients gave them up
+DRAIN_S = 30.0  # that requests get when the model is unloaded
+PARAMETERS = ("rows", "max_waiting", "max_tokens")  # of config.pbtxt; others are the backend's
+
+
+class Stream:
+    """One request's responses. Used by the sender's thread alone, once it was submitted."""
+
+    def __init__(self, sender: Any, decoder: Any, stops: Sequence[str]) -> None:
+        self.ticket: Ticket | None = None
+        self.done = False  # the last response was sent
+        self._sender, self._decoder, self._stops = sender, decoder, StopStrings(stops)
+
+    def cancelled(self) -> bool:
+        """Whether the client has given the request up."""
+        return bool(self._sender.is_cancelled())
+
+    def take(self, item: Sampled | End) -> None:
+        """Send what a token makes certain, or the end."""
+        if self.done:  # tokens after a stop string, until the scheduler knows of it
+            return
+        if isinstance(item, Sampled):
+            text, stopped = self._stops.push(self._decoder.push(item.token_id))
+            if stopped:
+                self._finish(text, "stop")
+            elif text:
+                self._sender.send(_response(text, ""))
+        elif item.reason in ("stop", "length"):
+            text, stopped = self._stops.push(self._decoder.flush())
+            self._finish(text + self._stops.flush(), "stop" if stopped else item.reason)
+        elif item.error is not None:
+            self.fail(f"The model failed: {item.error}", TritonError.INTERNAL)
+        else:
+            self.fail(
+                "The request was cancelled, by its client or because the model is unloaded.",
+                TritonError.CANCELLED,
+            )
+
+    def fail(self, message: str, code: Any) -> None:
+        """Send an error as the last response."""
+        self.done = True
+        _refuse(self._sender, message, code)
+
+    def _finish(self, text: str, reason: str) -> None:
+        self.done = True
+        self._sender.send(_response(text, reason), flags=TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+class Delivery(NamedTuple):
+    """What came for a stream; None: it has begun."""
+
+    stream: Stream
+    item: Sampled | End | None
+
+
+class Model:
+    """One loaded bundle; what `TritonPythonModel` in `1/model.py` is made of."""
+
+    def load(self, bundle: Path, config: Mapping[str, Any]) -> None:
+        """Load the bundle. `config` is `config.pbtxt` as JSON. Raises TritonModelException."""
+        numbers = {name: int(config["parameters"][name]["string_value"]) for name in PARAMETERS}
+        self._inputs = [one["name"] for one in config["input"]]
+        self._most = numbers["max_tokens"]
+        one_heap()
+        try:
+            loaded = load(bundle, rows=numbers["rows"])
+        except MistralcError as error:
+            raise TritonModelException(str(error)) from error
+        self._tokenizer, self._defaults = loaded.tokenizer, loaded.defaults
+        self._scheduler = Scheduler(
+            loaded.generator.session, loaded.generator.ring,
+            loaded.bundle.manifest.model.vocab_size, max_waiting=numbers["max_waiting"],
+        )  # fmt: skip
+        self._queue: SimpleQueue[Delivery | None] = SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
+        self._sender.start()
+        self._scheduler.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Submit requests. Their responses follow from another thread, refusals from here."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(self._read(request), sender)
+            except (QueueFullError, StoppedError) as error:
+                _refuse(sender, str(error), TritonError.UNAVAILABLE)
+            except MistralcError as error:
+                _refuse(sender, str(error), TritonError.INVALID_ARG)
+
+    def finalize(self) -> None:
+        """Let requests finish for up to `DRAIN_S`, and end the rest."""
+        self._scheduler.drain(DRAIN_S)
+        self._scheduler.close()
+        self._queue.put(None)
+        self._sender.join()
+
+    def _read(self, request: Any) -> dict[str, Any]:
+        """The inputs that were given, by name; an empty tensor is one that was not."""
+        given: dict[str, Any] = {}
+        for name in self._inputs:
+            tensor = get_input_tensor_by_name(request, name)
+            if tensor is not None and (array := tensor.as_numpy()).size:
+                values = [_plain(name, value) for value in array.reshape(-1).tolist()]
+                given[name] = values if name == "stop" else values[0]
+        return given
+
+    def _submit(self, given: dict[str, Any], sender: Any) -> None:
+        chat = "messages" in given
+        if chat == ("prompt" in given):
+            raise UsageError("Give either prompt or messages; one of the two is expected.")
+        if chat:
+            ids = self._tokenizer.encode_chat(_messages(given.pop("messages")))
+        else:
+            ids = self._tokenizer.encode(given.pop("prompt"))
+        most, stops = given.pop("max_tokens", self._most), given.pop("stop", [])
+        if not 1 <= most <= self._most:
+            raise UsageError(f"max_tokens is {most}; 1 to {self._most} is expected here.")
+        asked = Request(
+            ids=tuple(ids),
+            params=sampling_params(self._defaults, given),
+            max_new_tokens=most,
+            stop_ids=self._tokenizer.stop_ids,
+        )
+        stream = Stream(sender, self._tokenizer.stream(continuation=not chat), stops)
+        stream.ticket = self._scheduler.submit(asked, partial(self._deliver, stream))
+        self._queue.put(Delivery(stream, None))
+
+    def _deliver(self, stream: Stream, item: Sampled | End) -> None:
+        self._queue.put(Delivery(stream, item))
+
+    def _send(self) -> None:
+        """The sender's thread: a send may wait for the backend, and the scheduler must not."""
+        streams: set[Stream] = set()
+        asked = monotonic()
+        while True:
+            try:
+                delivery = self._queue.get(timeout=POLL_S)
+            except Empty:
+                pass
+            else:
+                if delivery is None:
+                    return
+                self._take(delivery)
+                streams.add(delivery.stream)
+            if monotonic() - asked >= POLL_S:
+                asked = monotonic()
+                streams = {stream for stream in streams if not stream.done}
+                for stream in streams:
+                    if stream.ticket is not None and stream.cancelled():
+                        self._scheduler.cancel(stream.ticket)
+
+    def _take(self, delivery: Delivery) -> None:
+        stream, item = delivery
+        if item is None:
+            return
+        try:
+            stream.take(item)
+        except Exception as error:  # this request's own; the others go on
+            with suppress(Exception):  # where the backend no longer knows the request
+                stream.fail(f"The answer could not be sent: {error}", TritonError.INTERNAL)
+        if stream.done and stream.ticket is not None:
+            self._scheduler.cancel(stream.ticket)
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A string as text, and what is a number as it is."""
+    if not isinstance(value, bytes):
+        return value
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 ({error}); send text in UTF-8.") from error
+
+
+def _messages(text: str) -> list[dict[str, str]]:
+    """The messages of a chat, from JSON."""
+    try:
+        messages = json.loads(text)
+        return [
+            {name: _text(message[name]) for name in ("role", "content")} for message in messages
+        ]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UsageError(
+            f"messages is {text!r:.100}; a JSON list of objects with the texts role and content "
+            "is expected."
+        ) from error
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _response(text: str, reason: str) -> Any:
+    """A piece of text, and why it was the last; "" while it is not."""
+    outputs = {"text": text, "finish_reason": reason}
+    return InferenceResponse(
+        output_tensors=[
+            Tensor(name, np.array([value.encode()], dtype=np.object_))
+            for name, value in outputs.items()
+        ]
+    )
+
+
+def _refuse(sender: Any, message: str, code: Any) -> None:
+    response = InferenceResponse(output_tensors=[], error=TritonError(message, code))
+    sender.send(response, flags=TRITONSERVER_RESPONSE_COMPLETE_FINAL)

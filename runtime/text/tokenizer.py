@@ -1,0 +1,262 @@
+"""Text and chats to token ids and back. Knows nothing about models or checkpoints' layouts.
+
+Reads the three tokenizer files of a bundle. A caller's text never becomes a control token: not
+in `encode`, where control tokens are spelled out as text, and not in a chat, where only those
+count that the template itself wrote.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import tokenizers
+
+from graphs.errors import MistralcError
+from runtime.text.detokenizer import Detokenizer, StreamDecoder
+
+if TYPE_CHECKING:
+    from runtime.text.chat_template import ChatTemplate, Part
+
+Messages = Sequence[Mapping[str, Any]]
+
+_TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """A bundle's tokenizer.
+
+    `tokenizer_config` holds `bos_token_id`, `add_bos_token`, `chat_template` and the tokens that
+    templates name; `generation_config` holds `eos_token_id`, a list. Raises MistralcError where one
+    of them is of another type.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        tokenizer_config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+    ) -> None:
+        _check_settings(tokenizer_config, generation_config)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # they are text wherever a caller wrote them
+        self._backend = backend
+        self._config = dict(tokenizer_config)
+        self.bos_id: int | None = self._config.get("bos_token_id")
+        self.stop_ids: frozenset[int] = frozenset(generation_config.get("eos_token_id", ()))
+        self.vocab_size: int = backend.get_vocab_size()
+        self._added = self._read_added_tokens()
+        special = (i for i, token in self._added.items() if token.special)
+        self._detokenizer = Detokenizer(backend, frozenset(special))
+
+    @classmethod
+    def load(cls, directory: Path) -> Self:
+        """Read `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`."""
+        texts = {}
+        for name in ("tokenizer", "tokenizer_config", "generation_config"):
+            path = directory / f"{name}.json"
+            try:
+                texts[name] = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise MistralcError(
+                    f"{path} cannot be read ({error}); a bundle's tokenizer is the three files "
+                    "tokenizer.json, tokenizer_config.json and generation_config.json. Export "
+                    "the bundle again."
+                ) from error
+        return cls(
+            parse_tokenizer(texts["tokenizer"], str(directory / "tokenizer.json")),
+            _parse_object(texts["tokenizer_config"], directory / "tokenizer_config.json"),
+            _parse_object(texts["generation_config"], directory / "generation_config.json"),
+        )
+
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Ids of plain text; `add_bos` puts the BOS first if the checkpoint wants one at all."""
+        ids = self._encode_text(self._backend, text)
+        if add_bos and self.bos_id is not None and self._config.get("add_bos_token"):
+            return [self.bos_id, *ids]
+        return ids
+
+    def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
+        """Text of ids, control tokens left out.
+
+        `continuation` keeps the leading space of a text that goes on from an earlier one.
+        """
+        return self._detokenizer.decode(ids, continuation=continuation)
+
+    def stream(self, *, continuation: bool = False) -> StreamDecoder:
+        """A decoder for ids that arrive one by one; all it returns, joined, is `decode(ids)`."""
+        return self._detokenizer.stream(continuation=continuation)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token stands for: none for control tokens, perhaps half a character."""
+        return self._detokenizer.bytes_of(token_id)
+
+    def encode_chat(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Messages | None = None,
+    ) -> list[int]:
+        """Ids of a chat, BOS included where the template writes one."""
+        parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        ids: list[int] = []
+        for before, part, after in zip((None, *parts), parts, (*parts[1:], None), strict=False):
+            if part.control:
+                ids.append(self._control_ids[part.text])
+                continue
+            text = part.text
+            if before is not None and self._added[self._control_ids[before.text]].rstrip:
+                text = text.lstrip()
+            if after is not None and self._added[self._control_ids[after.text]].lstrip:
+                text = text.rstrip()
+            backend = self._backend if before is None else self._backend_inside
+            ids += self._encode_text(backend, text)
+        return ids
+
+    def render_chat(
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        tools: Messages | None = None,
+    ) -> str:
+        """The chat as the template writes it, to look at: encoding needs `encode_chat`."""
+        parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        return "".join(part.text for part in parts)
+
+    def _render(
+        self, messages: Messages, *, add_generation_prompt: bool, tools: Messages | None
+    ) -> "tuple[Part, ...]":
+        return self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools
+        )
+
+    @cached_property
+    def chat_template(self) -> "ChatTemplate":
+        """The compiled template. Raises `MistralcError` where there is none or it is wrong."""
+        from runtime.text.chat_template import (
+            ChatTemplate,  # 0.1 s of imports that plain text can do without
+        )
+
+        source = self._config.get("chat_template")
+        if source is None:
+            raise MistralcError(
+                "The bundle has no chat template, so messages cannot be written the way the "
+                "model expects; its checkpoint has none either. Give it plain text instead, or "
+                "export a checkpoint that is trained for chat."
+            )
+        named = {name: self._config.get(name) for name in _TEMPLATE_TOKENS}
+        return ChatTemplate(
+            source,
+            control_tokens=self._control_ids,
+            variables={name: token for name, token in named.items() if token is not None},
+        )
+
+    @cached_property
+    def _control_ids(self) -> dict[str, int]:
+        return {token.content: i for i, token in self._added.items() if token.special}
+
+    def _read_added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """The added tokens; what begins or ends a text is special, whatever the file says."""
+        added = self._backend.get_added_tokens_decoder()
+        ends = self.stop_ids if self.bos_id is None else self.stop_ids | {self.bos_id}
+        for i in ends & added.keys():
+            if not added[i].special:
+                added[i].special = True
+                self._backend.add_special_tokens([added[i]])
+        return added
+
+    @cached_property
+    def _backend_inside(self) -> tokenizers.Tokenizer:
+        """The tokenizer for text after a control token.
+
+        Differs only where Metaspace puts a space before the first word of all (`first`).
+        """
+        pre_tokenizer = self._backend.pre_tokenizer
+        if not pre_tokenizer or not _never_prepend(json.loads(pre_tokenizer.__getstate__())):
+            return self._backend
+        document = json.loads(self._backend.to_str())
+        _never_prepend(document["pre_tokenizer"])
+        backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+        backend.encode_special_tokens = True
+        return backend
+
+    @staticmethod
+    def _encode_text(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise MistralcError(
+                f"The text {text[:40]!r} cannot be encoded: it holds half of a UTF-16 surrogate "
+                "pair. Valid Unicode is expected; decode the input with errors='replace'."
+            ) from error
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, which cannot be imported
+                raise
+            raise MistralcError(
+                f"The tokenizer breaks down on the text {text[:40]!r} ({error}): its vocabulary is "
+                "not one that the `tokenizers` package can work with. Get the checkpoint's "
+                "tokenizer again, or update tokenizers."
+            ) from error
+        return ids
+
+
+def parse_tokenizer(text: str, origin: str) -> tokenizers.Tokenizer:
+    """The tokenizer in a `tokenizer.json`; `origin` names it in errors."""
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises Exception itself
+        raise MistralcError(
+            f"{origin} cannot be read as a tokenizer ({error!s:.300}). A tokenizer.json of the "
+            "`tokenizers` library is expected; the file is damaged or cut short: get it again."
+        ) from error
+
+
+def _parse_object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MistralcError(f"{path} is not JSON ({error}). Export the bundle again.") from error
+    if not isinstance(value, dict):
+        raise MistralcError(
+            f"{path} holds a {type(value).__name__}; a JSON object is expected. Export the "
+            "bundle again."
+        )
+    return value
+
+
+def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
+    """Raise MistralcError for the first setting that is not of the type it is used as."""
+    texts = (*_TEMPLATE_TOKENS, "chat_template")
+    bos, stops = config.get("bos_token_id"), generation.get("eos_token_id", ())
+    wrong = {name: "text" for name in texts if not isinstance(config.get(name), str | None)}
+    if not isinstance(config.get("add_bos_token"), bool | None):
+        wrong |= {"add_bos_token": "true or false"}
+    if bos is not None and not is_token_id(bos):
+        wrong |= {"bos_token_id": "a token id"}
+    if not isinstance(stops, list | tuple) or not all(map(is_token_id, stops)):
+        wrong |= {"eos_token_id": "a list of token ids"}
+    for name, expected in wrong.items():
+        value = (generation if name == "eos_token_id" else config).get(name)
+        raise MistralcError(
+            f"The tokenizer's setting `{name}` is {value!r:.60}; {expected} is expected. Correct "
+            "the checkpoint's tokenizer_config.json or generation_config.json, or export the "
+            "bundle again."
+        )
+
+
+def is_token_id(value: object) -> bool:
+    """Whether `value` can be a token's id: a whole number that the backend can take."""
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _never_prepend(pre_tokenizer: Any) -> bool:
+    """Turn `first` into `never` in every Metaspace; whether there was one."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    first = [step for step in steps if step.get("prepend_scheme") == "first"]
+    for step in first:
+        step["prepend_scheme"] = "never"
+    return bool(first)

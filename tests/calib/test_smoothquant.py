@@ -1,0 +1,64 @@
+"""SmoothQuant's search: outliers of the input go where they cost less."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from calib.methods import smoothquant
+from calib.methods.clipping import STORED
+from calib.methods.input_ranges import input_scale
+from exporter.quantization.rounding import quantize, round_activation
+from graphs.quant_scheme import Scheme
+from tests.support.calibration_samples import observed, with_outliers
+
+INT8 = Scheme(codes="int8", activation="int8")
+FP8 = Scheme(codes="float8e4m3", activation="float8e4m3")
+CALIBRATORS = ("absmax", "percentile", "entropy", "mse")
+
+
+def weight() -> Tensor:
+    return torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+
+
+def true_error(s: Tensor, scheme: Scheme, calibrator: str) -> float:
+    """Mean squared error of the output on all samples, both operands rounded."""
+    x, w = with_outliers(), weight()
+    rounded = quantize(w * s, scheme, STORED).dequantized()
+    values = x / s
+    scale = input_scale(
+        values, float(values.abs().max()), scheme, calibrator, rounded.square().sum(0)
+    )
+    return float((round_activation(values, scheme, scale) @ rounded.T - x @ w.T).square().mean())
+
+
+@pytest.mark.parametrize("calibrator", CALIBRATORS)
+def test_it_beats_no_smoothing_where_inputs_have_outliers(calibrator: str) -> None:
+    s = smoothquant.smoothing(
+        weight(), observed(with_outliers()), INT8, calibrator, lambda values: values
+    )
+    # three of 96 features set the scale of all: a factor is what the method is for
+    assert true_error(s, INT8, calibrator) < 0.3 * true_error(torch.ones(96), INT8, calibrator)
+
+
+def test_the_searched_strength_is_no_worse_than_the_papers_half() -> None:
+    x, w = with_outliers(), weight()
+    s = smoothquant.smoothing(w, observed(x), INT8, "mse", lambda values: values)
+    half = (x.abs().amax(0) / w.abs().amax(0)).sqrt()
+    # the search takes rounding errors for independent, which is good to a few percent
+    assert true_error(s, INT8, "mse") < 1.05 * true_error(half, INT8, "mse")
+
+
+def test_fp8_has_exponents_of_its_own_and_is_made_no_worse() -> None:
+    s = smoothquant.smoothing(
+        weight(), observed(with_outliers()), FP8, "mse", lambda values: values
+    )
+    # the same few percent as above
+    assert true_error(s, FP8, "mse") < 1.05 * true_error(torch.ones(96), FP8, "mse")
+
+
+def test_the_error_without_samples_is_the_error_with_them() -> None:
+    x, w = with_outliers(), weight()
+    for s in (torch.ones(96), (x.abs().amax(0) / w.abs().amax(0)).sqrt()):
+        quick = smoothquant.error(s, w, observed(x), INT8, "mse") / len(w)
+        # rounding errors are not quite independent: within a quarter of what they are
+        assert quick == pytest.approx(true_error(s, INT8, "mse"), rel=0.25)

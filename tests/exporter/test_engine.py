@@ -1,0 +1,386 @@
+"""Engines: built for real by TensorRT-RTX on a machine without a GPU, and audited."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from exporter import export as exporting
+from exporter.checkpoint.open import open_checkpoint
+from exporter.engine import audit as auditing
+from exporter.engine.audit import Audit, LayerInfo
+from exporter.engine.build import (
+    BuildRequest,
+    EngineOptions,
+    Phases,
+    Plan,
+    build_engine,
+    capacities,
+    profile_shapes,
+)
+from exporter.export import ExportOptions, export
+from exporter.quantization.calibration_table import CalibrationTable
+from graphs.errors import MistralcError, UsageError
+from graphs.manifest import Manifest
+from graphs.passes.fix_dimensions import specialize
+from graphs.passes.pipeline import lower
+from graphs.quant_scheme import default_scheme, groups
+from graphs.spec import Dtype, RingSpec
+from tests.conftest import Command
+from tests.support import tiny
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
+
+if importlib.util.find_spec("tensorrt_rtx") is None:
+    pytest.skip("tensorrt_rtx is not installed: pip install 'mistralc[rtx]'",
+                allow_module_level=True)  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SPEC = tiny_spec(
+    vocab_size=4096, hidden_size=512, intermediate_size=1024, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=64, window=13,
+)  # fmt: skip  # 9 million weights, so that a plan that stores them twice is seen
+RING = RingSpec(chunk=64, context=1)
+
+pytestmark = pytest.mark.usefixtures("kept_traces")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("engine") / "checkpoint", SPEC, dtype="bf16")
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def engine(
+    request: pytest.FixtureRequest,
+    checkpoint: Path,
+    kept_traces: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Manifest]:
+    bundle = tmp_path_factory.mktemp("engine") / "bundle"
+    options = ExportOptions(target="rtx", precision=request.param)
+    return bundle, export(str(checkpoint), bundle, options)
+
+
+def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -> ir.Model:
+    """The graph that an engine of SPEC is built from, as `directory`/model.onnx."""
+    model = tiny.traced(SPEC, activation)
+    specialize(model, capacities(SPEC, RING))
+    lower(model, SPEC, target)
+    ir.save(tiny.fill(model, SPEC), directory / "model.onnx")
+    return model
+
+
+def build(directory: Path, options: EngineOptions | None = None, **changed: Any) -> Plan:
+    """Compile the `model.onnx` of `directory` into `engine.plan` beside it."""
+    request = BuildRequest(
+        graph=directory / "model.onnx", plan=directory / "engine.plan", spec=SPEC, ring=RING,
+        activation="float16", target="rtx", options=options or EngineOptions(),
+    )  # fmt: skip
+    return build_engine(replace(request, **changed))
+
+
+def test_an_engine_bundle_holds_a_plan_and_no_graph(engine: tuple[Path, Manifest]) -> None:
+    bundle, manifest = engine
+    assert "engine.plan" in manifest.files
+    assert not {"model.onnx", "weights.safetensors"} & set(manifest.files)
+    assert not (bundle / "graph").exists()
+    assert manifest.verification is None, "without a GPU nothing was run, and nothing is claimed"
+
+
+def test_the_audit_finds_attention_fused_caches_in_place_and_weights_once(
+    engine: tuple[Path, Manifest],
+) -> None:
+    bundle, manifest = engine
+    facts = manifest.engine
+    assert facts is not None
+    layers = SPEC.num_hidden_layers
+    assert (facts["attention_fused"], facts["attention"]) == (layers, layers)
+    assert (facts["caches_in_place"], facts["caches"]) == (2 * layers, 2 * layers)
+    assert facts["caches_repeated"] == 0, "the whole ring would be written out at every token"
+    assert facts["interface"] == "as the contract"
+    assert facts["faults"] == []
+    plan = (bundle / "engine.plan").read_bytes()
+    assert facts["plan_sha256"] == hashlib.sha256(plan).hexdigest()
+    assert facts["plan_bytes"] == len(plan)
+    assert facts["weight_bytes"] == 2 * SPEC.num_parameters
+    # Beside the weights a plan has kernels and tables, 3.3 MB here; the smallest linear has 0.1 MB.
+    assert 2 * SPEC.num_parameters < len(plan) < 2 * SPEC.num_parameters + 3_500_000
+
+
+def test_the_same_graph_gives_the_same_plan_bit_for_bit(tmp_path: Path) -> None:
+    plans = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        graph(tmp_path / name)
+        build(tmp_path / name)
+        plans.append((tmp_path / name / "engine.plan").read_bytes())
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_engine_bundles_of_one_checkpoint_are_equal_byte_for_byte_across_processes(
+    precision: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    # Another process, hash seed, time zone and directory: what sneaks into files.
+    made = []
+    for name, variables in (
+        ("first", {}),
+        ("elsewhere/another-name", {"PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu"}),
+    ):
+        bundle = tmp_path / name
+        command = [sys.executable, "-m", "mistralc", "export", checkpoint, "-o", bundle,
+                   "--target", "rtx", "--precision", precision]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr.decode()
+        made.append(contents(bundle))
+    first, second = made
+    assert {"engine.plan", "run.pyz", "report/verify.md", "manifest.json"} <= first.keys()
+    assert [name for name in first if first[name] != second.get(name)] == []
+    assert first.keys() == second.keys()
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    """Every file of a directory by its path inside it."""
+    files = (path for path in bundle.rglob("*") if path.is_file())
+    return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in files}
+
+
+def test_without_folded_groups_the_audit_sees_the_ring_repeated(tmp_path: Path) -> None:
+    model = graph(tmp_path, target="portable")
+    plan = build(tmp_path)
+    weights = 2 * SPEC.num_parameters
+    found = auditing.audit(plan, model.graph, SPEC, RING, "float16", weights)
+    assert found.caches_repeated == found.caches
+    assert found.attention_fused == found.attention
+
+
+def test_two_profiles_store_some_weights_twice_and_the_audit_says_so(tmp_path: Path) -> None:
+    model = graph(tmp_path)
+    options = EngineOptions(two_profiles=True)
+    plan = build(tmp_path, options)
+    weights = 2 * SPEC.num_parameters
+    found = auditing.audit(plan, model.graph, SPEC, RING, "float16", weights)
+    assert [fault for fault in found.faults if "times the bytes of the weights" in fault]
+
+
+def test_an_engine_may_be_narrowed_to_some_gpus(tmp_path: Path) -> None:
+    graph(tmp_path)
+    options = EngineOptions(gpus=("sm89", "SM120"))
+    plan = build(tmp_path, options)
+    assert plan.nbytes > 2 * SPEC.num_parameters
+    with pytest.raises(UsageError, match=r"sm90.*builds for.*sm89"):
+        build(tmp_path, EngineOptions(gpus=("sm90",)))
+
+
+def test_nested_phases_make_one_share_that_grows_to_one() -> None:
+    phases = Phases()
+    phases.start("build", 4)
+    phases.step("build", 2)
+    phases.start("time", 10)
+    phases.step("time", 5)
+    assert phases.share == (2 + 5 / 10) / 4
+    phases.finish("time")
+    phases.step("build", 4)
+    assert phases.share == 1.0
+
+
+def test_progress_counts_up_to_the_work_that_was_announced(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    totals, counts = [], []
+
+    @contextmanager
+    def stage(title: str, total: int | None = None) -> Iterator[Any]:
+        wanted = title == "Building the engine"
+        if wanted:
+            totals.append(total)
+        yield counts.append if wanted else lambda _count: None
+
+    export(str(checkpoint), tmp_path / "bundle", ExportOptions(target="rtx"), stage)
+    assert totals == [sum(counts)]
+    assert min(counts) > 0
+
+
+def test_profiles_cover_every_step_that_the_host_takes() -> None:
+    ((least, best, most),) = profile_shapes(RING, two=False)
+    assert least == best == {"B": 1, "S": 1, "T": 1}
+    assert most == {"B": 1, "S": RING.chunk, "T": RING.chunk}
+    decode, prefill = profile_shapes(RING, two=True)
+    assert decode[2]["S"] == 1
+    assert prefill[1]["S"] == prefill[2]["S"] == RING.chunk
+
+
+def test_a_graph_that_tensorrt_refuses_is_one_clear_error(tmp_path: Path) -> None:
+    model = graph(tmp_path)
+    scatter = next(node for node in model.graph if node.op_type == "TensorScatter")
+    scatter.attributes["mode"] = ir.AttrString("mode", "circular")
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(MistralcError, match="TensorRT could not") as raised:
+        build(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits"), [("int8wo", 8), ("int4wo", 4 + 16 / 128), ("int8", 8), ("fp8", 8)]
+)
+def test_every_quantized_precision_compiles_and_its_plan_holds_the_codes(
+    precision: str, bits: float, checkpoint: Path, tmp_path: Path
+) -> None:
+    table = None
+    linears = [name for group in groups(SPEC) for name in group.readers]
+    if precision in ("int8", "fp8"):
+        table = tmp_path / "table"
+        table.mkdir()
+        CalibrationTable(
+            precision=precision, method="by hand",
+            checkpoint=open_checkpoint(checkpoint).fingerprint(), data={}, versions={},
+            schemes=dict.fromkeys(linears, default_scheme(precision, block=None)),
+            tensors={f"{group.name}.input_scale": torch.tensor(0.05) for group in groups(SPEC)},
+        ).write(table)  # fmt: skip
+    options = ExportOptions(target="rtx", precision=precision, calibration=table)
+    manifest = export(str(checkpoint), tmp_path / "bundle", options)
+    facts = manifest.engine
+    assert facts is not None
+    assert facts["faults"] == []
+    assert facts["attention_fused"] == SPEC.num_hidden_layers
+    shapes = SPEC.weight_shapes()
+    codes = sum(shapes[name][0] * shapes[name][1] for name in linears)
+    head = shapes["lm_head.weight"][0] * shapes["lm_head.weight"][1]
+    kept = 2 * (SPEC.num_parameters - codes - head)  # bytes
+    head_bytes = head if precision.endswith("wo") else 2 * head
+    expected = codes * bits / 8 + kept + head_bytes
+    # Scales of rows, kernels and tables: 3.5 MB. In float16 the linears would be 4.7 MB more.
+    assert expected < facts["plan_bytes"] < expected + 3_700_000
+    export(str(checkpoint), tmp_path / "again", options)
+    assert contents(tmp_path / "again") == contents(tmp_path / "bundle")
+
+
+LINE = (
+    "Name: _gemm_mha_v2_myl0_6, LayerType: kgen, Inputs: [ { Name: q, Dimensions: [4,-1,16], "
+    "Format: (Linear) Row }, { Name: present_key.0, Dimensions: [1], Format: (Linear) Row }], "
+    "Constants: [ { Name: weight, Dimensions: [1] }], Outputs: [ { Name: out, Dimensions: [1] }], "
+    "TacticName: , StreamId: 0, Metadata: [ONNX Layer: node_attention][ONNX Layer: other]"
+)
+
+
+def test_a_line_of_the_layer_list_is_read() -> None:
+    layer = LayerInfo.parse(LINE)
+    assert layer == LayerInfo(
+        name="_gemm_mha_v2_myl0_6", kind="kgen", inputs=frozenset({"q", "present_key.0"}),
+        outputs=frozenset({"out"}), nodes=frozenset({"node_attention", "other"}),
+    )  # fmt: skip
+    assert LayerInfo.parse("Bindings:") is None
+
+
+SOUND = Audit(
+    layers={"kgen": 1}, attention=2, attention_fused=2, caches=4, caches_in_place=4,
+    caches_repeated=0, interface="as the contract", plan_bytes=101_000_000,
+    weight_bytes=100_000_000, plan_sha256="", tensorrt="1", warnings=(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention_fused": 1}, "only 1 of 2 attention layers are fused"),
+        ({"caches_in_place": 3}, "only 3 of 4 caches are in place"),
+        ({"plan_bytes": 190_000_000}, "1.90 times the bytes"),
+        ({"interface": "the input x is not as the contract has it"}, "the input x"),
+    ],
+)
+def test_an_engine_with_a_fault_is_not_published_unless_allowed(
+    change: dict[str, object], words: str
+) -> None:
+    auditing.require(SOUND, allow=False)
+    faulty = replace(SOUND, **change)  # type: ignore[arg-type]
+    with pytest.raises(MistralcError, match=words):
+        auditing.require(faulty, allow=False)
+    auditing.require(faulty, allow=True)
+
+
+def test_a_faulty_engine_leaves_nothing_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = auditing.audit
+    monkeypatch.setattr(
+        exporting.audit, "audit", lambda *args: replace(real(*args), attention_fused=0)
+    )
+    options = ExportOptions(target="rtx", precision="fp16")
+    with pytest.raises(MistralcError, match="not fit to ship"):
+        export(str(checkpoint), tmp_path / "bundle", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_what_it_built_and_inspect_shows_the_audit(
+    mistralc: Command, checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    ended = mistralc("export", checkpoint, "-o", bundle, "--target", "rtx")
+    assert ended.code == 0, ended.err
+    assert "rtx, bf16" in ended.out, "a bfloat16 checkpoint keeps its type"
+    shown = json.loads(mistralc("inspect", bundle, "--json").out)
+    assert shown["manifest"]["engine"]["faults"] == []
+    assert "fused attention" in (bundle / "report" / "verify.md").read_text(encoding="utf-8")
+    assert "2 of 2 attention layers fused" in mistralc("inspect", bundle).out
+    refused = mistralc("verify", bundle)
+    assert refused.code == 1
+    assert "--against" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--target", "rtx", "--precision", "fp32"), "fp16, bf16"),
+        (("--target", "cpu", "--two-profiles"), "which has none"),
+        (("--target", "rtx", "--chunk", "8"), "at least 64"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_built(
+    mistralc: Command, checkpoint: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    ended = mistralc("export", checkpoint, "-o", tmp_path / "bundle", *arguments)
+    assert ended.code == 2
+    assert words in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_tensorrt_is_told_before_the_checkpoint_is_read(
+    mistralc: Command, tmp_path: Path
+) -> None:
+    ended = mistralc("export", tmp_path / "nowhere", "--target", "tensorrt")
+    assert ended.code == 1
+    assert "pip install 'mistralc[tensorrt]'" in ended.err
+
+
+@pytest.mark.parametrize("command", [("inspect", "model"), ("run", "--onnxrt")])
+def test_polygraphy_accepts_the_portable_graph(command: tuple[str, ...], tmp_path: Path) -> None:
+    model = tiny.fill(tiny.lowered(SPEC, "portable"), SPEC)
+    ir.save(model, tmp_path / "model.onnx")
+    sizes = {"B": 1, "S": 2, "T": 1, "C": 128}
+    shapes = [
+        f"{value.name}:[{','.join(str(sizes.get(str(d), d)) for d in value.shape or ())}]"
+        for value in model.graph.inputs
+    ]
+    arguments = ["--input-shapes", *shapes, "--val-range", "[0,1]"] if command[0] == "run" else []
+    polygraphy = Path(sys.executable).with_name("polygraphy")
+    ended = subprocess.run(
+        [polygraphy, *command, tmp_path / "model.onnx", *arguments],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "present_value.1" in ended.stdout

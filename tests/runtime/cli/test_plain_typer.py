@@ -1,0 +1,88 @@
+"""The stand-in for typer takes the arguments that typer takes, of every command of the runtime."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import runtime.cli.commands
+
+ROOT = Path(__file__).resolve().parents[3]
+
+LINES = [
+    "generate . prompt",
+    "generate . --chat prompt",
+    "generate --chat . prompt -n 3 --no-stream",
+    "generate .",
+    "generate . - -t 0.5 --top-k=4 --stop a --stop b",
+    "generate . --file some/prompt.txt --temperature -1",
+    "generate . -q --logit-bias 2=-100 --logit-bias 3=1 --seed 7 -- -prompt",
+    "chat . --system be --require-signature key.pub --speculate 4",
+    "bench . --prompt-tokens 4 --new-tokens 2 --plot a.png --json",
+    "inspect bundle --json",
+    "doctor",
+    "doctor bundle",
+    "diff a b --static --exit-code",
+    "keygen -o key",
+    "sign bundle --key key",
+]
+
+STAND_IN = """
+import json, sys
+from runtime import plain_typer
+sys.modules["typer"] = plain_typer
+import runtime.cli.commands
+app = plain_typer.Typer(name="run.pyz")
+runtime.cli.commands.register(app)
+options, values = {}, []
+for name, function in app.commands.items():
+    made = plain_typer.parser(name, function)
+    options[name] = sorted(set(made._option_string_actions) - {"-h", "--help"})
+for name, *rest in json.load(sys.stdin):
+    made = plain_typer.parser(name, app.commands[name])
+    values.append(vars(made.parse_intermixed_args(rest)))
+json.dump([options, values], sys.stdout, default=str)
+"""
+
+
+@cache
+def stand_in() -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
+    """Option strings by command, and what each of LINES means, as the stand-in sees it."""
+    done = subprocess.run([sys.executable, "-c", STAND_IN], cwd=ROOT, text=True, check=True,
+                          input=json.dumps([line.split() for line in LINES]),
+                          stdout=subprocess.PIPE)  # fmt: skip
+    options, values = json.loads(done.stdout)
+    return options, values
+
+
+@cache
+def commands() -> dict[str, Any]:
+    """The same commands as typer makes them."""
+    app = typer.Typer()
+    runtime.cli.commands.register(app)
+    found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return found
+
+
+def test_every_command_has_the_same_options() -> None:
+    options, _ = stand_in()
+    assert options.keys() == commands().keys()
+    for name, command in commands().items():
+        declared = [one for one in command.params if one.param_type_name == "option"]
+        strings = {string for one in declared for string in (*one.opts, *one.secondary_opts)}
+        assert set(options[name]) == strings - {"--help"}, name
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_command_line_means_the_same(line: str) -> None:
+    name, *rest = line.split()
+    params = commands()[name].make_context(name, rest).params
+    expected = json.loads(json.dumps(params, default=str))
+    # Of an option that may be repeated and was not given, typer itself makes a None of the [].
+    expected = {key: None if value == [] else value for key, value in expected.items()}
+    assert stand_in()[1][LINES.index(line)] == expected

@@ -1,0 +1,146 @@
+"""Tiny random models, ready to run: weights, PyTorch decoder, ONNX graph, session. Asserts nothing.
+
+Tracing is what costs (about 2 s a model, none of it arithmetic), so traces are kept and every
+caller gets a copy. Weights are those that `write_checkpoint` writes for the same spec and seed.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from exporter.decoder.model import Decoder, load_decoder
+from exporter.decoder.trace import trace
+from graphs.passes.pipeline import lower
+from graphs.passes.weight_ref import WeightRef, weight_of
+from graphs.spec import Dtype, ModelSpec
+from runtime.backends.onnxruntime_cpu import OrtSession
+from runtime.backends.session import Session
+from runtime.decoding.ring import Ring
+from tests.support.make_checkpoint import chunks
+
+Logits = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+@cache
+def weights(spec: ModelSpec, seed: int = 0) -> Mapping[str, torch.Tensor]:
+    """Every weight by canonical name, in float32."""
+    names = spec.weight_shapes()
+    return {n: torch.from_numpy(np.concatenate(list(chunks(spec, n, seed)))) for n in names}
+
+
+@cache
+def decoder(spec: ModelSpec, seed: int = 0) -> Decoder:
+    """The PyTorch decoder with `weights`, for eager use."""
+    return load_decoder(spec, weights(spec, seed).__getitem__)
+
+
+@cache
+def _trace(spec: ModelSpec, activation: Dtype) -> ir.Model:
+    return trace(spec, activation)
+
+
+def traced(spec: ModelSpec, activation: Dtype = "float32") -> ir.Model:
+    """The graph as the tracer gives it, before any pass; the caller may change it.
+
+    A tied model traces like its untied twin but for the name behind the head's weight, so both
+    share one trace: `test_trace.py` shows that this is the same graph.
+    """
+    model = _trace(replace(spec, tie_word_embeddings=False), activation).clone()
+    if spec.tie_word_embeddings:
+        head = model.graph.initializers["lm_head.weight"]
+        untied = weight_of(head)
+        assert untied is not None
+        head.const_value = WeightRef(
+            "lm_head.weight", ("model.embed_tokens.weight",), untied.sizes, untied.dtype
+        )
+    return model
+
+
+def lowered(spec: ModelSpec, target: str, activation: Dtype = "float32") -> ir.Model:
+    """The graph after the passes of `target`, its weights still names."""
+    model = traced(spec, activation)
+    lower(model, spec, target)
+    return model
+
+
+def fill(model: ir.Model, spec: ModelSpec, seed: int = 0) -> ir.Model:
+    """Put the random numbers in place of the names, in `model` itself, which is returned."""
+    return fill_from(model, weights(spec, seed).__getitem__)
+
+
+def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
+    """Put the numbers that `read(name)` gives, float32, in place of the names."""
+    for value in model.graph.initializers.values():
+        weight = weight_of(value)
+        if weight is not None:
+            numbers = torch.cat([read(part) for part in weight.parts]).numpy()
+            dtype = weight.dtype
+            value.const_value = ir.Tensor(
+                numbers.astype(dtype.numpy()), dtype=dtype, name=weight.name
+            )
+    return model
+
+
+def model_bytes(spec: ModelSpec, target: str, seed: int = 0) -> bytes:
+    """The float32 `model.onnx` of `target`, weights inside."""
+    model = fill(lowered(spec, target), spec, seed)
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def load(model: bytes, spec: ModelSpec, batch: int = 1, padded: int = 0) -> OrtSession:
+    """A session on `model`. One thread: such a model is too small to share."""
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "model.onnx"
+        path.write_bytes(model)
+        return OrtSession(path, spec, batch=batch, threads=1, padded=padded)
+
+
+@cache
+def session(spec: ModelSpec, target: str = "cpu", *, batch: int = 1, seed: int = 0) -> OrtSession:
+    """A session shared by all who ask for the same: a new `Ring` starts a new text on it."""
+    return load(model_bytes(spec, target, seed), spec, batch)
+
+
+def tokens(spec: ModelSpec, count: int, seed: int = 0) -> Ids:
+    """Random token ids [count]."""
+    return np.random.default_rng(seed).integers(0, spec.vocab_size, count)
+
+
+def at_once(model: Decoder, ids: Ids) -> Logits:
+    """Logits [n, V] of one pass over the whole text, with a ring that never wraps."""
+    spec, count = model.spec, len(ids)
+    shape = (1, spec.num_key_value_heads, count, spec.head_dim)
+    past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
+    positions = torch.arange(count)[None]
+    with torch.inference_mode():
+        logits, _ = model(torch.from_numpy(ids)[None], positions, positions, past)
+    return logits[0].numpy()
+
+
+def in_turns(session: Session, ring: Ring, ids: Ids, turns: Iterable[int]) -> Logits:
+    """Logits [n, V] of the text `ids`, fed after what `ring` holds, in turns of these lengths."""
+    found, done = [], 0
+    session.resize(ring.capacities)
+    for turn in turns:
+        for count in ring.pieces(turn):
+            if ring.grow(count):
+                session.resize(ring.capacities)
+            here = ring.positions[0]
+            logits = session.step(
+                ids[None, done : done + count],
+                np.arange(here, here + count)[None],
+                np.arange(count)[None],
+            )
+            found.append(logits[0].copy())
+            ring.advance(count)
+            done += count
+    assert done == len(ids), f"turns hold {done} tokens of {len(ids)}"
+    return np.concatenate(found)

@@ -1,0 +1,155 @@
+"""A stand-in for Triton's Python backend: loads a model repository's model and sends it requests.
+
+    python tests/support/triton_host.py REPOSITORY/NAME < REQUESTS > RESPONSES
+
+Requests and responses are JSON. It stands alone: the model brings its own runtime, which no other
+may be mistaken for. A request's "cancel_after" is after how many responses its client leaves.
+
+Names, arguments and what raises are those of the Python backend (its README and `src/pb_stub.cc`,
+Triton 26.07): errors are no exceptions, and a sender that was closed is not to be asked anything.
+"""
+
+import json
+import runpy
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+FINAL = 1
+PATIENCE_S = 60.0
+
+
+class TritonModelException(Exception):  # noqa: N818
+    """What the backend raises."""
+
+
+class TritonError:
+    """What a response says that is none."""
+
+    INTERNAL, INVALID_ARG = "INTERNAL", "INVALID_ARG"
+    UNAVAILABLE, CANCELLED = "UNAVAILABLE", "CANCELLED"
+
+    def __init__(self, message: str, code: str = INTERNAL) -> None:
+        self._message, self._code = message, code
+
+    def message(self) -> str:
+        return self._message
+
+    def code(self) -> str:
+        return self._code
+
+
+class Tensor:
+    """A named array of numbers, or of objects that are bytes."""
+
+    def __init__(self, name: str, array: np.ndarray) -> None:
+        self._name, self._array = name, array
+
+    def name(self) -> str:
+        return self._name
+
+    def as_numpy(self) -> np.ndarray:
+        return self._array
+
+
+class InferenceResponse:
+    """Output tensors, or an error."""
+
+    def __init__(self, output_tensors: list[Tensor], error: TritonError | None = None) -> None:
+        self._tensors, self._error = output_tensors, error
+
+    def told(self) -> dict[str, str]:
+        if self._error is not None:
+            return {"error": self._error.message(), "code": self._error.code()}
+        return {tensor.name(): tensor.as_numpy()[0].decode() for tensor in self._tensors}
+
+
+class Sender:
+    """Collects the responses of one request; `misused` once it was closed and asked again."""
+
+    def __init__(self, cancel_after: int | None) -> None:
+        self.responses: list[dict[str, str]] = []
+        self.ended = threading.Event()
+        self.misused = False
+        self._cancel_after = cancel_after
+
+    def is_cancelled(self) -> bool:
+        self._check()
+        return self._cancel_after is not None and len(self.responses) >= self._cancel_after
+
+    def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
+        self._check()
+        if response is not None:
+            self.responses.append(response.told())
+        if flags == FINAL:
+            self.ended.set()
+
+    def _check(self) -> None:
+        if self.ended.is_set():
+            self.misused = True
+            raise TritonModelException("Unable to send response. Response sender has been closed.")
+
+
+class Request:
+    """Inputs, and their sender."""
+
+    def __init__(self, inputs: dict[str, Any], cancel_after: int | None) -> None:
+        self._inputs = [Tensor(name, array(value)) for name, value in inputs.items()]
+        self.sender = Sender(cancel_after)
+
+    def inputs(self) -> list[Tensor]:
+        return self._inputs
+
+    def get_response_sender(self) -> Sender:
+        return self.sender
+
+
+def array(value: Any) -> np.ndarray:
+    """A value, or several, as the backend gives them: strings as bytes."""
+    values = value if isinstance(value, list) else [value]
+    if all(isinstance(one, str) for one in values):
+        return np.array([one.encode() for one in values], dtype=np.object_)
+    return np.array(values)
+
+
+def input_by_name(request: Request, name: str) -> Tensor | None:
+    return next((tensor for tensor in request.inputs() if tensor.name() == name), None)
+
+
+def backend_utils() -> ModuleType:
+    """The module that models import."""
+    module = ModuleType("triton_python_backend_utils")
+    module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
+    module.get_input_tensor_by_name = input_by_name
+    for one in (InferenceResponse, Tensor, TritonError, TritonModelException):
+        setattr(module, one.__name__, one)
+    return module
+
+
+def main(model_directory: Path) -> None:
+    """All requests at once, as Triton would hand them over one after the other."""
+    asked = json.load(sys.stdin)
+    sys.modules["triton_python_backend_utils"] = backend_utils()
+    model = runpy.run_path(str(model_directory / "1" / "model.py"))["TritonPythonModel"]()
+    model.initialize({"model_config": json.dumps(asked["config"])})
+    requests = [Request(one["inputs"], one.get("cancel_after")) for one in asked["requests"]]
+    for request in requests:
+        model.execute([request])
+    if not asked.get("unload_at_once"):
+        for request in requests:
+            assert request.sender.ended.wait(PATIENCE_S), "no last response"
+    model.finalize()
+    assert all(request.sender.ended.is_set() for request in requests)
+    assert not any(request.sender.misused for request in requests), "asked after the last response"
+    import runtime.load
+
+    told = [request.sender.responses for request in requests]
+    print(json.dumps({"responses": told, "runtime": runtime.load.__file__}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
