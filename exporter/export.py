@@ -28,7 +28,8 @@ from exporter.checks.verify import Agreement, cases, require, to_json, to_markdo
 from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from exporter.engine import audit
-from exporter.engine.build import BuildRequest, EngineOptions, build_engine, capacities
+from exporter.engine.process import build_engine
+from exporter.engine.request import BuildRequest, EngineOptions, capacities
 from exporter.estimate import plan, require_host
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.make_recipe import describe, make_recipe, quantization

@@ -131,7 +131,7 @@ def export(
     """Compile a checkpoint into a bundle, verify it, and publish it whole or not at all."""
     from exporter.bundle.triton_repository import check_repository, write_repository
     from exporter.checks.quality_gate import Gate
-    from exporter.engine.build import EngineOptions
+    from exporter.engine.request import EngineOptions
     from exporter.export import ExportOptions
     from exporter.export import export as run
     from exporter.quantization.policy import QuantizeOptions

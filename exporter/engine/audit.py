@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import onnx_ir as ir
 
-from exporter.engine.build import Plan, capacities
+from exporter.engine.request import EnginePlan, capacities
 from graphs.errors import MistralcError
 from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
 
@@ -99,7 +99,12 @@ class Audit:
 
 
 def audit(
-    plan: Plan, graph: ir.Graph, spec: ModelSpec, ring: RingSpec, activation: Dtype, weights: int
+    plan: EnginePlan,
+    graph: ir.Graph,
+    spec: ModelSpec,
+    ring: RingSpec,
+    activation: Dtype,
+    weights: int,
 ) -> Audit:
     """Compare the engine's layers with the graph it was built from; `weights` are its bytes."""
     layers = [layer for layer in map(LayerInfo.parse, plan.layers) if layer is not None]
@@ -158,7 +163,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"- {' '.join(w.split())}" for w in record["warnings"]), ""])
 
 
-def _interface(plan: Plan, spec: ModelSpec, ring: RingSpec, activation: Dtype) -> str:
+def _interface(plan: EnginePlan, spec: ModelSpec, ring: RingSpec, activation: Dtype) -> str:
     """Compare the engine's inputs and outputs with the graph contract."""
     for kind, tensors, table in (
         ("input", plan.inputs, graph_inputs(spec, activation)),

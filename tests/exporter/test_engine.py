@@ -20,15 +20,10 @@ from exporter import export as exporting
 from exporter.checkpoint.open import open_checkpoint
 from exporter.engine import audit as auditing
 from exporter.engine.audit import Audit, LayerInfo
-from exporter.engine.build import (
-    BuildRequest,
-    EngineOptions,
-    Phases,
-    Plan,
-    build_engine,
-    capacities,
-    profile_shapes,
-)
+from exporter.engine.builder import profile_shapes
+from exporter.engine.process import build_engine
+from exporter.engine.progress import Phases
+from exporter.engine.request import BuildRequest, EngineOptions, EnginePlan, capacities
 from exporter.export import ExportOptions, export
 from exporter.quantization.calibration_table import CalibrationTable
 from graphs.errors import MistralcError, UsageError
@@ -82,7 +77,7 @@ def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -
     return model
 
 
-def build(directory: Path, options: EngineOptions | None = None, **changed: Any) -> Plan:
+def build(directory: Path, options: EngineOptions | None = None, **changed: Any) -> EnginePlan:
     """Compile the `model.onnx` of `directory` into `engine.plan` beside it."""
     request = BuildRequest(
         graph=directory / "model.onnx", plan=directory / "engine.plan", spec=SPEC, ring=RING,

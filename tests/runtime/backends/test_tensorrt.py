@@ -15,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.engine.build import BuildRequest, build_engine, capacities
+from exporter.engine.process import build_engine
+from exporter.engine.request import BuildRequest, capacities
 from graphs.errors import MistralcError
 from graphs.passes.fix_dimensions import specialize
 from graphs.passes.pipeline import lower
