@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from exporter.engine.progress import Meter, Progress, make_monitor
-from exporter.engine.request import BuildRequest, EngineOptions, EnginePlan, capacities
+from exporter.engine.request import BuildRequest, EnginePlan
 from exporter.engine.weights import MappedWeight, map_weights
+from exporter.options import EngineOptions
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import RingSpec, TensorSpec, graph_inputs
+from graphs.spec import RingSpec
+from graphs.targets import TARGETS, Target
 from runtime.backends import kernel_cache, tensorrt_library
 
 KEPT_WARNINGS = 50  # different warnings; a builder can repeat one for every layer
@@ -25,7 +27,7 @@ KEPT_WARNINGS = 50  # different warnings; a builder can repeat one for every lay
 
 def build_here(request: BuildRequest, progress: Progress | None = None) -> EnginePlan:
     """Do what `process.build_engine` does, in this process."""
-    target = request.target
+    target = TARGETS[request.target]
     trt = tensorrt_library.load(target)
     log = _make_log(trt)
     meter = Meter(request.weight_bytes, progress)
@@ -37,7 +39,7 @@ def build_here(request: BuildRequest, progress: Progress | None = None) -> Engin
         if not _parse(parser, request.graph, weights):
             reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise _failed("read the graph", reasons or log.errors, target)
-        config = _make_config(trt, builder, request.options, target)
+        config = _make_config(trt, builder, request.options)
         _add_profiles(builder, config, request)
         config.progress_monitor = monitor = make_monitor(trt, meter)
         writer = _make_writer(trt, file, meter)
@@ -74,12 +76,12 @@ def _parse(parser: Any, graph: Path, weights: list[MappedWeight]) -> bool:
 
 
 @contextmanager
-def _timings(config: Any, target: str, version: str) -> Iterator[None]:
+def _timings(config: Any, target: Target, version: str) -> Iterator[None]:
     """Let TensorRT reuse kernel timings of earlier builds on this host, and save the new ones.
 
-    Only `tensorrt` times kernels while it builds; `rtx` does so when the engine first runs.
+    TensorRT-RTX times no kernels while it builds, only when the engine first runs.
     """
-    path = kernel_cache.timing_file(version) if target == "tensorrt" else None
+    path = kernel_cache.timing_file(version) if target.kernel_timings else None
     if path is None:
         yield
         return
@@ -104,20 +106,16 @@ def profile_shapes(ring: RingSpec, *, two: bool) -> list[tuple[Mapping[str, int]
 
 def _add_profiles(builder: Any, config: Any, request: BuildRequest) -> None:
     """Give every input of the graph its range of shapes, in each optimization profile."""
-    spec, ring = request.spec, request.ring
-    fixed = capacities(spec, ring)
-    for ranges in profile_shapes(ring, two=request.options.two_profiles):
+    contract = request.contract
+    for ranges in profile_shapes(contract.ring, two=request.options.two_profiles):
         profile = builder.create_optimization_profile()
-        for row in graph_inputs(spec, request.activation):
-            profile.set_shape(row.name, *(_shape(row, {**sizes, **fixed}) for sizes in ranges))
+        for row in contract.inputs:
+            shapes = (row.sized({**sizes, **contract.capacities}) for sizes in ranges)
+            profile.set_shape(row.name, *shapes)
         config.add_optimization_profile(profile)
 
 
-def _shape(row: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in row.shape)
-
-
-def _make_config(trt: Any, builder: Any, options: EngineOptions, target: str) -> Any:
+def _make_config(trt: Any, builder: Any, options: EngineOptions) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = (
         trt.ProfilingVerbosity.DETAILED
@@ -125,11 +123,6 @@ def _make_config(trt: Any, builder: Any, options: EngineOptions, target: str) ->
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.gpus:
-        if target != "rtx":
-            raise UsageError(
-                "--gpu selects the GPUs that a TensorRT-RTX engine runs on; with --target tensorrt "
-                "an engine always runs on the GPU it is built on. Leave --gpu out."
-            )
         config.num_compute_capabilities = len(options.gpus)
         for i, name in enumerate(options.gpus):
             config.set_compute_capability(_capability(trt, name), i)
@@ -146,9 +139,9 @@ def _capability(trt: Any, name: str) -> Any:
     return known[name.lower()]
 
 
-def _failed(doing: str, errors: list[str], target: str) -> MistralcError:
+def _failed(doing: str, errors: list[str], target: Target) -> MistralcError:
     reason = re.sub(r"\s+", " ", " ".join(errors) or "it gave no reason").strip()
-    package = tensorrt_library.DISTRIBUTION[target]
+    package = target.distributions[0]
     return MistralcError(
         f"TensorRT could not {doing}: {reason[:600]}. Nothing was left behind. If memory ran out, "
         f"build on a host with more; otherwise report this with the version of {package}."

@@ -14,7 +14,7 @@ class Meter:
         self.compiled, self.reported = 0.0, 0
 
     def compile(self, share: float) -> None:
-        """Set the share of compiling that is done, 0 to 1; a smaller share than before is ignored."""
+        """Set the share of compiling that is done, 0 to 1; it never goes back."""
         self.compiled = max(self.compiled, min(1.0, share))
         self._report(int(self.compiled * self.nbytes))
 

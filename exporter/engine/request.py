@@ -7,22 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from exporter.engine.weights import stored_weights
-from graphs.spec import Dtype, ModelSpec, RingSpec, capacity_letter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How to build. `gpus` are names such as `sm89`; empty means every GPU the library supports.
-
-    `two_profiles` adds a profile for single tokens, tuned apart from prompts. TensorRT-RTX 1.7
-    then stores some weights in two layouts (1.62 times the bytes, measured on Mistral-7B's
-    shapes), which the audit rejects unless faults are allowed. `weight_streaming` lets a GPU
-    whose memory is smaller than the model run the plan, at the speed of its host link.
-    """
-
-    gpus: tuple[str, ...] = ()
-    two_profiles: bool = False
-    weight_streaming: bool = False
+from exporter.options import EngineOptions
+from graphs.contract import GraphContract
+from graphs.spec import ModelSpec, RingSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,9 +18,7 @@ class BuildRequest:
 
     graph: Path
     plan: Path
-    spec: ModelSpec
-    ring: RingSpec
-    activation: Dtype
+    contract: GraphContract
     target: str
     options: EngineOptions = field(default_factory=EngineOptions)
 
@@ -48,7 +33,11 @@ class BuildRequest:
         options = {**data["options"], "gpus": tuple(data["options"]["gpus"])}
         return cls(**{
             **data, "graph": Path(data["graph"]), "plan": Path(data["plan"]),
-            "spec": ModelSpec.from_json(data["spec"]), "ring": RingSpec(**data["ring"]),
+            "contract": GraphContract(
+                spec=ModelSpec.from_json(data["contract"]["spec"]),
+                ring=RingSpec(**data["contract"]["ring"]),
+                activation=data["contract"]["activation"],
+            ),
             "options": EngineOptions(**options),
         })  # fmt: skip
 
@@ -88,8 +77,3 @@ class EnginePlan:
             for name in ("inputs", "outputs")
         }
         return cls(**{**data, **lists, **shapes})
-
-
-def capacities(spec: ModelSpec, ring: RingSpec) -> dict[str, int]:
-    """The full capacity of each ring by its letter: what a TensorRT graph has fixed in it."""
-    return {capacity_letter(spec, size): ring.capacity(size) for size in spec.windows}

@@ -23,15 +23,18 @@ from exporter.engine.audit import Audit, LayerInfo
 from exporter.engine.builder import profile_shapes
 from exporter.engine.process import build_engine
 from exporter.engine.progress import Phases
-from exporter.engine.request import BuildRequest, EngineOptions, EnginePlan, capacities
-from exporter.export import ExportOptions, export
+from exporter.engine.request import BuildRequest, EnginePlan
+from exporter.export import export
+from exporter.options import EngineOptions, ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
+from graphs.contract import GraphContract
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.passes.fix_dimensions import specialize
 from graphs.passes.pipeline import lower
 from graphs.quant_scheme import default_scheme, groups
-from graphs.spec import Dtype, RingSpec
+from graphs.spec import RingSpec
 from tests.conftest import Command
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
@@ -47,6 +50,7 @@ SPEC = tiny_spec(
     num_key_value_heads=2, head_dim=64, window=13,
 )  # fmt: skip  # 9 million weights, so that a plan that stores them twice is seen
 RING = RingSpec(chunk=64, context=1)
+CONTRACT = GraphContract(spec=SPEC, ring=RING, activation="float16")
 
 pytestmark = pytest.mark.usefixtures("kept_traces")
 
@@ -71,7 +75,7 @@ def engine(
 def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -> ir.Model:
     """The graph that an engine of SPEC is built from, as `directory`/model.onnx."""
     model = tiny.traced(SPEC, activation)
-    specialize(model, capacities(SPEC, RING))
+    specialize(model, CONTRACT.capacities)
     lower(model, SPEC, target)
     ir.save(tiny.fill(model, SPEC), directory / "model.onnx")
     return model
@@ -80,8 +84,8 @@ def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -
 def build(directory: Path, options: EngineOptions | None = None, **changed: Any) -> EnginePlan:
     """Compile the `model.onnx` of `directory` into `engine.plan` beside it."""
     request = BuildRequest(
-        graph=directory / "model.onnx", plan=directory / "engine.plan", spec=SPEC, ring=RING,
-        activation="float16", target="rtx", options=options or EngineOptions(),
+        graph=directory / "model.onnx", plan=directory / "engine.plan", contract=CONTRACT,
+        target="rtx", options=options or EngineOptions(),
     )  # fmt: skip
     return build_engine(replace(request, **changed))
 
@@ -159,7 +163,7 @@ def test_without_folded_groups_the_audit_sees_the_ring_repeated(tmp_path: Path) 
     model = graph(tmp_path, target="portable")
     plan = build(tmp_path)
     weights = 2 * SPEC.num_parameters
-    found = auditing.audit(plan, model.graph, SPEC, RING, "float16", weights)
+    found = auditing.audit(plan, model.graph, CONTRACT, weights)
     assert found.caches_repeated == found.caches
     assert found.attention_fused == found.attention
 
@@ -169,7 +173,7 @@ def test_two_profiles_store_some_weights_twice_and_the_audit_says_so(tmp_path: P
     options = EngineOptions(two_profiles=True)
     plan = build(tmp_path, options)
     weights = 2 * SPEC.num_parameters
-    found = auditing.audit(plan, model.graph, SPEC, RING, "float16", weights)
+    found = auditing.audit(plan, model.graph, CONTRACT, weights)
     assert [fault for fault in found.faults if "times the bytes of the weights" in fault]
 
 
