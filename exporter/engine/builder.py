@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from exporter.engine.addresses import fix_heap
 from exporter.engine.progress import Meter, Progress, make_monitor
 from exporter.engine.request import BuildRequest, EnginePlan
 from exporter.engine.weights import MappedWeight, map_weights
@@ -36,6 +37,7 @@ def build_here(request: BuildRequest, progress: Progress | None = None) -> Engin
         network = builder.create_network()
         parser = trt.OnnxParser(network, log)
         weights = map_weights(request.graph)
+        fix_heap()  # the graph's tensors come next, and the plan lists some in order of address
         if not _parse(parser, request.graph, weights):
             reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise _failed("read the graph", reasons or log.errors, target)

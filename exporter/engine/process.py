@@ -1,12 +1,10 @@
 """Build an engine in a process of its own: `build_engine` here, `main` in the new process.
 
-Alone in a process, TensorRT makes the same plan of the same graph, bit for bit. Next to torch it
-does not, because the order of some lists in the plan follows heap addresses. A process of its own
-also measures TensorRT's memory separately, and if the kernel kills it for lack of memory, we
-report an error instead of dying with it.
+A process of its own can fix its addresses (`addresses.py`), so the same graph gives the same plan,
+bit for bit. It also measures TensorRT's memory separately, and if the kernel kills it for lack of
+memory, we report an error instead of dying with it.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -16,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from exporter.engine.addresses import fix_addresses
 from exporter.engine.builder import build_here
 from exporter.engine.progress import Progress
 from exporter.engine.request import BuildRequest, EnginePlan
@@ -26,9 +25,6 @@ BUILDER = (sys.executable, "-P", "-m", "exporter.engine.process")
 
 KEPT_VARIABLES = ("CUDA", "HOME", "LD_", "NVIDIA", "PATH", "TMPDIR", "XDG_CACHE_HOME")
 """Prefixes of the environment variables that the builder process receives."""
-
-ADDR_NO_RANDOMIZE = 0x0040000  # personality(2)
-QUERY_PERSONALITY = 0xFFFFFFFF  # personality(2): returns the current one and changes nothing
 
 
 def build_engine(request: BuildRequest, progress: Progress | None = None) -> EnginePlan:
@@ -105,24 +101,9 @@ def memory_advice() -> str:
     return f"{here}build on a host with more memory, or without --two-profiles."
 
 
-def fix_addresses() -> None:
-    """Restart this process without address space randomization, if the kernel allows it.
-
-    The order of some lists in a plan follows addresses: with randomization, one of 24 builds of
-    one graph, side by side, differed, and so did builds in directories whose names differ in
-    length. Where the kernel refuses, the process goes on with random addresses.
-    """
-    personality = ctypes.CDLL(None).personality
-    current = personality(QUERY_PERSONALITY)
-    if current == -1 or current & ADDR_NO_RANDOMIZE:
-        return
-    if personality(current | ADDR_NO_RANDOMIZE) != -1:
-        os.execv(sys.executable, BUILDER)  # noqa: S606
-
-
 def main() -> None:
     """Build the request on standard input; answer in lines of JSON: steps, then the result."""
-    fix_addresses()
+    fix_addresses(BUILDER)
     # TensorRT itself writes to standard output: keep that for answers, and give it standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

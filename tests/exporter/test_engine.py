@@ -128,6 +128,19 @@ def test_the_same_graph_gives_the_same_plan_bit_for_bit(tmp_path: Path) -> None:
     assert plans[0] == plans[1]
 
 
+def test_the_plan_does_not_depend_on_the_modules_that_were_imported_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for modules in ("json", "decimal, email.message, html.parser, http.client, xml.dom.minidom"):
+        (tmp_path / "sitecustomize.py").write_text(f"import {modules}\n", encoding="utf-8")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        graph(tmp_path)
+        build(tmp_path)
+        plans.append((tmp_path / "engine.plan").read_bytes())
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_engine_bundles_of_one_checkpoint_are_equal_byte_for_byte_across_processes(
     precision: str, checkpoint: Path, tmp_path: Path
