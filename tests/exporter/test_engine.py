@@ -358,7 +358,7 @@ def test_the_command_says_what_it_built_and_inspect_shows_the_audit(
     ("arguments", "words"),
     [
         (("--target", "rtx", "--precision", "fp32"), "fp16, bf16"),
-        (("--target", "cpu", "--two-profiles"), "which has none"),
+        (("--target", "cpu", "--two-profiles"), "which builds none"),
         (("--target", "rtx", "--chunk", "8"), "at least 64"),
     ],
 )
