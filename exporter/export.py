@@ -44,7 +44,7 @@ from exporter.quantization.reference import simulate
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer
 from graphs.build import Build
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.targets import TARGETS, backend_distributions
 from runtime.backends import tensorrt_library
@@ -202,7 +202,7 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
             try:
                 model = trace(build.spec, build.activation)
                 if build.target.holds_plan:
-                    specialize(model, build.contract.capacities)
+                    fix_dimensions(model, build.contract.capacities)
                 passes = lower(
                     model, build.spec, build.target.name, quantization(recipe), build.activation,
                     build.ring.context, batch_invariant=build.batch_invariant,

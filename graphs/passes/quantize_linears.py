@@ -1,14 +1,14 @@
-"""Quantized linears: codes and scales in place of weights. Knows nothing about where they are from.
+"""Replace the weights of quantized linears by codes and scales.
 
-In the portable form a weight is `DequantizeLinear` of its codes, and an input that is rounded too
-goes through `QuantizeLinear` and back; TensorRT compiles that to integer products:
+In the portable form a weight is `DequantizeLinear` of its codes, and an input that is rounded goes
+through `QuantizeLinear` and `DequantizeLinear`. TensorRT compiles that to integer products:
 
     x ── MatMul(Transpose(W))    →    x ─ [Quantize ─ Dequantize] ─ MatMul(Transpose(Dequantize(q)))
 
 `transposed` codes [K, N] need no Transpose; merged ones are joined along N at load time.
 
-ONNX Runtime has a kernel of its own for weights alone, `MatMulNBits`, which the `nbits` form uses.
-A weight with minimums is two products, the second with the sums of the input's blocks:
+The `nbits` layout uses `MatMulNBits`, ONNX Runtime's kernel for quantized weights. A weight with
+minimums takes two products, the second with the sums of the input's blocks:
 
     W = scale q + minimum    →    x W^T = MatMulNBits(x, q) + MatMul(ReduceSum(blocks of x), M^T)
 """
@@ -31,10 +31,10 @@ ACCURACY_LEVEL = 4  # round blocks of the input to int8: the only level with a f
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """Which linears of a model are quantized, by canonical weight name, and how.
+    """Which linears of a model are quantized and how, by canonical weight name.
 
-    `input_scales` has the static scale of every input that is rounded, by the weight that reads it;
-    `layouts` how codes lie where that is not `onnx`; `nbits` are computed by `MatMulNBits`.
+    `input_scales` has the static scale of every rounded input, by the weight that reads it.
+    `layouts` has the layout of codes that is not `onnx`; `nbits` is for `MatMulNBits`.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
@@ -44,14 +44,14 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeLinears:
-    """The pass. It fires once for each weight that is quantized, merged ones counted singly."""
+    """The pass. It fires once per quantized weight; each part of a merged weight counts once."""
 
     quantization: Quantization
     activation: Dtype
     name: str = "quantize_linears"
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
-        """Rewrite every quantized linear. Raises PassError unless all of them were found."""
+        """Rewrite every quantized linear. Raises PassError unless all are found."""
         schemes, graph = self.quantization.schemes, model.graph
         shapes = spec.weight_shapes()
         done: set[str] = set()
@@ -85,7 +85,7 @@ def _dequantized(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, layout: CodeLayout,
     widths: Sequence[int],
 ) -> ir.Value:  # fmt: skip
-    """The weight as its product reads it, [K, N]; its parts have `widths` rows."""
+    """The dequantized weight [K, N] for its product; the parts have `widths` rows."""
     matmul, weight = linear
     if layout == "transposed":
         codes, scale = _transposed(graph, linear, scheme, activation, widths)
@@ -106,7 +106,7 @@ def _dequantized(
 def _transposed(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, widths: Sequence[int]
 ) -> tuple[ir.Value, ir.Value]:
-    """Codes [K, N] of all parts side by side, and scales [N]."""
+    """Codes [K, N] of all parts side by side, and their scales [N]."""
     weight, (rows, columns) = linear.weight, linear.weight.sizes
     pieces = []
     for part, width in zip(weight.parts, widths, strict=True):
@@ -125,7 +125,7 @@ def _transposed(
 def _round_input(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, scale: float | None
 ) -> None:
-    """Round what the product reads, where its scheme says so."""
+    """Round the input of the product if its scheme rounds inputs."""
     value = linear.matmul.inputs[0]
     if scheme.activation is None or value is None:
         return
@@ -139,7 +139,7 @@ def _rounded(
     graph: ir.Graph, before: ir.Node, value: ir.Value, scheme: Scheme, activation: Dtype,
     input_scale: float,
 ) -> ir.Value:  # fmt: skip
-    """Quantize `value` and back, once for all linears that read it with this scale."""
+    """Quantize and dequantize `value`, once for all linears that read it with this scale."""
     name = f"{value.name}.scale_{input_scale!r}"
     shared = graph.initializers.get(name)
     if shared is not None:
@@ -188,16 +188,13 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
 def _write_lookup(
     graph: ir.Graph, gather: ir.Node, quantization: Quantization, activation: Dtype
 ) -> None:
-    """Look rows up among the codes of a tied embedding, which the output layer multiplies with.
-
-    Only the rows that are asked for are dequantized.
-    """
+    """Look rows up in the codes of a tied embedding; only these rows are dequantized."""
     weight, output = weight_of(gather.inputs[0]), gather.outputs[0]
     if weight is None or quantization.layouts.get(weight.parts[0]) != "nbits":
         return
     scheme, (rows, columns) = quantization.schemes[weight.parts[0]], weight.sizes
     if scheme.block is None or columns % scheme.block or scheme.offset != "none":
-        raise PassError(f"{weight.name}: an embedding is looked up in whole blocks without offsets")
+        raise PassError(f"{weight.name}: an embedding lookup needs whole blocks and no offsets")
     _, scale = _parts(graph, weight, scheme, activation, "nbits")
     # The same bytes as the output layer's codes, without blocks in their shape.
     shape = (rows, columns * scheme.bits // 8)
@@ -232,7 +229,7 @@ def _block_sums(
 def _parts(
     graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, layout: CodeLayout
 ) -> list[ir.Value]:
-    """Put codes, scales and what else there is into the graph, in `stored_parts`' order."""
+    """Add codes, scales and offsets to the graph, in the order of `stored_parts`."""
     found = []
     for part in stored_parts(str(weight.name), weight.sizes, scheme, activation, layout):
         suffix = part.name.removeprefix(str(weight.name))
@@ -241,7 +238,7 @@ def _parts(
 
 
 def _reference(graph: ir.Graph, part: StoredPart, parts: tuple[str, ...]) -> ir.Value:
-    # The unquantized weight keeps its name until it is cleaned away, so the codes take another.
+    # The unquantized weight keeps its name until it is removed, so the codes need another.
     name = part.name if part.name.endswith((SCALE, ZERO_POINT, MINIMUM)) else f"{part.name}.codes"
     return constant(graph, WeightRef(name, parts, part.shape, ONNX_DTYPE[part.element]))
 

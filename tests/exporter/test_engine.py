@@ -31,7 +31,7 @@ from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.quant_scheme import default_scheme, groups
 from graphs.spec import RingSpec
@@ -75,7 +75,7 @@ def engine(
 def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -> ir.Model:
     """The graph that an engine of SPEC is built from, as `directory`/model.onnx."""
     model = tiny.traced(SPEC, activation)
-    specialize(model, CONTRACT.capacities)
+    fix_dimensions(model, CONTRACT.capacities)
     lower(model, SPEC, target)
     ir.save(tiny.fill(model, SPEC), directory / "model.onnx")
     return model

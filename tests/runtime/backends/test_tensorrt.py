@@ -20,7 +20,7 @@ from exporter.engine.request import BuildRequest
 from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.spec import RingSpec
 from runtime.backends import kernel_cache, tensorrt
@@ -438,7 +438,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
             folder = tmp_path_factory.mktemp("engine")
             model = tiny.traced(ENGINE_SPEC, activation)
             contract = GraphContract(spec=ENGINE_SPEC, ring=ENGINE_RING, activation=activation)
-            specialize(model, contract.capacities)
+            fix_dimensions(model, contract.capacities)
             lower(model, ENGINE_SPEC, target)
             ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"
