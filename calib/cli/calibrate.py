@@ -141,7 +141,13 @@ def _samples(
 ) -> "Samples":
     import torch
 
-    from calib.layers.samples import TOKENS, Samples, check_length, default_length, spread
+    from calib.layers.samples import (
+        TOTAL_TOKENS,
+        Samples,
+        check_length,
+        default_length,
+        evenly_spaced,
+    )
     from exporter.checks.corpus import read_corpus, windows
     from exporter.tokenizer.read import read_tokenizer
 
@@ -149,7 +155,9 @@ def _samples(
     check_length(length, checkpoint.spec)
     tokenizer = read_tokenizer(checkpoint.path).open()
     corpus = read_corpus(text, tokenizer, "calibration")
-    ids = spread(torch.from_numpy(windows(corpus, length)), count or max(1, TOKENS // length))
+    ids = evenly_spaced(
+        torch.from_numpy(windows(corpus, length)), count or max(1, TOTAL_TOKENS // length)
+    )
     data = {"source": corpus.source, "fingerprint": corpus.fingerprint, "windows": len(ids),
             "length": length}  # fmt: skip
     return Samples(ids=ids, data=data)

@@ -62,7 +62,7 @@ def evaluate(
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
     """Measure a bundle's perplexity, its distance from the checkpoint, its answers."""
-    from calib.evaluation.multiple_choice import measure, read_questions
+    from calib.evaluation.multiple_choice import measure_accuracy, read_questions
     from exporter.checks.corpus import read_corpus, windows
     from runtime.bundle.open import open_bundle
     from runtime.load import load
@@ -94,7 +94,7 @@ def evaluate(
     if questions is not None:
         with stage("Answering", len(questions)) as advance:
             session, tokenizer = loaded.generator.session, loaded.tokenizer
-            accuracy = measure(session, manifest, tokenizer, questions, advance)
+            accuracy = measure_accuracy(session, manifest, tokenizer, questions, advance)
         result["choices"] = accuracy.to_json()
         report.append(accuracy.to_markdown())
     print(json.dumps(result) if as_json else "\n".join(report), end="\n" if as_json else "")

@@ -16,7 +16,7 @@ from runtime.cli import options
 from runtime.system.progress import Stage, stage_for
 
 if TYPE_CHECKING:
-    from calib.report.rows import Measured
+    from calib.report.rows import BundleRow
     from exporter.quantization.calibration_table import CalibrationTable
     from graphs.manifest import Manifest
     from runtime.backends.session import Ids
@@ -62,8 +62,8 @@ def report(
     """Compare bundles: sizes, quality, and what calibration did, as a page and as text."""
     from calib.report.figures import require_matplotlib
     from calib.report.page import to_html
-    from calib.report.rows import distinct
-    from calib.report.sections import Report, grid_lines, sections, to_markdown
+    from calib.report.rows import with_distinct_names
+    from calib.report.sections import Report, build_sections, grid_lines, to_markdown
     from runtime.bundle.open import open_bundle
 
     require_matplotlib()
@@ -77,9 +77,9 @@ def report(
     rows = [
         _measure(bundle, windows, against, threads, stage, check=not no_check) for bundle in opened
     ]
-    measured = distinct(rows, [bundle.name for bundle in bundles])
+    measured = with_distinct_names(rows, [bundle.name for bundle in bundles])
     origin |= _origin(manifests, against)
-    parts = sections(
+    parts = build_sections(
         Report(measured=measured, origin=origin)
         if calibration is None
         else Report(measured=measured, origin=origin, calibration=_described(calibration),
@@ -152,8 +152,8 @@ def _text(
 def _measure(
     bundle: "Bundle", windows: "Ids", against: str | None, threads: int | None, stage: Stage, *,
     check: bool,
-) -> "Measured":  # fmt: skip
-    from calib.report.rows import Measured, method_of, name_of
+) -> "BundleRow":  # fmt: skip
+    from calib.report.rows import BundleRow, bundle_name, method_name
     from exporter.checks.evaluate import evaluate, steps
     from runtime.bundle.sizes import file_bytes, read_bytes
     from runtime.load import load
@@ -169,10 +169,10 @@ def _measure(
     total = steps(windows, compared=reference is not None)
     with stage(f"Measuring {bundle.path.name}", total) as advance:
         found = evaluate(loaded.generator.session, manifest, windows, reference, advance)
-    return Measured(
-        name=name_of(manifest),
+    return BundleRow(
+        name=bundle_name(manifest),
         precision=manifest.precision,
-        method=method_of(manifest),
+        method=method_name(manifest),
         file_bytes=file_bytes(manifest),
         read_bytes=read_bytes(manifest),
         perplexity=found.perplexity,

@@ -312,4 +312,5 @@ def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
     positions, wanted = (part.expand(len(batch), -1) for part in (torch.arange(count), rows))
     with torch.inference_mode():
         logits, _ = decoder(batch, positions, wanted, past)  # [B, T, V]
-    return logits.view(*ids.shape[:-1], *logits.shape[1:])
+    found: Tensor = logits.view(*ids.shape[:-1], *logits.shape[1:])  # [..., T, V]
+    return found
