@@ -8,8 +8,8 @@ the output. Blocks keep their place in the weight, whatever the order of roundin
 import torch
 from torch import Tensor
 
-from exporter.quantization.rounding import Quantized
-from graphs.quant_scheme import LEAST, MOST, Scheme
+from exporter.quantization.rounding import Quantized, nearest_code
+from graphs.quant_scheme import Scheme
 
 DAMPING = 0.01  # share of H's mean diagonal that is added to the diagonal, as in the paper
 PIECE = 128  # features whose effect on later ones is applied in one matrix product
@@ -85,10 +85,7 @@ def _nearest(codes: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor
     """Round to the nearest code, returned as float; shape unchanged."""
     if zero_point is not None:
         codes = codes + zero_point
-    bounded = codes.clamp(LEAST[scheme.codes], MOST[scheme.codes])
-    if scheme.codes == "float8e4m3":
-        return bounded.to(torch.float8_e4m3fn).float()
-    return bounded.round()
+    return nearest_code(codes, scheme.codes).float()
 
 
 def drift_corrected(weight: Tensor, second_moment: Tensor, drift: Tensor, share: float) -> Tensor:

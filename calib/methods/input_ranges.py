@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from exporter.quantization.rounding import SMALLEST, round_activation
+from graphs.dtypes import ELEMENT_TYPES, code_range
 from graphs.errors import UsageError
-from graphs.quant_scheme import MOST, Scheme
+from graphs.quant_scheme import Scheme
 
 PERCENTILE = 99.99
 BINS = 2048  # of the entropy calibrator's histogram of |x|
@@ -39,7 +40,7 @@ def input_scale(
     if scheme.activation is None:
         raise ValueError("the scheme does not round activations, so there is no scale to choose")
     largest = CALIBRATORS[calibrator](values, peak, scheme, importance)
-    return max(largest / MOST[scheme.activation], SMALLEST)
+    return max(largest / code_range(scheme.activation)[1], SMALLEST)
 
 
 def rounding_error(values: Tensor, scheme: Scheme, scale: float, importance: Tensor) -> float:
@@ -62,7 +63,7 @@ def _percentile(values: Tensor, peak: float, scheme: Scheme, importance: Tensor)
 
 
 def _mse(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) -> float:
-    most = MOST[scheme.activation or "int8"]
+    most = code_range(scheme.activation or "int8")[1]
     costs: dict[int, float] = {}
 
     def cost(step: int) -> float:
@@ -83,7 +84,7 @@ def _entropy(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) ->
     candidate has the kept bins averaged within `LEVELS` equal parts, empty bins left empty. FP8 has
     no equal steps, so its range is not clipped.
     """
-    if scheme.activation != "int8" or peak <= 0:
+    if not ELEMENT_TYPES[scheme.activation or "int8"].is_integer or peak <= 0:
         return peak
     counts = torch.histc(values.abs(), BINS, 0, peak).double()  # [BINS]
     best, chosen = float("inf"), BINS

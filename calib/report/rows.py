@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from graphs.manifest import Manifest
-from runtime.bundle.sizes import schemes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +53,7 @@ def pareto_front(measured: Sequence[BundleRow]) -> tuple[BundleRow, ...]:
 def bundle_name(manifest: Manifest) -> str:
     """Return the bundle's name in reports: precision, quantization method, block size."""
     words = [manifest.precision, method_name(manifest)]
-    schemes = schemes_of(manifest)
+    schemes = manifest.storage.schemes
     if schemes:
         block = Counter(scheme.block for scheme in schemes.values()).most_common(1)[0][0]
         words.append("" if block is None else f"block {block}")

@@ -5,6 +5,9 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from graphs.build import Build
+from graphs.contract import PADDED
+from graphs.dtypes import Dtype
 from graphs.passes.dead_code import DEAD_CODE
 from graphs.passes.fold_constants import FOLD_CONSTANTS
 from graphs.passes.merge_linears import MERGE_GATE_UP, MERGE_QKV
@@ -18,7 +21,8 @@ from graphs.passes.rule import CONTRIB, Pass
 from graphs.passes.tie_embedding import TIE_EMBEDDING
 from graphs.passes.trt.fold_query_groups import FOLD_QUERY_GROUPS
 from graphs.passes.trt.keep_gate_up_apart import PART_GATE_UP
-from graphs.spec import PADDED, Dtype, ModelSpec
+from graphs.spec import ModelSpec
+from graphs.targets import require_entry_per_target
 
 PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
 """What every target begins with: after these the graph has standard operators only."""
@@ -39,11 +43,26 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
     "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
 }
 
+require_entry_per_target(
+    {name: passes for name, passes in PASSES.items() if name != "portable"},
+    "graphs.passes.pipeline.PASSES",
+)
+
 BATCH_INVARIANT: Mapping[str, tuple[Pass, ...]] = {"cpu": (PAD_QUERY,)}
 """What follows where a token must be the same in bits whatever is computed beside it."""
 
 LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
 """What follows when the quantized linears are written: it is for those that are left."""
+
+
+def pass_names(build: Build) -> tuple[str, ...]:
+    """The passes that a build goes through, in order."""
+    target = build.target.name
+    passes = PASSES[target] + (BATCH_INVARIANT[target] if build.batch_invariant else ())
+    names = [step.name for step in passes]
+    if build.storage.schemes:
+        names += ["quantize_linears", DEAD_CODE.name]
+    return (*names, *(step.name for step in LAST.get(target, ())))
 
 
 def lower(

@@ -5,7 +5,7 @@ goes through `QuantizeLinear` and back; TensorRT compiles that to integer produc
 
     x ── MatMul(Transpose(W))    →    x ─ [Quantize ─ Dequantize] ─ MatMul(Transpose(Dequantize(q)))
 
-`turned` codes [K, N] need no Transpose; merged ones are joined along N when the graph is loaded.
+`transposed` codes [K, N] need no Transpose; merged ones are joined along N at load time.
 
 ONNX Runtime has a kernel of its own for weights alone, `MatMulNBits`, which the `nbits` form uses.
 A weight with minimums is two products, the second with the sums of the input's blocks:
@@ -18,19 +18,14 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from graphs.dtypes import Dtype
 from graphs.passes.merge_linears import Linear, linear_at
 from graphs.passes.rule import CONTRIB, PassError, constant
 from graphs.passes.weight_ref import ONNX_DTYPE, WeightRef, weight_of
-from graphs.quant_scheme import MINIMUM, SCALE, ZERO_POINT, Layout, Scheme, StoredPart, stored_parts
-from graphs.spec import Dtype, ModelSpec
+from graphs.quant_scheme import MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
+from graphs.spec import ModelSpec
+from graphs.targets import CodeLayout
 
-ELEMENT: Mapping[str, ir.DataType] = {
-    **{str(name): dtype for name, dtype in ONNX_DTYPE.items()},
-    "int4": ir.DataType.INT4,
-    "int8": ir.DataType.INT8,
-    "uint8": ir.DataType.UINT8,
-    "float8e4m3": ir.DataType.FLOAT8E4M3FN,
-}
 ACCURACY_LEVEL = 4  # round blocks of the input to int8: the only level with a fast 8-bit kernel
 
 
@@ -44,7 +39,7 @@ class Quantization:
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     input_scales: Mapping[str, float] = field(default_factory=dict)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, CodeLayout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +82,13 @@ class QuantizeLinears:
 
 
 def _dequantized(
-    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, layout: Layout,
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, layout: CodeLayout,
     widths: Sequence[int],
 ) -> ir.Value:  # fmt: skip
     """The weight as its product reads it, [K, N]; its parts have `widths` rows."""
     matmul, weight = linear
-    if layout == "turned":
-        codes, scale = _turned(graph, linear, scheme, activation, widths)
+    if layout == "transposed":
+        codes, scale = _transposed(graph, linear, scheme, activation, widths)
         dequantize = ir.node("DequantizeLinear", [codes, scale], {"axis": 1})
         _typed(dequantize.outputs[0], activation, weight.sizes[::-1])
         graph.insert_before(matmul, dequantize)
@@ -108,16 +103,16 @@ def _dequantized(
     return transpose.outputs[0]
 
 
-def _turned(
+def _transposed(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, widths: Sequence[int]
 ) -> tuple[ir.Value, ir.Value]:
     """Codes [K, N] of all parts side by side, and scales [N]."""
     weight, (rows, columns) = linear.weight, linear.weight.sizes
     pieces = []
     for part, width in zip(weight.parts, widths, strict=True):
-        codes, _ = stored_parts(part, (width, columns), scheme, activation, "turned")
+        codes, _ = stored_parts(part, (width, columns), scheme, activation, "transposed")
         pieces.append(_reference(graph, codes, (part,)))
-    _, scales = stored_parts(str(weight.name), (rows, columns), scheme, activation, "turned")
+    _, scales = stored_parts(str(weight.name), (rows, columns), scheme, activation, "transposed")
     scale = _reference(graph, scales, tuple(part + SCALE for part in weight.parts))
     if len(pieces) == 1:
         return pieces[0], scale
@@ -150,7 +145,7 @@ def _rounded(
     if shared is not None:
         (quantize,) = shared.consumers()[:1]
         return quantize.outputs[0].consumers()[0].outputs[0]
-    element = ELEMENT[str(scheme.activation)]
+    element = ONNX_DTYPE[str(scheme.activation)]
     scale = constant(graph, ir.tensor(input_scale, ONNX_DTYPE[activation], name))
     zero = constant(graph, ir.tensor(0, element, f"zero.{element}"))
     quantize = ir.node("QuantizeLinear", [value, scale, zero])
@@ -177,12 +172,12 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
     nodes, result = [product], product.outputs[0]
     if minimum is not None:
         sums = _block_sums(graph, matmul, value, columns, scheme)
-        turned = ir.node("Transpose", [minimum], {"perm": [1, 0]})
-        second = ir.node("MatMul", [sums, turned.outputs[0]])
+        columnwise = ir.node("Transpose", [minimum], {"perm": [1, 0]})
+        second = ir.node("MatMul", [sums, columnwise.outputs[0]])
         total = ir.node("Add", [result, second.outputs[0]])
         for part in (product, second):
             part.outputs[0].type, part.outputs[0].shape = output.type, output.shape
-        nodes, result = [*nodes, turned, second, total], total.outputs[0]
+        nodes, result = [*nodes, columnwise, second, total], total.outputs[0]
     result.type, result.shape = output.type, output.shape
     graph.insert_before(matmul, nodes)
     result.name = output.name
@@ -235,7 +230,7 @@ def _block_sums(
 
 
 def _parts(
-    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, layout: Layout
+    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, layout: CodeLayout
 ) -> list[ir.Value]:
     """Put codes, scales and what else there is into the graph, in `stored_parts`' order."""
     found = []
@@ -248,7 +243,7 @@ def _parts(
 def _reference(graph: ir.Graph, part: StoredPart, parts: tuple[str, ...]) -> ir.Value:
     # The unquantized weight keeps its name until it is cleaned away, so the codes take another.
     name = part.name if part.name.endswith((SCALE, ZERO_POINT, MINIMUM)) else f"{part.name}.codes"
-    return constant(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
+    return constant(graph, WeightRef(name, parts, part.shape, ONNX_DTYPE[part.element]))
 
 
 def _typed(value: ir.Value, dtype: Dtype, sizes: tuple[int, ...]) -> None:

@@ -10,14 +10,12 @@ from typing import NoReturn
 
 import onnx_ir as ir
 
-from graphs.spec import Dtype
+from graphs.dtypes import ELEMENT_TYPES
 
-ONNX_DTYPE: Mapping[Dtype, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64,
+ONNX_DTYPE: Mapping[str, ir.DataType] = {
+    name: ir.DataType(element.onnx) for name, element in ELEMENT_TYPES.items()
 }
+"""ONNX's element types by our names."""
 
 
 class WeightRef(ir.LazyTensor):

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from graphs.contract import PADDED
 from graphs.passes.rule import Rule, constant, shared
-from graphs.spec import PADDED, ModelSpec
+from graphs.spec import ModelSpec
 
 
 def _pattern(graph: ir.Graph) -> Iterator[ir.Node]:

@@ -16,10 +16,11 @@ import onnx_ir as ir
 import pytest
 
 from exporter.engine.build import BuildRequest, build_engine, capacities
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
 from graphs.passes.fix_dimensions import specialize
 from graphs.passes.pipeline import lower
-from graphs.spec import Dtype, RingSpec
+from graphs.spec import RingSpec
 from runtime.backends import kernel_cache, tensorrt
 from runtime.backends.plan_validity import explain
 from runtime.backends.tensorrt import TrtSession
