@@ -6,8 +6,7 @@ does not grow with the number of layers, and a stopped run resumes after its las
 
 import platform
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,71 +21,22 @@ from calib.layers.layer_pass import (
     install_weights,
     tensor_in_file,
 )
-from calib.layers.mixed_precision import Budget, keep_worst
+from calib.layers.mixed_precision import keep_worst
 from calib.layers.samples import Samples
 from calib.layers.work_directory import LayerResult, WorkDirectory, open_work_directory
-from calib.methods.decide import GroupTask, Method, decide_group, methods_for
-from calib.methods.input_ranges import CALIBRATORS
+from calib.methods.decide import GroupTask, decide_group
 from calib.methods.observation import Observer
+from calib.options import CalibrationOptions
 from exporter.checkpoint.open import Checkpoint
 from exporter.decoder.model import load_decoder
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.recipe import SMOOTHING, Recipe
 from graphs.errors import UsageError
-from graphs.quant_scheme import BLOCKS, Offset, Scheme, default_scheme, groups, layer_groups
+from graphs.quant_scheme import groups, layer_groups
 from runtime.system.progress import Advance, Stage, silent
 
-PRECISIONS = ("int8", "int8wo", "int4wo", "fp8")
 QUANTIZED, FLOAT = "quantized", "float"  # streams of samples: through which model they run
 STEPS = 5  # times that the samples advance in a layer: to each of four groups, and to its end
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationOptions:
-    """The user's choices. None means the default of the precision or of the machine.
-
-    Raises UsageError if a value is not among those allowed.
-    """
-
-    precision: str
-    method: str | None = None
-    block: int | None = None
-    offset: Offset = "none"
-    calibrator: str = "mse"
-    budget: Budget = field(default_factory=Budget)
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        _require("--precision", self.precision, PRECISIONS)
-        _require("--method", self.method_name, methods_for(self.precision))
-        _require("--calibrator", self.calibrator, CALIBRATORS)
-        if self.block is not None:
-            _require("--block", self.block, BLOCKS)
-
-    @property
-    def method_name(self) -> str:
-        """Name of the method: the given one, or the precision's default."""
-        return self.method or next(iter(methods_for(self.precision)))
-
-    @property
-    def chosen_method(self) -> Method:
-        """The method of that name."""
-        return methods_for(self.precision)[self.method_name]
-
-    @property
-    def streams(self) -> tuple[str, ...]:
-        """Streams of samples: QUANTIZED, and FLOAT too if the method corrects drift."""
-        return (QUANTIZED, FLOAT) if self.chosen_method.drift else (QUANTIZED,)
-
-    @property
-    def scheme(self) -> Scheme:
-        """How every linear of the layers is quantized."""
-        return default_scheme(self.precision, block=self.block, offset=self.offset)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return, as plain data, what determines the numbers of a group. The budget does not."""
-        return {"precision": self.precision, "method": self.method_name,
-                "calibrator": self.calibrator, "scheme": self.scheme.to_json()}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +48,11 @@ class _Run:
     options: CalibrationOptions
     work: WorkDirectory
     device: torch.device
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams of samples: QUANTIZED, and FLOAT too if the method corrects drift."""
+        return (QUANTIZED, FLOAT) if self.options.chosen_method.drift else (QUANTIZED,)
 
 
 def calibrate(
@@ -180,7 +135,7 @@ def _write_embedded_samples(run: _Run) -> None:
     """Write every stream's samples as they enter the first layer."""
     spec, ids = run.checkpoint.spec, run.samples.ids
     decoder = load_decoder(spec, run.checkpoint.tensor, only={"model.embed_tokens"})
-    for stream in run.options.streams:
+    for stream in run.streams:
         path = run.work.scratch(stream)
         path.unlink(missing_ok=True)
         values = tensor_in_file(path, *ids.shape, spec.hidden_size)  # [n, S, E]
@@ -193,9 +148,9 @@ def _calibrate_layer(run: _Run, index: int, advance: Advance) -> None:
     spec, ids, options = run.checkpoint.spec, run.samples.ids, run.options
     weights = {name: run.checkpoint.tensor(name) for name in spec.weight_shapes()
                if name.startswith(f"model.layers.{index}.")}  # fmt: skip
-    passes = {stream: _layer_pass(run, stream, index) for stream in options.streams}
+    passes = {stream: _layer_pass(run, stream, index) for stream in run.streams}
     layers = {stream: float_layer(spec, index, weights.__getitem__, run.device)
-              for stream in options.streams}  # fmt: skip
+              for stream in run.streams}  # fmt: skip
     tensors: dict[str, Tensor] = {}
     facts = {}
     schemes = {name: options.scheme for group in layer_groups(index) for name in group.readers}
@@ -241,9 +196,3 @@ def _layer_pass(run: _Run, stream: str, index: int) -> LayerPass:
 
 def _residual_file(run: _Run, stream: str) -> Path:
     return run.work.scratch(f"{stream}-residual")
-
-
-def _require(option: str, value: object, known: Collection[object]) -> None:
-    if value not in known:
-        names = ", ".join(map(str, known))
-        raise UsageError(f"{option} is {value!r}; expected one of {names}.")

@@ -5,7 +5,7 @@ number to keep is limited by a share of the linears or by measuring the whole mo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import expm1
 from typing import Any
 
@@ -21,8 +21,9 @@ from calib.layers.sensitivity import (
     with_groups_stored_as,
 )
 from calib.layers.work_directory import WorkDirectory
+from calib.options import Budget
 from exporter.quantization.recipe import Recipe
-from graphs.errors import MistralcError, UsageError
+from graphs.errors import MistralcError
 from graphs.quant_scheme import Group, Scheme, default_scheme, groups
 from runtime.system.progress import Stage
 
@@ -33,42 +34,13 @@ TRIED = 8  # numbers of kept groups that are measured in one pass over the weigh
 SAMPLES, SAMPLE_TOKENS = 2, 256  # samples to measure on, and the tokens used of each
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Budget:
-    """Limits on what quantization may cost. None is no limit; without any, all is quantized.
-
-    `share` limits the linears kept, as a share of all linears; `max_kl` the divergence, in nats per
-    token; `max_ppl_increase` the growth of perplexity, 0.03 for 3%. Raises UsageError for a limit
-    that is negative or infinite.
-    """
-
-    share: float | None = None
-    max_kl: float | None = None
-    max_ppl_increase: float | None = None
-
-    def __post_init__(self) -> None:
-        for option, value in (("--keep-share", self.share), ("--max-kl", self.max_kl),
-                              ("--max-ppl-increase", self.max_ppl_increase)):  # fmt: skip
-            if value is not None and not 0 <= value < float("inf"):
-                raise UsageError(f"{option} is {value}; expected a number of at least 0.")
-
-    @property
-    def is_set(self) -> bool:
-        """Whether any limit is given."""
-        return any(v is not None for v in (self.share, self.max_kl, self.max_ppl_increase))
-
-    @property
-    def needs_measurement(self) -> bool:
-        """Whether the whole model has to be measured to know if the budget is met."""
-        return self.max_kl is not None or self.max_ppl_increase is not None
-
-    def allows(self, distance: Distance) -> bool:
-        """Return whether a model at this distance from its checkpoint is within the limits."""
-        if self.max_kl is not None and distance.kl > self.max_kl:
-            return False
-        return self.max_ppl_increase is None or (
-            expm1(distance.nll_increase) <= self.max_ppl_increase
-        )
+def meets(budget: Budget, distance: Distance) -> bool:
+    """Return whether a model at this distance from its checkpoint is within the budget."""
+    if budget.max_kl is not None and distance.kl > budget.max_kl:
+        return False
+    return budget.max_ppl_increase is None or (
+        expm1(distance.nll_increase) <= budget.max_ppl_increase
+    )
 
 
 def worst_first(
@@ -104,7 +76,7 @@ def choose_count(most: int, budget: Budget, measure: MeasureCounts) -> tuple[int
     while True:
         tried = spaced_counts(low, high)
         found |= measure([count for count in tried if count not in found])
-        good = next((count for count in tried if budget.allows(found[count])), None)
+        good = next((count for count in tried if meets(budget, found[count])), None)
         if good is None:
             raise _unmet(budget, found[most], most)
         below = [count for count in tried if count < good]

@@ -6,12 +6,13 @@ by GPTQ to compensate for each other's errors. Everything else follows from the 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calib.methods import awq, smoothquant
+from calib.methods.catalogue import Method
 from calib.methods.clipping import (
     SCALE_DTYPE,
     block_moments,
@@ -29,36 +30,6 @@ from exporter.quantization.rounding import Quantized
 from graphs.dtypes import code_range
 from graphs.quant_scheme import SCALE, ZERO_POINT, Group, Scheme
 from graphs.spec import ModelSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """How to decide a group's numbers.
-
-    `drift` is the share, 0 to 1, of the error of earlier groups that GPTQ corrects. It helps GPTQ
-    without smoothing; with smoothed and rounded inputs it raised SmolLM2's perplexity by a third.
-    """
-
-    smoothing: Literal["none", "awq", "smoothquant"] = "none"
-    gptq: bool = False
-    drift: float = 0.0
-
-
-WEIGHTS_ONLY: Mapping[str, Method] = {
-    "gptq": Method(gptq=True, drift=1.0),
-    "awq+gptq": Method(smoothing="awq", gptq=True),
-    "awq": Method(smoothing="awq"),
-}
-ROUNDED_INPUTS: Mapping[str, Method] = {
-    "smoothquant+gptq": Method(smoothing="smoothquant", gptq=True),
-    "smoothquant": Method(smoothing="smoothquant"),
-    "nearest": Method(),
-}
-
-
-def methods_for(precision: str) -> Mapping[str, Method]:
-    """Return the methods that can calibrate a precision, by name, the default first."""
-    return WEIGHTS_ONLY if precision.endswith("wo") else ROUNDED_INPUTS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,5 +133,5 @@ def _store(task: GroupTask, found: Quantized, tensors: dict[str, Tensor]) -> Non
             tensors[name + ZERO_POINT] = found.zero_point[start:end].cpu()
         if task.method.gptq:
             codes = found.codes[start:end].cpu()
-            tensors[name] = pack_int4(codes) if task.scheme.codes == "int4" else codes
+            tensors[name] = pack_int4(codes) if task.scheme.bits == 4 else codes
         start = end

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from calib.methods.catalogue import CALIBRATORS
 from exporter.quantization.rounding import SMALLEST, round_activation
 from graphs.dtypes import ELEMENT_TYPES, code_range
 from graphs.errors import UsageError
@@ -39,7 +40,7 @@ def input_scale(
         raise UsageError(f"Got the calibrator {calibrator!r}; expected one of {known}.")
     if scheme.activation is None:
         raise ValueError("the scheme does not round activations, so there is no scale to choose")
-    largest = CALIBRATORS[calibrator](values, peak, scheme, importance)
+    largest = _LARGEST[calibrator](values, peak, scheme, importance)
     return max(largest / code_range(scheme.activation)[1], SMALLEST)
 
 
@@ -110,6 +111,6 @@ def _divergence(reference: Tensor, candidate: Tensor) -> float:
     return float((p[seen] * (p[seen] / q[seen]).log()).sum())
 
 
-CALIBRATORS: Mapping[str, Callable[[Tensor, float, Scheme, Tensor], float]] = {
+_LARGEST: Mapping[str, Callable[[Tensor, float, Scheme, Tensor], float]] = {
     "absmax": _absmax, "percentile": _percentile, "entropy": _entropy, "mse": _mse,
 }  # fmt: skip

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from calib.layers.calibrate import CalibrationOptions, calibrate
-from calib.layers.mixed_precision import Budget
+from calib.layers.calibrate import calibrate
 from calib.layers.samples import Samples, check_length, default_length, evenly_spaced
-from calib.methods.decide import methods_for
+from calib.methods.catalogue import methods_for
+from calib.options import Budget, CalibrationOptions
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.decoder.model import logits_at
 from exporter.quantization.calibration_table import CalibrationTable
@@ -258,7 +258,7 @@ def test_another_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"precision": "fp16"}, "--precision is 'fp16'; expected one of int8, int8wo, int4wo, fp8"),
+        ({"precision": "fp16"}, "--precision is 'fp16'; expected one of int8wo, int4wo, int8, fp8"),
         ({"precision": "int8", "method": "awq"}, "--method is 'awq'; expected one of smoothquant"),
         ({"precision": "int4wo", "block": 48}, "--block is 48; expected one of 32, 64, 128"),
         ({"precision": "int8", "calibrator": "kl"}, "--calibrator is 'kl'"),
@@ -278,7 +278,7 @@ def test_the_command_writes_a_readable_table_and_replaces_it_only_with_force(
                "--text", text, "--length", 64, "--samples", 6)  # fmt: skip
     ended = mistralc(*command)
     assert ended.code == 0, ended.err
-    assert "Beyond the window of 8 lie 336 of its 384 tokens." in ended.out
+    assert "Beyond the window of 8: 336 of 384 tokens." in ended.out
     table = CalibrationTable.read(tmp_path / "table")
     assert table.method == methods_for("int4wo").__iter__().__next__()
     assert table.data["windows"] == 6

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.layers.mixed_precision import Budget, choose_count, spaced_counts, worst_first
+from calib.layers.mixed_precision import choose_count, meets, spaced_counts, worst_first
 from calib.layers.sensitivity import (
     Distance,
     each_group_alone,
     measure_variants,
     with_groups_stored_as,
 )
+from calib.options import Budget
 from exporter.decoder.model import logits_at
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
@@ -129,8 +130,9 @@ def test_a_budget_that_cannot_be_met_is_an_error_with_numbers() -> None:
 
 
 def test_perplexity_grows_by_the_exponential_of_the_loss() -> None:
-    assert Budget(max_ppl_increase=expm1(0.02)).allows(Distance(kl=9, nll_increase=0.02 - 1e-9))
-    assert not Budget(max_ppl_increase=expm1(0.02)).allows(Distance(kl=0, nll_increase=0.02 + 1e-9))
+    budget = Budget(max_ppl_increase=expm1(0.02))
+    assert meets(budget, Distance(kl=9, nll_increase=0.02 - 1e-9))
+    assert not meets(budget, Distance(kl=0, nll_increase=0.02 + 1e-9))
 
 
 def test_tried_numbers_include_both_ends() -> None:

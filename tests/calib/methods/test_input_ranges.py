@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from calib.methods.input_ranges import CALIBRATORS, input_scale, rounding_error
+from calib.methods.catalogue import CALIBRATORS
+from calib.methods.input_ranges import input_scale, rounding_error
 from graphs.errors import UsageError
 from graphs.quant_scheme import Scheme
 
@@ -75,6 +76,6 @@ def test_an_input_that_is_always_zero_has_a_scale() -> None:
 
 def test_an_unknown_calibrator_is_refused_by_name() -> None:
     with pytest.raises(
-        UsageError, match=r"Got the calibrator 'kl'; expected one of absmax, percentile"
+        UsageError, match=r"Got the calibrator 'kl'; expected one of mse, percentile"
     ):
         input_scale(normal(), 3.0, INT8, "kl", EVEN)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from calib.methods import smoothquant
+from calib.methods.catalogue import CALIBRATORS
 from calib.methods.clipping import SCALE_DTYPE
 from calib.methods.input_ranges import input_scale
 from exporter.quantization.rounding import quantize, round_activation
@@ -13,7 +14,6 @@ from tests.support.calibration_samples import observed, with_outliers
 
 INT8 = Scheme(codes="int8", activation="int8")
 FP8 = Scheme(codes="float8e4m3", activation="float8e4m3")
-CALIBRATORS = ("absmax", "percentile", "entropy", "mse")
 
 
 def weight() -> Tensor:
