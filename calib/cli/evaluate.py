@@ -75,9 +75,9 @@ def evaluate(
         result |= {"against": against, **evaluation.to_json()}
         paragraphs.append(evaluation.to_markdown())
     if questions is not None:
-        session, tokenizer = loaded.session, loaded.tokenizer
+        build, session, tokenizer = opened.manifest.build, loaded.session, loaded.tokenizer
         with stage("Answering", len(questions)) as advance:
-            accuracy = measure_accuracy(session, opened.manifest, tokenizer, questions, advance)
+            accuracy = measure_accuracy(session, build, tokenizer, questions, advance)
         result["choices"] = accuracy.to_json()
         paragraphs.append(accuracy.to_markdown())
     print(json.dumps(result) if as_json else "\n".join(paragraphs), end="\n" if as_json else "")

@@ -59,8 +59,9 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> None:
         super().__init__()
         loaded = load(Path(bundle), threads=threads, check=check)
-        self._manifest, self._tokenizer = loaded.bundle.manifest, loaded.tokenizer
-        self._session = loaded.generator.session
+        self._manifest, self._build = loaded.bundle.manifest, loaded.bundle.manifest.build
+        self._tokenizer = loaded.tokenizer
+        self._session = loaded.session
         self._chats: dict[
             str, list[int]
         ] = {}  # token ids by rendered text, which has no control tokens
@@ -100,7 +101,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
         """Return the log-likelihood of whole texts, in as few pieces as the context allows."""
-        scorer, found = Scorer(self._session, self._manifest), []
+        scorer, found = Scorer(self._session, self._build), []
         with stage_for(quiet=disable_tqdm)("Reading texts", len(requests)) as advance:
             for (text,) in (request.args for request in requests):
                 pieces = self._pieces(self.tok_encode(text, add_special_tokens=False))
@@ -111,16 +112,14 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue texts until a stop string, the end of text, or the token limit."""
-        generator = Generator(
-            self._session, make_ring(self._manifest.build), self._manifest.model.vocab_size
-        )
+        generator = Generator(self._session, make_ring(self._build), self._build.spec.vocab_size)
         found = []
         with stage_for(quiet=disable_tqdm)("Generating", len(requests)) as advance:
             for context, settings in (request.args for request in requests):
                 params, limits = _settings(settings)
                 ids = self.tok_encode(context) or [self.prefix_token_id]
-                if not self._manifest.model.slides:
-                    room = self._manifest.ring.context - (limits.max_new_tokens or 0)
+                if not self._build.spec.slides:
+                    room = self._build.ring.context - (limits.max_new_tokens or 0)
                     ids = _last(ids, max(room, 1))
                 chat = context in self._chats
                 completion = Completion(generator, self._tokenizer, ids, params, limits, chat=chat)
@@ -138,7 +137,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_ignored: object
     ) -> list[tuple[float, bool]]:
-        scorer, found = Scorer(self._session, self._manifest), []
+        scorer, found = Scorer(self._session, self._build), []
         with stage_for(quiet=disable_tqdm)("Scoring", len(requests)) as advance:
             for texts, context, continuation in requests:
                 score = self._score(scorer, context or [self.prefix_token_id], continuation)
@@ -149,7 +148,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def _pieces(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        longest = len(ids) if self._manifest.model.slides else self._manifest.ring.context
+        longest = len(ids) if self._build.spec.slides else self._build.ring.context
         windows = get_rolling_token_windows(ids, self.prefix_token_id, max(longest, 1), 1)
         return map(make_disjoint_window, windows)
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from exporter.checks.corpus import objects, read_text
+from graphs.build import Build
 from graphs.errors import MistralcError
-from graphs.manifest import Manifest
 from runtime.backends.session import Session
 from runtime.load import make_ring
 from runtime.measure.perplexity import Progress, check_ids, feed, log_likelihoods
@@ -95,15 +95,15 @@ class Scorer:
     No one else may step the session while a Scorer uses it.
     """
 
-    def __init__(self, session: Session, manifest: Manifest) -> None:
-        self.session, self.manifest, self.ring = session, manifest, make_ring(manifest.build)
+    def __init__(self, session: Session, build: Build) -> None:
+        self.session, self.build, self.ring = session, build, make_ring(build)
         self._seen: list[int] = []  # ids in the ring
         session.resize(self.ring.capacities)
 
     @property
     def longest(self) -> int | None:
         """Most tokens of a text, continuation included; None for a sliding window."""
-        spec, context = self.manifest.model, self.manifest.ring.context
+        spec, context = self.build.spec, self.build.ring.context
         return None if spec.slides else context + 1  # the last token is never fed
 
     def score(self, ids: Sequence[int], start: int) -> Likelihood:
@@ -113,7 +113,7 @@ class Scorer:
         are not finite.
         """
         array = np.asarray(ids, np.int64)
-        check_ids(self.manifest.build, array)
+        check_ids(self.build, array)
         common = self._common(ids[: start - 1])
         self.ring.check_room_from(common, len(ids) - 1 - common)
         self.ring.rewind(common)
@@ -152,13 +152,13 @@ def read_questions(path: Path) -> list[Question]:
 
 def measure_accuracy(
     session: Session,
-    manifest: Manifest,
+    build: Build,
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     progress: Progress | None = None,
 ) -> Accuracy:
     """Answer all `questions`, counted by `progress`. Of equally likely choices the first wins."""
-    scorer = Scorer(session, manifest)
+    scorer = Scorer(session, build)
     right, right_normalized = 0, 0
     for question in questions:
         try:

@@ -48,15 +48,16 @@ def measure_variants(
     float if it is None. `scratch` is a file that is overwritten; it takes 4 n S E bytes per
     variant. `advance` is called with 1 after every layer.
     """
-    spec, names = recipe.spec, [None, *variants]
+    spec = recipe.spec
     scratch.unlink(missing_ok=True)
-    states = tensor_in_file(scratch, len(names), *ids.shape, spec.hidden_size)
+    states = tensor_in_file(scratch, 1 + len(variants), *ids.shape, spec.hidden_size)
+    # states [1 + variants, n, S, E]: first the checkpoint's, then the variants' in `order`
     states[0] = load_decoder(spec, weight, only={"model.embed_tokens"}).embed(ids)
     decoder = load_decoder(spec, weight, only=(), device=device)
-    begun = 1  # variants are sorted by their first changed layer; until then they equal states[0]
-    first = {name: _first_layer(quantized) if rest is None else 0
-             for name, quantized in variants.items()}  # fmt: skip
-    order = sorted(variants, key=first.__getitem__)
+    first = {name: _first_layer(changed) if rest is None else 0
+             for name, changed in variants.items()}  # fmt: skip
+    order = sorted(variants, key=first.__getitem__)  # a variant equals states[0] up to `first`
+    begun = 1  # states that are computed separately so far
     for index in range(spec.num_hidden_layers):
         weights = {name: weight(name) for name in spec.weight_shapes()
                    if name.startswith(f"model.layers.{index}.")}  # fmt: skip
@@ -65,13 +66,13 @@ def measure_variants(
         states[begun : begun + len(starting)] = states[0]
         begun += len(starting)
         reference = with_groups_stored_as(recipe, own, None)
-        chosen = [None, *(variants[name] & own for name in order[: begun - 1])]
-        for subset in dict.fromkeys(chosen):
+        quantized = [None, *(variants[name] & own for name in order[: begun - 1])]
+        for subset in dict.fromkeys(quantized):  # equal layers are built once
             as_stored = (
                 reference if subset is None else with_groups_stored_as(recipe, own - subset, rest)
             )
             layer = quantized_layer(as_stored, index, weights.__getitem__, device)
-            for number, mine in enumerate(chosen):
+            for number, mine in enumerate(quantized):
                 if mine == subset:
                     states[number] = run_layer(decoder, layer, states[number].to(device)).cpu()
         advance(1)
@@ -106,7 +107,7 @@ def _compare(
     decoder = load_decoder(recipe.spec, weight, only={"model.norm", "lm_head"}, device=device)
     count, length = ids.shape
     step = max(1, count * (length - 1) // COMPARED_TOKENS)
-    rows = torch.arange(0, count * length, step)
+    rows = torch.arange(0, count * length, step)  # [T]
     rows = rows[rows % length < length - 1]  # a text's last token has no next token
     target = ids.flatten()[rows + 1].to(device)
 

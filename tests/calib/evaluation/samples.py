@@ -1,11 +1,14 @@
-"""Manifests, log-probabilities and a question for the tests of this folder. Asserts nothing."""
+"""Builds, log-probabilities and a question for the tests of this folder. Asserts nothing."""
 
 from typing import Any
 
 import numpy as np
 
-from graphs.manifest import Manifest
+from graphs.build import Build, Storage
+from graphs.contract import GraphContract
+from graphs.precisions import PRECISIONS
 from graphs.spec import ModelSpec, RingSpec
+from graphs.targets import TARGETS
 from runtime.backends.session import Logits
 from tests.support.make_checkpoint import tiny_spec
 
@@ -13,11 +16,12 @@ SLIDING, PLAIN = tiny_spec(window=8), tiny_spec()
 GOOD_QUESTION: dict[str, Any] = {"question": "2 + 2 =", "choices": ["4", "5"], "answer": 0}
 
 
-def manifest_of(spec: ModelSpec, context: int = 64) -> Manifest:
-    return Manifest(
-        target="cpu", precision="fp32", activation="float32", model=spec,
-        ring=RingSpec(chunk=3, context=context), window_source="checkpoint", checkpoint={},
-        versions={}, files={},
+def build_of(spec: ModelSpec, context: int = 64) -> Build:
+    return Build(
+        target=TARGETS["cpu"], precision=PRECISIONS["fp32"],
+        contract=GraphContract(spec=spec, ring=RingSpec(chunk=3, context=context),
+                               activation="float32"),
+        storage=Storage(),
     )  # fmt: skip
 
 

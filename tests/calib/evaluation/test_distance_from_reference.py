@@ -11,7 +11,7 @@ from exporter.decoder.model import load_decoder
 from graphs.spec import ModelSpec
 from runtime.backends.session import Ids
 from runtime.measure.perplexity import divergences
-from tests.calib.evaluation.samples import PLAIN, SLIDING, log_softmax, manifest_of
+from tests.calib.evaluation.samples import PLAIN, SLIDING, build_of, log_softmax
 from tests.support import tiny
 
 ANOTHER = 1  # seed of other weights of the same shape
@@ -23,7 +23,7 @@ def texts(spec: ModelSpec, count: int = 3, length: int = 30) -> Ids:
 
 @pytest.mark.parametrize("spec", [SLIDING, PLAIN], ids=["sliding", "plain"])
 def test_a_bundle_has_zero_distance_from_its_own_weights(spec: ModelSpec):
-    found = evaluate(tiny.session(spec), manifest_of(spec), texts(spec), tiny.decoder(spec))
+    found = evaluate(tiny.session(spec), build_of(spec), texts(spec), tiny.decoder(spec))
     assert found.tokens == 3 * 29
     assert found.kl is not None
     # Logits of about 1 that differ by 1e-6 give a divergence of half the square of that.
@@ -35,7 +35,7 @@ def test_a_bundle_has_zero_distance_from_its_own_weights(spec: ModelSpec):
 @pytest.mark.parametrize("spec", [SLIDING, PLAIN], ids=["sliding", "plain"])
 def test_distance_is_the_mean_divergence_of_the_bundle_from_the_reference(spec: ModelSpec):
     cut, other = texts(spec), tiny.decoder(spec, ANOTHER)
-    found = evaluate(tiny.session(spec), manifest_of(spec), cut, other)
+    found = evaluate(tiny.session(spec), build_of(spec), cut, other)
     p, q = (
         np.concatenate([log_softmax(tiny.at_once(model, ids)[:-1]) for ids in cut])
         for model in (other, tiny.decoder(spec))
@@ -53,7 +53,7 @@ def test_distance_is_the_mean_divergence_of_the_bundle_from_the_reference(spec: 
 
 def test_the_reference_uses_the_same_window_as_the_bundle():
     far = load_decoder(PLAIN, tiny.weights(PLAIN).__getitem__)  # the same weights, no window
-    found = evaluate(tiny.session(SLIDING), manifest_of(SLIDING), texts(SLIDING), far)
+    found = evaluate(tiny.session(SLIDING), build_of(SLIDING), texts(SLIDING), far)
     assert found.kl is not None
     assert found.kl > 1e-4, "a million times the divergence with equal windows"
 
@@ -70,7 +70,7 @@ def test_divergence_is_zero_for_equal_distributions_and_exact_for_a_biased_coin(
 def test_progress_adds_up_to_the_announced_total(compared: bool):
     counted: list[int] = []
     reference = tiny.decoder(PLAIN) if compared else None
-    evaluate(tiny.session(PLAIN), manifest_of(PLAIN), texts(PLAIN), reference, counted.append)
+    evaluate(tiny.session(PLAIN), build_of(PLAIN), texts(PLAIN), reference, counted.append)
     assert sum(counted) == steps(texts(PLAIN), compared=compared)
 
 

@@ -114,10 +114,10 @@ def test_eval_with_only_choices_reads_no_text(
     result = reported(mistralc("eval", sliding_bundle, "--choices", task, "--json"))
     assert result.keys() == {"bundle", "choices"}
     assert result["choices"]["questions"] == 2
-    manifest = read_manifest(sliding_bundle)
-    session = load_session(sliding_bundle, manifest, threads=1)
+    build = read_manifest(sliding_bundle).build
+    session = load_session(sliding_bundle, build, threads=1)
     tokenizer = Tokenizer.load(sliding_bundle)
-    expected = measure_accuracy(session, manifest, tokenizer, read_questions(task))
+    expected = measure_accuracy(session, build, tokenizer, read_questions(task))
     assert result["choices"] == expected.to_json()
     assert told(mistralc("eval", sliding_bundle, "--choices", task)) == expected.to_markdown()
 

@@ -23,7 +23,7 @@ from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 from runtime.decoding.ring import ContextFullError
 from runtime.text.tokenizer import Tokenizer
-from tests.calib.evaluation.samples import GOOD_QUESTION, PLAIN, SLIDING, log_softmax, manifest_of
+from tests.calib.evaluation.samples import GOOD_QUESTION, PLAIN, SLIDING, build_of, log_softmax
 from tests.support import tiny
 
 
@@ -41,7 +41,7 @@ def by_hand(spec: ModelSpec, ids: list[int], start: int) -> tuple[float, bool]:
 @pytest.mark.parametrize("spec", [SLIDING, PLAIN], ids=["sliding", "plain"])
 def test_continuations_score_as_in_one_pass_whatever_was_scored_before(spec: ModelSpec):
     """Cases: shared prefixes, rewinds within and beyond a ring's slack, unrelated texts."""
-    scorer = Scorer(tiny.session(spec), manifest_of(spec))
+    scorer = Scorer(tiny.session(spec), build_of(spec))
     text = tiny.tokens(spec, 60).tolist()
     cases = [(text[:40], 20), (text[:40], 39), ([*text[:39], 7], 39), ([*text[:38], 3, 4], 38),
              ([*text[:21], 9, 9, 9], 21), (text, 58), (text[30:50], 1), (text[:5], 5)]  # fmt: skip
@@ -54,7 +54,7 @@ def test_continuations_score_as_in_one_pass_whatever_was_scored_before(spec: Mod
 
 
 def test_a_continuation_is_greedy_exactly_if_the_model_would_generate_it():
-    scorer, ids = Scorer(tiny.session(PLAIN), manifest_of(PLAIN)), tiny.tokens(PLAIN, 6).tolist()
+    scorer, ids = Scorer(tiny.session(PLAIN), build_of(PLAIN)), tiny.tokens(PLAIN, 6).tolist()
     for _ in range(5):
         ids.append(int(tiny.at_once(tiny.decoder(PLAIN), np.array(ids))[-1].argmax()))
     assert scorer.score(ids, 6).greedy
@@ -66,18 +66,18 @@ def test_scores_are_bit_identical_for_any_order_of_choices():
     choices = [[*prompt, 5], [*prompt, 6, 7], [*prompt, 8]]
     found = []
     for order in (choices, choices[::-1]):
-        scorer = Scorer(tiny.session(SLIDING), manifest_of(SLIDING))
+        scorer = Scorer(tiny.session(SLIDING), build_of(SLIDING))
         found.append([scorer.score(ids, len(prompt)).log for ids in order])
     assert found[0] == found[1][::-1]
 
 
 def test_a_text_longer_than_the_context_is_refused():
-    scorer = Scorer(tiny.session(PLAIN), manifest_of(PLAIN, context=20))
+    scorer = Scorer(tiny.session(PLAIN), build_of(PLAIN, context=20))
     assert scorer.longest == 21
     scorer.score([5] * 21, 3)
     with pytest.raises(ContextFullError, match="holds 20 in all"):
         scorer.score([5] * 22, 3)
-    assert Scorer(tiny.session(SLIDING), manifest_of(SLIDING)).longest is None
+    assert Scorer(tiny.session(SLIDING), build_of(SLIDING)).longest is None
 
 
 def question(context: str, *choices: str, answer: int = 0) -> Question:
@@ -150,13 +150,13 @@ def test_accuracy_counts_the_likeliest_choice_and_the_likeliest_per_character(to
     assert plain != normalized, "length has to change at least one answer"
     counted: list[int] = []
     asked = [replace(q, answer=at) for q, at in zip(questions, plain, strict=True)]
-    session, manifest = tiny.session(PLAIN), manifest_of(PLAIN)
-    found = measure_accuracy(session, manifest, tokenizer, asked, counted.append)
+    session, build = tiny.session(PLAIN), build_of(PLAIN)
+    found = measure_accuracy(session, build, tokenizer, asked, counted.append)
     agreed = sum(a == b for a, b in zip(plain, normalized, strict=True))
     assert (found.accuracy, found.normalized) == (1, agreed / 5)
     assert len(counted) == 5
     asked = [replace(q, answer=at) for q, at in zip(questions, normalized, strict=True)]
-    found = measure_accuracy(session, manifest, tokenizer, asked)
+    found = measure_accuracy(session, build, tokenizer, asked)
     assert (found.accuracy, found.normalized) == (agreed / 5, 1)
 
 
