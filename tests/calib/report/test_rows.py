@@ -46,7 +46,7 @@ def test_a_token_reads_every_weight_once_but_only_one_row_of_an_untied_embedding
     spec = tiny_spec(tie_word_embeddings=tied)
     every = 4 * spec.num_parameters
     unread = 0 if tied else 4 * (spec.vocab_size - 1) * spec.hidden_size
-    assert read_bytes(manifest_of(spec, None)) == every - unread
+    assert read_bytes(manifest_of(spec, None).build) == every - unread
 
 
 def test_a_token_reads_the_codes_scales_and_zero_points_of_quantized_weights():
@@ -62,5 +62,5 @@ def test_a_token_reads_the_codes_scales_and_zero_points_of_quantized_weights():
         linears += n * k
         expected += n * k // 2 + 4 * n * blocks + n * -(-blocks // 2)  # packed: two to a byte
     manifest = manifest_of(spec, stored)
-    assert read_bytes(manifest) == expected + 4 * (spec.num_parameters - linears)
+    assert read_bytes(manifest.build) == expected + 4 * (spec.num_parameters - linears)
     assert bundle_name(manifest) == "int4wo awq block 32"
