@@ -1,4 +1,4 @@
-"""A bundle as a model of lm-evaluation-harness, which is installed with `mistralc[eval]` only."""
+"""A bundle as a model of lm-evaluation-harness, which only `mistralc[eval]` installs."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calib.evaluation.multiple_choice import measure, read_questions
+from calib.evaluation.multiple_choice import measure_accuracy, read_questions
 from graphs.errors import MistralcError
 from runtime.completion import Completion, Limits
 from runtime.decoding.sampling import SamplingParams
@@ -50,7 +50,7 @@ def requests(*arguments: tuple[Any, ...]) -> list[Instance]:
 
 
 def by_hand(ids: list[int], start: int, window: int | None = None) -> tuple[float, bool]:
-    """Log-likelihood of the ids from `start` on in one pass, and whether all are the likeliest."""
+    """Return the log-likelihood of ids[start:] in one pass, and whether all are greedy."""
     logits = tiny.at_once(tiny.decoder(tiny_spec(window=window)), np.array(ids))[start - 1 : -1]
     wide = logits.astype(np.float64)
     wide -= np.logaddexp.reduce(wide, axis=-1, keepdims=True)
@@ -58,7 +58,7 @@ def by_hand(ids: list[int], start: int, window: int | None = None) -> tuple[floa
     return float(log), bool((wide.argmax(-1) == ids[start:]).all())
 
 
-def test_the_harness_finds_the_model_by_its_name():
+def test_the_harness_finds_the_model_by_name():
     assert get_model("mistralc") is BundleModel
 
 
@@ -76,31 +76,31 @@ def test_likelihoods_are_those_of_one_pass(sliding: BundleModel):
     assert found[0] == found[-1]
 
 
-def test_a_context_too_long_loses_its_beginning(plain: BundleModel):
+def test_a_context_that_is_too_long_loses_its_beginning(plain: BundleModel):
     ((log, _),) = plain.loglikelihood(requests((LONG, "on")), disable_tqdm=True)
     ids = plain.tok_encode(LONG + "on")[-(CONTEXT + 1) :]
     assert log == pytest.approx(by_hand(ids, CONTEXT + 1 - 3)[0], abs=TOLERANCE)
 
 
-def test_a_whole_text_is_read_at_once_where_the_model_slides(sliding: BundleModel):
+def test_a_model_with_a_window_reads_a_whole_text_at_once(sliding: BundleModel):
     assert sliding.loglikelihood_rolling(requests(("",)), disable_tqdm=True) == [0]
     (log,) = sliding.loglikelihood_rolling(requests((LONG,)), disable_tqdm=True)
     assert log == pytest.approx(by_hand(sliding.tok_encode(LONG), 1, window=8)[0], abs=TOLERANCE)
 
 
-def test_a_whole_text_is_read_in_pieces_where_the_context_ends(plain: BundleModel):
+def test_a_model_without_a_window_reads_a_long_text_in_pieces(plain: BundleModel):
     (log,) = plain.loglikelihood_rolling(requests((LONG,)), disable_tqdm=True)
     ids = plain.tok_encode(LONG)  # BOS first: every token after it is predicted once
     done, expected = 1, 0.0
     while done < len(ids):
         end = min(done + CONTEXT, len(ids))
-        begin = max(0, end - 1 - CONTEXT)  # as much before as there is room for
+        begin = max(0, end - 1 - CONTEXT)  # as much context as fits
         expected += by_hand(ids[begin:end], done - begin)[0]
         done = end
     assert log == pytest.approx(expected, abs=TOLERANCE)
 
 
-def test_answers_are_those_that_the_runtime_generates(sliding: BundleModel, sliding_bundle: Path):
+def test_answers_equal_those_of_the_runtime(sliding: BundleModel, sliding_bundle: Path):
     loaded = load(sliding_bundle, threads=1)
 
     def answer(text: str, count: int, temperature: float = 0.0, **more: Any) -> str:
@@ -124,7 +124,7 @@ def test_answers_are_those_that_the_runtime_generates(sliding: BundleModel, slid
     assert found == [expected for _, expected in cases]
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning_to_make_room_for_the_answer(
+def test_a_long_prompt_loses_its_beginning_to_make_room_for_the_answer(
     plain: BundleModel, plain_bundle: Path
 ):
     (found,) = plain.generate_until(requests((LONG, {"max_gen_toks": 20})), disable_tqdm=True)
@@ -169,8 +169,8 @@ def test_a_task_has_the_accuracy_that_eval_reports(
     }  # fmt: skip
     found = simple_evaluate(sliding, tasks=[task], bootstrap_iters=0)["results"]["tiny"]
     loaded = load(sliding_bundle, threads=1)
-    expected = measure(
-        loaded.generator.session, loaded.bundle.manifest, loaded.tokenizer, read_questions(file)
+    expected = measure_accuracy(
+        loaded.session, loaded.bundle.manifest.build, loaded.tokenizer, read_questions(file)
     )
     assert found["acc,none"] == expected.accuracy
     assert found["acc_norm,none"] == expected.normalized

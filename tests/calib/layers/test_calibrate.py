@@ -1,4 +1,4 @@
-"""The layer-by-layer loop: what it decides, what it holds, and that killing it costs no work."""
+"""Calibration layer by layer: results, memory, and resuming a killed run."""
 
 import os
 import signal
@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from calib.layers.calibrate import CalibrationOptions, calibrate
-from calib.layers.mixed_precision import Budget
-from calib.layers.samples import Samples, check_length, default_length, spread
-from calib.methods.decide import methods
+from calib.layers.calibrate import calibrate
+from calib.layers.samples import Samples, check_length, default_length, evenly_spaced
+from calib.methods.catalogue import methods_for
+from calib.options import Budget, CalibrationOptions
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.decoder.model import logits_at
 from exporter.quantization.calibration_table import CalibrationTable
@@ -42,7 +42,7 @@ def options(precision: str, method: str | None = None, **given: Any) -> Calibrat
 
 
 def divergence(checkpoint: Checkpoint, table: CalibrationTable | None, chosen: str) -> float:
-    """KL divergence of the table's model, or of the nearest codes, from the checkpoint's."""
+    """KL divergence from the checkpoint of the table's model, or of rounding to nearest."""
     spec = checkpoint.spec
     schemes = table.schemes if table else {
         name: options(chosen).scheme
@@ -64,11 +64,11 @@ def checkpoint(sliding_checkpoint: Path) -> Checkpoint:
     return open_checkpoint(sliding_checkpoint)
 
 
-@pytest.mark.parametrize("method", methods("int4wo"))
+@pytest.mark.parametrize("method", methods_for("int4wo"))
 def test_every_int4_method_beats_the_nearest_codes(
     checkpoint: Checkpoint, tmp_path: Path, method: str
 ) -> None:
-    # a search over smoothing and codes together fits 256 tokens so well that new text loses
+    # with only 256 tokens, a search over both smoothing and codes overfits
     table = calibrate(checkpoint, samples(64), options("int4wo", method), tmp_path / "work")
     assert divergence(checkpoint, table, "int4wo") < divergence(checkpoint, None, "int4wo")
 
@@ -77,14 +77,16 @@ def test_every_int4_method_beats_the_nearest_codes(
 def test_smoothquant_beats_the_nearest_codes(
     checkpoint: Checkpoint, tmp_path: Path, precision: str
 ) -> None:
-    # ranges of single features need more tokens than 256: with those, new text is clipped
+    # per-feature ranges from only 256 tokens would clip new text
     many = samples(128)
     nearest = calibrate(checkpoint, many, options(precision, "nearest"), tmp_path / "a")
     smooth = calibrate(checkpoint, many, options(precision), tmp_path / "b")
     assert divergence(checkpoint, smooth, precision) < divergence(checkpoint, nearest, precision)
 
 
-def test_a_table_has_what_its_scheme_needs(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_table_has_the_tensors_that_its_scheme_needs(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     table = calibrate(checkpoint, samples(), options("int8"), tmp_path / "work")
     at = "model.layers.1."
     assert {name for name in table.tensors if name.startswith(f"{at}o") or "o_proj" in name} >= {
@@ -95,7 +97,7 @@ def test_a_table_has_what_its_scheme_needs(checkpoint: Checkpoint, tmp_path: Pat
     assert table.data["source"] == "random"
 
 
-def test_scales_are_the_same_numbers_in_float16(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_scales_are_exact_in_float16(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for precision in ("int4wo", "int8"):
         table = calibrate(checkpoint, samples(), options(precision), tmp_path / precision)
         for name, value in table.tensors.items():
@@ -103,14 +105,14 @@ def test_scales_are_the_same_numbers_in_float16(checkpoint: Checkpoint, tmp_path
                 assert torch.equal(value, value.half().float()), name
 
 
-def test_the_report_says_how_much_of_the_samples_lies_beyond_the_window(
+def test_the_facts_count_the_sample_tokens_beyond_the_window(
     checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     table = calibrate(checkpoint, samples(), options("int4wo", "gptq"), tmp_path / "work")
     assert table.facts["coverage"] == [{"window": 8, "tokens": 256, "beyond": 8 * 24}]
 
 
-def test_samples_are_longer_than_the_window() -> None:
+def test_samples_have_to_be_longer_than_the_window() -> None:
     wide = tiny_spec(window=4096, max_position_embeddings=32_768)
     assert default_length(wide) == 5120
     assert default_length(tiny_spec(max_position_embeddings=8192)) == 512
@@ -120,13 +122,13 @@ def test_samples_are_longer_than_the_window() -> None:
         check_length(513, tiny_spec())
 
 
-def test_samples_are_spread_over_the_text() -> None:
+def test_samples_are_evenly_spaced_over_the_text() -> None:
     windows = torch.arange(100).view(100, 1)
-    assert spread(windows, 4).flatten().tolist() == [0, 25, 50, 75]
-    assert torch.equal(spread(windows, 200), windows)
+    assert evenly_spaced(windows, 4).flatten().tolist() == [0, 25, 50, 75]
+    assert torch.equal(evenly_spaced(windows, 200), windows)
 
 
-def test_the_same_samples_make_the_same_table(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_same_samples_give_the_same_table(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for name in ("a", "b"):
         table = calibrate(checkpoint, samples(), options("int4wo"), tmp_path / f"work-{name}")
         (tmp_path / name).mkdir()
@@ -135,14 +137,16 @@ def test_the_same_samples_make_the_same_table(checkpoint: Checkpoint, tmp_path: 
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_other_samples_begin_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_other_samples_start_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
     first = calibrate(checkpoint, samples(), options("int4wo", "gptq"), tmp_path / "work")
     other = calibrate(checkpoint, samples(seed=1), options("int4wo", "gptq"), tmp_path / "work")
     alone = calibrate(checkpoint, samples(seed=1), options("int4wo", "gptq"), tmp_path / "alone")
     assert other.fingerprint == alone.fingerprint != first.fingerprint
 
 
-def test_a_directory_that_is_not_ours_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_directory_not_made_by_calibration_is_left_alone(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.txt").write_text("years of work")
     with pytest.raises(MistralcError, match="was not made by calibration"):
@@ -155,7 +159,7 @@ import sys
 from pathlib import Path
 from calib.layers.calibrate import calibrate
 from exporter.checkpoint.open import open_checkpoint
-from tests.calib.test_calibrate import options, samples
+from tests.calib.layers.test_calibrate import options, samples
 source, work, method = sys.argv[1:]
 calibrate(open_checkpoint(source), samples(), options("int4wo", method), Path(work))
 """
@@ -166,9 +170,9 @@ from pathlib import Path
 from calib.layers.calibrate import calibrate
 from exporter.checkpoint.open import open_checkpoint
 from benchmarks.memory import PeakMemory
-from tests.calib.test_calibrate import options, samples
+from tests.calib.layers.test_calibrate import options, samples
 sources = sys.argv[1:]
-for number, source in enumerate(sources[:1] + sources):  # what is allocated once is there by then
+for number, source in enumerate(sources[:1] + sources):  # run the first twice: one-time allocations
     with PeakMemory() as memory:
         work = Path(source).with_name(f"work-{number}")
         calibrate(open_checkpoint(source), samples(), options("int4wo", "gptq"), work)
@@ -179,15 +183,15 @@ for number, source in enumerate(sources[:1] + sources):  # what is allocated onc
 def run(program: str, *arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq+gptq"])  # two streams of samples; smoothing
-def test_a_killed_calibration_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, method: str
-) -> None:
+@pytest.mark.parametrize(
+    "method", ["gptq", "awq+gptq"]
+)  # with two streams of samples; with smoothing
+def test_a_killed_calibration_resumes_and_gives_the_same_bytes(tmp_path: Path, method: str) -> None:
     path = write_checkpoint(tmp_path / "checkpoint", tiny_spec(num_hidden_layers=12, window=8))
     work = tmp_path / "work"
     process = run(CALIBRATE, path, work, method)
@@ -207,7 +211,7 @@ def test_a_killed_calibration_goes_on_and_ends_with_the_same_bytes(
         whole = calibrate(checkpoint, samples(), options("int4wo", method), tmp_path / "whole")
     finally:
         torch.set_num_threads(threads)
-    assert third.stat().st_mtime_ns == before  # it was not made again
+    assert third.stat().st_mtime_ns == before  # not computed again
     for name, table in (("resumed", resumed), ("at once", whole)):
         (tmp_path / name).mkdir()
         table.write(tmp_path / name)
@@ -228,8 +232,8 @@ def test_memory_does_not_grow_with_the_number_of_layers(tmp_path: Path) -> None:
     out, err = process.communicate()
     assert process.returncode == 0, err
     _, few, many = map(int, out.split())
-    # a layer is 3.9 MB in float32, and ten more of them held were seen to add 14% to the 330 MB;
-    # what the allocator does made 1% of difference in one process, and 6% between two
+    # A layer is 3.9 MB in float32; holding ten more was measured to add 14% to the 330 MB. The
+    # allocator varies by 1% within one process, and by 6% between two.
     assert many < 1.1 * few
 
 
@@ -254,18 +258,18 @@ def test_another_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"precision": "fp16"}, "--precision is 'fp16'; one of int8, int8wo, int4wo, fp8"),
-        ({"precision": "int8", "method": "awq"}, "--method is 'awq'; one of smoothquant"),
-        ({"precision": "int4wo", "block": 48}, "--block is 48; one of 32, 64, 128"),
+        ({"precision": "fp16"}, "--precision is 'fp16'; expected one of int8wo, int4wo, int8, fp8"),
+        ({"precision": "int8", "method": "awq"}, "--method is 'awq'; expected one of smoothquant"),
+        ({"precision": "int4wo", "block": 48}, "--block is 48; expected one of 32, 64, 128"),
         ({"precision": "int8", "calibrator": "kl"}, "--calibrator is 'kl'"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(given: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CalibrationOptions(**given)
 
 
-def test_the_command_writes_a_table_that_can_be_read(
+def test_the_command_writes_a_readable_table_and_replaces_it_only_with_force(
     mistralc: Command, sliding_checkpoint: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
@@ -274,9 +278,9 @@ def test_the_command_writes_a_table_that_can_be_read(
                "--text", text, "--length", 64, "--samples", 6)  # fmt: skip
     ended = mistralc(*command)
     assert ended.code == 0, ended.err
-    assert "Beyond the window of 8 lie 336 of its 384 tokens." in ended.out
+    assert "Beyond the window of 8: 336 of 384 tokens." in ended.out
     table = CalibrationTable.read(tmp_path / "table")
-    assert table.method == methods("int4wo").__iter__().__next__()
+    assert table.method == methods_for("int4wo").__iter__().__next__()
     assert table.data["windows"] == 6
     assert not (tmp_path / "table.partial").exists()
     again = mistralc(*command)

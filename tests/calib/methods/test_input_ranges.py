@@ -1,9 +1,10 @@
-"""The calibrators find static ranges on made-up activations whose answer is known."""
+"""Calibrators of static ranges on synthetic activations with a known answer."""
 
 import pytest
 import torch
 
-from calib.methods.input_ranges import CALIBRATORS, input_scale, rounding_error
+from calib.methods.catalogue import CALIBRATORS
+from calib.methods.input_ranges import input_scale, rounding_error
 from graphs.errors import UsageError
 from graphs.quant_scheme import Scheme
 
@@ -39,13 +40,13 @@ def test_a_lone_outlier_is_clipped(calibrator: str) -> None:
 
 
 @pytest.mark.parametrize("calibrator", ["percentile", "entropy", "mse"])
-def test_values_that_fill_their_range_are_not_clipped(calibrator: str) -> None:
+def test_uniform_values_are_not_clipped(calibrator: str) -> None:
     values = torch.linspace(-3, 3, 512 * 64).view(512, 64)
     # a step of the search is 8% of the range
     assert clipped_at(values, calibrator) > 0.9 * 3
 
 
-def test_mse_costs_least_on_heavy_tails() -> None:
+def test_mse_has_the_smallest_error_on_heavy_tails() -> None:
     values = normal() ** 3
     cost = {
         name: rounding_error(values, INT8, clipped_at(values, name) / 127, EVEN)
@@ -62,7 +63,7 @@ def test_an_outlier_that_no_linear_reads_does_not_widen_the_range() -> None:
     assert clipped_at(values, "mse", unread) < 10 < clipped_at(values, "mse")
 
 
-def test_fp8_may_use_its_whole_range() -> None:
+def test_fp8_uses_its_full_range() -> None:
     values = normal()
     peak = float(values.abs().max())
     assert input_scale(values, peak, FP8, "absmax", EVEN) == pytest.approx(peak / 448)
@@ -74,5 +75,7 @@ def test_an_input_that_is_always_zero_has_a_scale() -> None:
 
 
 def test_an_unknown_calibrator_is_refused_by_name() -> None:
-    with pytest.raises(UsageError, match=r"'kl' is not known; one of absmax, percentile"):
+    with pytest.raises(
+        UsageError, match=r"Got the calibrator 'kl'; expected one of mse, percentile"
+    ):
         input_scale(normal(), 3.0, INT8, "kl", EVEN)

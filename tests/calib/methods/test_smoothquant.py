@@ -1,11 +1,12 @@
-"""SmoothQuant's search: outliers of the input go where they cost less."""
+"""SmoothQuant's search for the migration strength."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from calib.methods import smoothquant
-from calib.methods.clipping import STORED
+from calib.methods.catalogue import CALIBRATORS
+from calib.methods.clipping import SCALE_DTYPE
 from calib.methods.input_ranges import input_scale
 from exporter.quantization.rounding import quantize, round_activation
 from graphs.quant_scheme import Scheme
@@ -13,7 +14,6 @@ from tests.support.calibration_samples import observed, with_outliers
 
 INT8 = Scheme(codes="int8", activation="int8")
 FP8 = Scheme(codes="float8e4m3", activation="float8e4m3")
-CALIBRATORS = ("absmax", "percentile", "entropy", "mse")
 
 
 def weight() -> Tensor:
@@ -21,9 +21,9 @@ def weight() -> Tensor:
 
 
 def true_error(s: Tensor, scheme: Scheme, calibrator: str) -> float:
-    """Mean squared error of the output on all samples, both operands rounded."""
+    """Return the mean squared output error on all samples, with both operands rounded."""
     x, w = with_outliers(), weight()
-    rounded = quantize(w * s, scheme, STORED).dequantized()
+    rounded = quantize(w * s, scheme, SCALE_DTYPE).dequantized()
     values = x / s
     scale = input_scale(
         values, float(values.abs().max()), scheme, calibrator, rounded.square().sum(0)
@@ -32,33 +32,33 @@ def true_error(s: Tensor, scheme: Scheme, calibrator: str) -> float:
 
 
 @pytest.mark.parametrize("calibrator", CALIBRATORS)
-def test_it_beats_no_smoothing_where_inputs_have_outliers(calibrator: str) -> None:
-    s = smoothquant.smoothing(
+def test_it_beats_no_smoothing_for_inputs_with_outliers(calibrator: str) -> None:
+    s = smoothquant.choose_smoothing(
         weight(), observed(with_outliers()), INT8, calibrator, lambda values: values
     )
-    # three of 96 features set the scale of all: a factor is what the method is for
+    # without smoothing, three of 96 features set the scale of all of them
     assert true_error(s, INT8, calibrator) < 0.3 * true_error(torch.ones(96), INT8, calibrator)
 
 
-def test_the_searched_strength_is_no_worse_than_the_papers_half() -> None:
+def test_the_searched_strength_is_no_worse_than_the_papers_default_of_one_half() -> None:
     x, w = with_outliers(), weight()
-    s = smoothquant.smoothing(w, observed(x), INT8, "mse", lambda values: values)
+    s = smoothquant.choose_smoothing(w, observed(x), INT8, "mse", lambda values: values)
     half = (x.abs().amax(0) / w.abs().amax(0)).sqrt()
-    # the search takes rounding errors for independent, which is good to a few percent
+    # the search assumes independent rounding errors, which is accurate to a few percent
     assert true_error(s, INT8, "mse") < 1.05 * true_error(half, INT8, "mse")
 
 
-def test_fp8_has_exponents_of_its_own_and_is_made_no_worse() -> None:
-    s = smoothquant.smoothing(
+def test_smoothing_does_no_harm_to_fp8_which_has_exponents() -> None:
+    s = smoothquant.choose_smoothing(
         weight(), observed(with_outliers()), FP8, "mse", lambda values: values
     )
-    # the same few percent as above
+    # 5% as in the test above
     assert true_error(s, FP8, "mse") < 1.05 * true_error(torch.ones(96), FP8, "mse")
 
 
-def test_the_error_without_samples_is_the_error_with_them() -> None:
+def test_the_estimated_error_is_close_to_the_error_on_all_samples() -> None:
     x, w = with_outliers(), weight()
     for s in (torch.ones(96), (x.abs().amax(0) / w.abs().amax(0)).sqrt()):
-        quick = smoothquant.error(s, w, observed(x), INT8, "mse") / len(w)
-        # rounding errors are not quite independent: within a quarter of what they are
+        quick = smoothquant.smoothing_error(s, w, observed(x), INT8, "mse") / len(w)
+        # rounding errors are not quite independent: the estimate is within 25%
         assert quick == pytest.approx(true_error(s, INT8, "mse"), rel=0.25)
