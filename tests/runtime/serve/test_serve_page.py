@@ -77,7 +77,7 @@ def test_a_question_is_answered_by_keyboard_alone(page: Any, server: Server) -> 
     assert answered(page) == expected
     assert page.locator(".message[data-role=user]").text_content() == "Hello\nthere"
     note = page.locator(".message footer").last.text_content()
-    assert re.match(r"\d tokens · first after \d+ ms", note)
+    assert re.match(r"\d tokens · first token after \d+ ms", note)
     assert page.evaluate("document.activeElement.id") == "prompt"
 
 
