@@ -7,6 +7,7 @@ tokens against the generator's.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
 from runtime.backends.session import Session
 from runtime.decoding.generator import Generator
 from runtime.decoding.ring import Ring
+from runtime.load import load
 from runtime.scheduling.request import Request, Ticket
 from runtime.scheduling.scheduler import Scheduler
 from tests.support import tiny
@@ -157,3 +159,14 @@ def test_the_scheduler_gives_the_tokens_of_the_generator(spec: str):
         logits = generator.feed(each.ids)
         steps = generator.generate(logits, GREEDY, max_new_tokens=12)
         assert answer.tokens == [step.token_id for step in steps]
+
+
+def test_the_scheduler_of_a_loaded_bundle_gives_the_tokens_of_its_generator(plain_bundle: Path):
+    loaded = load(plain_bundle)
+    generator, ids = loaded.generator, tuple(loaded.tokenizer.encode("Hello"))
+    assert loaded.generator is generator, "the generator keeps its text between uses"
+    steps = generator.generate(generator.feed(ids), GREEDY, max_new_tokens=12)
+    expected = [step.token_id for step in steps]
+    subject = Scheduler.of(load(plain_bundle, rows=2))
+    (answer,) = served(subject, Request(ids=ids, params=GREEDY, max_new_tokens=12))
+    assert answer.tokens == expected

@@ -214,9 +214,7 @@ def test_a_killed_replica_breaks_only_its_own_streams_and_is_replaced(
     pair = streams()
     before = {stream.replica for stream in pair}
     whole: list[socket.socket] = []
-    while (
-        min(running_rows(cluster).values()) < 2
-    ):  # whole answers, beside the streams
+    while min(running_rows(cluster).values()) < 2:  # whole answers, beside the streams
         assert len(whole) < 6, "the proxy sends everything to one replica"
         whole.append(cluster.connection(ENDLESS))
     cluster.replicas()[0].kill()

@@ -98,9 +98,7 @@ def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
 # Text
 
 
-def test_text_arrives_piece_by_piece(
-    generator: Generator, tokenizer: Tokenizer
-) -> None:
+def test_text_arrives_piece_by_piece(generator: Generator, tokenizer: Tokenizer) -> None:
     done, pieces = answer(generator, tokenizer, spelled(tokenizer, "abc"))
     assert (pieces, done.text) == (["a", "b", "c"], "abc")
 
