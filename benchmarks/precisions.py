@@ -28,7 +28,7 @@ from exporter.decoder.model import load_decoder
 from exporter.export import ExportOptions, export
 from exporter.quantization.policy import QuantizeOptions
 from graphs.manifest import Manifest
-from runtime.bundle.sizes import file_bytes, read_bytes
+from runtime.bundle.sizes import read_bytes
 from runtime.load import load_session
 from runtime.measure.bench import machine
 from runtime.text.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def measured(row: Row, folder: Path, count: int) -> Measured:
     found = (manifest.quantization or {}).get("quality") or plain(bundle, manifest, count)
     one = Measured(
         name=row.name, precision=row.precision, method=" ".join(row.calibrate or ()),
-        file_bytes=file_bytes(manifest), read_bytes=read_bytes(manifest),
+        file_bytes=manifest.file_bytes, read_bytes=read_bytes(manifest),
         **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1")},
     )  # fmt: skip
     print(json.dumps(asdict(one)), file=sys.stderr, flush=True)

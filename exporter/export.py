@@ -1,15 +1,14 @@
-"""The way from a checkpoint to a bundle, in the order it happens. Knows no command line.
+"""From a checkpoint to a bundle, in the order in which it happens. Knows no command line.
 
-Read, trace, lower, write, compile, verify, publish. Nothing appears at the destination before the
-last step, and nothing is begun before the cheap refusals: bad options, a host without the memory
-or the space, a bad tokenizer.
+Decide, trace, lower, write, compile, verify, publish. Nothing appears at the destination before the
+last step, and nothing starts before the cheap refusals: wrong options, a host without the memory or
+the space, a tokenizer that cannot be carried over.
 """
 
 import platform
 import shutil
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
@@ -20,105 +19,68 @@ import onnx_ir as ir
 from exporter.bundle import staging
 from exporter.bundle.run_archive import write_run_archive
 from exporter.bundle.weights_file import Layout, link_weights, stream_weights
-from exporter.checkpoint.config_hf import override_window
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checks.golden import golden, margin
-from exporter.checks.quality_gate import Gate, measure
+from exporter.checks.quality_gate import measure
 from exporter.checks.verify import Agreement, cases, require, to_json, to_markdown, verify
+from exporter.decide import decide, decide_precision
 from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from exporter.engine import audit
-from exporter.engine.build import BuildRequest, EngineOptions, build_engine, capacities
-from exporter.estimate import plan, require_host
+from exporter.engine.build import BuildRequest, build_engine
+from exporter.estimate.host import host_needs, require_host
+from exporter.options import ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
-from exporter.quantization.make_recipe import describe, make_recipe, quantization
-from exporter.quantization.policy import QuantizeOptions
+from exporter.quantization.make_recipe import (
+    check_calibration,
+    describe,
+    make_recipe,
+    quantization,
+    weight_facts,
+)
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
-from exporter.tokenizer.read import read_tokenizer
-from graphs.errors import UsageError
+from exporter.tokenizer.read import TokenizerFiles, read_tokenizer
+from graphs.build import Build
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import specialize
-from graphs.passes.pipeline import BATCH_INVARIANT, lower
-from graphs.quant_scheme import QUANTIZED
-from graphs.spec import Dtype, ModelSpec, RingSpec
+from graphs.passes.fix_dimensions import fix_dimensions
+from graphs.passes.pipeline import lower
+from graphs.targets import TARGETS, backend_distributions
 from runtime.backends import tensorrt_library
-from runtime.backends.session import Session
 from runtime.decoding.golden import require_invariance
 from runtime.load import load_session, make_ring
 from runtime.system.progress import Stage, silent
 
-HALF: Mapping[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
-ENGINE: Mapping[str, Dtype] = {**HALF, **dict.fromkeys(QUANTIZED, "float16")}
-ACTIVATION: Mapping[str, Mapping[str, Dtype]] = {
-    "cpu": {"fp32": "float32", **dict.fromkeys(QUANTIZED, "float32")},
-    "cuda": HALF,
-    "rtx": ENGINE,
-    "tensorrt": ENGINE,
-}
-"""By target and precision: what the graph computes in. A pair that is not here is not built."""
-
-ENGINES = ("rtx", "tensorrt")
-LARGEST_CHUNK, LARGEST_CONTEXT = 512, 4096  # defaults; tokens
-LARGEST_CPU_CHUNK = 256  # reads a prompt of 512 tokens 5 to 10% faster than one chunk of 512 does
-ENGINE_CHUNK = 64  # tokens; of fewer it makes a duplicate "iota", or finds no attention kernel
-TOOLS = ("mistralc", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-         "tensorrt", "tensorrt-rtx-cu13", "tokenizers")  # fmt: skip
+TOOLS = ("mistralc", "torch", "onnx", "onnx-ir", "onnxscript", "tokenizers")
+"""Distributions whose versions a manifest records, beside those of the backends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ExportOptions:
-    """What the user may choose. None leaves the choice to the checkpoint and the target."""
+class Source:
+    """What an export starts from: everything that was read, checked and decided."""
 
-    target: str = "cpu"
-    precision: str | None = None
-    window: int | None = None
-    context: int | None = None
-    chunk: int | None = None
-    max_batch: int = 1
-    force: bool = False
-    engine: EngineOptions = field(default_factory=EngineOptions)
-    allow_faults: bool = False
-    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
-    calibration: Path | None = None
-    gate: Gate = field(default_factory=Gate)
-    batch_invariant: bool = False
+    checkpoint: Checkpoint
+    table: CalibrationTable | None
+    tokenizer: TokenizerFiles
+    build: Build
+    recipe: Recipe
 
-    def __post_init__(self) -> None:
-        if self.target not in ACTIVATION:
-            raise UsageError(
-                f"--target is {self.target!r}; one of {', '.join(ACTIVATION)} is expected."
-            )
-        if self.precision is not None and self.precision not in ACTIVATION[self.target]:
-            known = ", ".join(ACTIVATION[self.target])
-            raise UsageError(
-                f"--precision is {self.precision!r}; the target {self.target} is built in {known}."
-            )
-        for name in ("window", "context", "chunk", "max_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} is {value}; a whole number from 1 up is expected.")
-        if self.window is not None and self.context is not None:
-            raise UsageError(
-                "--window and --context exclude each other: a model that slides everywhere has no "
-                "end of context. Give one of them."
-            )
-        if self.target not in ENGINES and self.engine != EngineOptions():
-            raise UsageError(
-                f"Options of an engine were given for --target {self.target}, which has none. "
-                "Leave them out, or choose --target rtx or tensorrt."
-            )
-        if self.batch_invariant and self.target not in BATCH_INVARIANT:
-            raise UsageError(
-                f"--batch-invariant was given for --target {self.target}; it is made for "
-                f"{', '.join(BATCH_INVARIANT)} only. Leave it out, or choose that target."
-            )
 
-    @property
-    def precision_or_default(self) -> str:
-        """What to call the result before the checkpoint has been looked at."""
-        return self.precision or ("fp32" if self.target == "cpu" else "half")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Graph:
+    """A written graph: the model, the fingerprint of the weights, and how often each pass fired."""
+
+    model: ir.Model
+    fingerprint: str
+    passes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checks:
+    """What the finished files were found to compute; None: not measured on this host."""
+
+    agreements: list[Agreement] | None = None
+    quality: dict[str, Any] | None = None
 
 
 def export(
@@ -126,99 +88,58 @@ def export(
 ) -> Manifest:
     """Export the checkpoint `source` to a bundle at `destination`; returns its manifest.
 
-    Raises MistralcError, and leaves nothing behind, when anything is not as it must be: the
-    options, the checkpoint, the host, or the numbers of the finished bundle.
+    Raises MistralcError, and leaves nothing behind, if any check fails: of the options, the
+    checkpoint, the host, or the numbers of the finished bundle.
     """
     staging.check_destination(destination, force=options.force)
-    if options.target in ENGINES:
-        tensorrt_library.load(options.target)
-    checkpoint = open_checkpoint(source)
-    spec = _windowed(checkpoint.spec, options)
-    ring = ring_spec(spec, options)
-    precision = options.precision or _default_precision(options.target, checkpoint)
-    table = None if options.calibration is None else _read_table(options.calibration, checkpoint)
-    activation = ACTIVATION[options.target][precision]
-    recipe = make_recipe(
-        checkpoint, spec, options.target, precision, activation, options.quantize, table
-    )
-    tokenizer = read_tokenizer(checkpoint.path)
-    require_host(plan(spec, ring, options.target, precision), destination)
-    manifest = Manifest(
-        target=options.target,
-        precision=precision,
-        activation=activation,
-        model=spec,
-        ring=ring,
-        window_source="checkpoint" if options.window is None else "user",
-        checkpoint={"name": Path(checkpoint.source).name, "format": checkpoint.format},
-        quantization=describe(recipe, table),
-        versions=versions(),
-        files={},
-    )
+    opened = _open(source, options)
+    build = opened.build
+    require_host(build, host_needs(build), destination)
     with staging.staged(destination) as directory:
-        graph = directory / "graph" if options.target in ENGINES else directory
-        graph.mkdir(exist_ok=True)
-        model, manifest = _write_graph(
-            checkpoint, recipe, manifest, graph, stage, batch_invariant=options.batch_invariant
-        )
-        staging.write_tokenizer(tokenizer, directory)
+        graph_folder = directory / "graph" if build.target.holds_plan else directory
+        graph_folder.mkdir(exist_ok=True)
+        graph = _write_graph(opened, graph_folder, stage)
+        staging.write_tokenizer(opened.tokenizer, directory)
         write_run_archive(directory)
-        reference = simulate(recipe, checkpoint.tensor)
+        reference = simulate(opened.recipe, opened.checkpoint.tensor)
         with stage("Asking the reference for golden tokens", None):
-            lead = margin(activation, rounded=recipe.rounds_inputs)
-            texts = golden(reference, tokenizer.open().encode, lead)
-        manifest = replace(manifest, golden=texts)
-        if options.target in ENGINES:
-            manifest = _compile(model, recipe, manifest, options, directory, stage)
-        agreements = None
-        if options.target == "cpu":  # the others need a GPU: `mistralc verify` and `eval` there
-            session = load_session(directory, manifest)
-            agreements = _check(session, manifest, reference, stage)
-            if manifest.quantization is not None:
-                quality = measure(
-                    options.gate, session, manifest, checkpoint, tokenizer.open(), stage
-                )
-                facts = {**manifest.quantization, "quality": quality}
-                manifest = replace(manifest, quantization=facts)
+            lead = margin(build.activation, rounded=build.storage.rounds_inputs)
+            texts = golden(reference, opened.tokenizer.open().encode, lead)
+        engine, checks = None, Checks()
+        if build.target.holds_plan:
+            engine = _compile(graph.model, opened, options, directory, stage)
+        if build.target.verified_at_export:
+            checks = _check(opened, options, directory, reference, texts, stage)
         with stage("Hashing the bundle", None):
-            known = (
-                {} if manifest.engine is None else {"engine.plan": manifest.engine["plan_sha256"]}
-            )
-            manifest = replace(manifest, files=staging.list_files(directory, known))
-        return record(manifest, directory, agreements, "the checkpoint")
-
-
-def ring_spec(spec: ModelSpec, options: ExportOptions) -> RingSpec:
-    """Choose the ring: small windows get small chunks, lest the ring be mostly slack."""
-    context = options.context or min(spec.max_position_embeddings, LARGEST_CONTEXT)
-    if options.context is not None and spec.slides:
-        raise UsageError(
-            f"--context is {options.context}, but every layer of this checkpoint slides (window "
-            f"{spec.windows[0]}), so text has no end. Leave it out."
+            known = {} if engine is None else {"engine.plan": engine["plan_sha256"]}
+            files = staging.list_files(directory, known)
+        manifest = Manifest(
+            target=build.target.name,
+            precision=build.precision.name,
+            activation=build.activation,
+            model=build.spec,
+            ring=build.ring,
+            window_source=build.window_source,
+            checkpoint={
+                "name": Path(opened.checkpoint.source).name,
+                "format": opened.checkpoint.format,
+                "fingerprint": graph.fingerprint,
+            },
+            versions=versions(),
+            passes=graph.passes,
+            quantization=describe(opened.recipe, opened.table, checks.quality),
+            golden=texts,
+            verification=(
+                None if checks.agreements is None else to_json(checks.agreements, "the checkpoint")
+            ),
+            engine=engine,
+            files=files,
         )
-    if context > spec.max_position_embeddings:
-        raise UsageError(
-            f"--context is {context}; the checkpoint was made for {spec.max_position_embeddings} "
-            "positions. Give at most that, or --window to let the text slide."
-        )
-    smallest = min((size for size in spec.windows if size is not None), default=context)
-    least = ENGINE_CHUNK if options.target in ENGINES else 1
-    largest = LARGEST_CPU_CHUNK if options.target == "cpu" else LARGEST_CHUNK
-    chunk = options.chunk or max(least, min(largest, smallest))
-    if chunk < least:
-        raise UsageError(
-            f"--chunk is {chunk}; an engine needs at least {least}: TensorRT-RTX 1.7 fails to "
-            "compile shorter steps. Leave it out, or give a larger one."
-        )
-    return RingSpec(chunk=chunk, context=context, max_batch=options.max_batch)
+        return record(manifest, directory)
 
 
-def record(
-    manifest: Manifest, directory: Path, agreements: list[Agreement] | None, against: str
-) -> Manifest:
-    """Write what is known of the bundle into its `report/` and manifest, which is returned."""
-    if agreements is not None:
-        manifest = replace(manifest, verification=to_json(agreements, against))
+def record(manifest: Manifest, directory: Path) -> Manifest:
+    """Write the manifest and, from it, `report/verify.md`; returns the manifest that lists it."""
     parts = []
     if manifest.verification is not None:
         parts.append(to_markdown(manifest.verification))
@@ -230,7 +151,7 @@ def record(
 def versions() -> dict[str, str]:
     """Versions of what made the bundle, by distribution name."""
     found = {"python": platform.python_version()}
-    for name in TOOLS:
+    for name in (*TOOLS, *backend_distributions()):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -238,15 +159,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _windowed(spec: ModelSpec, options: ExportOptions) -> ModelSpec:
-    return spec if options.window is None else override_window(spec, options.window)
-
-
-def _default_precision(target: str, checkpoint: Checkpoint) -> str:
-    """Take the checkpoint's own bfloat16 where that is a choice: no bit is lost in it."""
-    known = list(ACTIVATION[target])
-    stored = set(checkpoint.dtypes.values())
-    return "bf16" if stored == {"bfloat16"} and "bf16" in known else known[0]
+def _open(source: str, options: ExportOptions) -> Source:
+    """Read and decide everything that needs no weight, so that refusals come first."""
+    target = TARGETS[options.target]
+    if target.holds_plan:
+        tensorrt_library.load(target)
+    checkpoint = open_checkpoint(source)
+    table = None if options.calibration is None else _read_table(options.calibration, checkpoint)
+    facts = weight_facts(checkpoint, table)
+    precision = decide_precision(target, options, facts)
+    check_calibration(precision, options.quantize, checkpoint.spec, table)
+    build = decide(checkpoint.spec, target, options, facts)
+    return Source(
+        checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.path),
+        build=build, recipe=make_recipe(build, checkpoint, table),
+    )  # fmt: skip
 
 
 def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:
@@ -255,15 +182,11 @@ def _read_table(path: Path, checkpoint: Checkpoint) -> CalibrationTable:
     return table
 
 
-def _write_graph(
-    checkpoint: Checkpoint, recipe: Recipe, manifest: Manifest, directory: Path, stage: Stage,
-    *, batch_invariant: bool,
-) -> tuple[ir.Model, Manifest]:  # fmt: skip
-    """Write `model.onnx` and `weights.safetensors`, tracing the one while the other is streamed."""
-    spec, activation = manifest.model, manifest.activation
+def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
+    """Write `model.onnx` and `weights.safetensors`; tracing runs while weights are streamed."""
+    build, recipe = source.build, source.recipe
     stopped = Event()
-    total = Layout.of(recipe).nbytes
-    with stage("Tracing the decoder and writing weights", total) as advance:
+    with stage("Tracing the decoder and writing weights", Layout.of(recipe).nbytes) as advance:
 
         def step(count: int) -> None:
             if stopped.is_set():
@@ -271,59 +194,63 @@ def _write_graph(
             advance(count)
 
         def stream() -> str:
-            return stream_weights(checkpoint, recipe, directory, step)
+            return stream_weights(source.checkpoint, recipe, directory, step)
 
         with ThreadPoolExecutor(1) as pool:
             fingerprint = pool.submit(stream)
             try:
-                model = trace(spec, activation)
-                if manifest.target in ENGINES:
-                    specialize(model, capacities(spec, manifest.ring))
+                model = trace(build.spec, build.activation)
+                if build.target.holds_plan:
+                    fix_dimensions(model, build.contract.capacities)
                 passes = lower(
-                    model, spec, manifest.target, quantization(recipe), activation,
-                    manifest.ring.context, batch_invariant=batch_invariant,
+                    model, build.spec, build.target.name, quantization(recipe), build.activation,
+                    build.ring.context, batch_invariant=build.batch_invariant,
                 )  # fmt: skip
             except BaseException:
                 stopped.set()
                 raise
-            named = {**manifest.checkpoint, "fingerprint": fingerprint.result()}
+            written = fingerprint.result()
     link_weights(model, recipe, directory)
     staging.write_model(model, directory)
-    return model, replace(manifest, checkpoint=named, passes=passes)
+    return Graph(model=model, fingerprint=written, passes=passes)
 
 
 def _compile(
-    model: ir.Model,
-    recipe: Recipe,
-    manifest: Manifest,
-    options: ExportOptions,
-    directory: Path,
-    stage: Stage,
-) -> Manifest:
-    """Turn the graph in `directory`/graph into `engine.plan`, audit it, and drop the graph."""
-    spec, ring, activation = manifest.model, manifest.ring, manifest.activation
+    model: ir.Model, source: Source, options: ExportOptions, directory: Path, stage: Stage
+) -> dict[str, Any]:
+    """Compile `directory`/graph into `engine.plan`, audit it, remove the graph; the audit's facts.
+
+    Raises MistralcError if the engine has a fault that the user did not allow.
+    """
+    build = source.build
     request = BuildRequest(
-        graph=directory / "graph" / "model.onnx", plan=directory / "engine.plan", spec=spec,
-        ring=ring, activation=activation, target=options.target, options=options.engine,
+        graph=directory / "graph" / "model.onnx", plan=directory / "engine.plan",
+        contract=build.contract, target=build.target.name, options=options.engine,
     )  # fmt: skip
     with stage("Building the engine", request.work) as advance:
         built = build_engine(request, advance)
-    weights = Layout.of(recipe).weight_bytes
-    found = audit.audit(built, model.graph, spec, ring, activation, weights)
+    weights = Layout.of(source.recipe).weight_bytes
+    found = audit.audit(built, model.graph, build.contract, weights)
     audit.require(found, allow=options.allow_faults)
     shutil.rmtree(directory / "graph")
-    facts: dict[str, Any] = {**found.to_json(), "gpus": list(options.engine.gpus)}
-    return replace(manifest, engine=facts)
+    return {**found.to_json(), "gpus": list(options.engine.gpus)}
 
 
 def _check(
-    session: Session, manifest: Manifest, reference: Decoder, stage: Stage
-) -> list[Agreement]:
-    """Verify the finished files before anyone can see them."""
-    tokens = sum(case.tokens for case in cases(manifest, short=True))
+    source: Source, options: ExportOptions, directory: Path, reference: Decoder,
+    texts: list[dict[str, Any]], stage: Stage,
+) -> Checks:  # fmt: skip
+    """Verify the finished files, and measure what quantizing cost, before anyone can see them."""
+    build = source.build
+    session = load_session(directory, build)
+    tokens = sum(case.tokens for case in cases(build, short=True))
     with stage("Verifying", tokens) as advance:
-        agreements = verify(session, manifest, reference, short=True, progress=advance)
+        agreements = verify(session, build, reference, short=True, progress=advance)
     require(agreements)
-    if manifest.batch_invariant:
-        require_invariance(session, make_ring(manifest), manifest.golden)
-    return agreements
+    if build.batch_invariant:
+        require_invariance(session, make_ring(build), texts)
+    if not build.precision.quantized:
+        return Checks(agreements=agreements)
+    tokenizer = source.tokenizer.open()
+    quality = measure(options.gate, session, build, source.checkpoint, tokenizer, stage)
+    return Checks(agreements=agreements, quality=quality)

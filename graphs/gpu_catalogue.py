@@ -10,10 +10,6 @@ from dataclasses import dataclass
 
 from graphs.errors import UsageError
 
-RTX_COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.x")
-"""What a TensorRT-RTX 1.7 plan runs on when its compute capability is left unset."""
-
-FP8_COMPUTE_CAPABILITY = (8, 9)  # the first whose tensor cores take E4M3
 GB = 10**9
 
 
@@ -30,22 +26,6 @@ class Gpu:
     memory_bytes: int
     bandwidth_bytes_per_s: int
     source: str
-
-    @property
-    def runs_rtx(self) -> bool:
-        """Whether TensorRT-RTX supports it; Hopper (9.0) it does not."""
-        return runs_rtx(self.compute_capability)
-
-    @property
-    def runs_fp8(self) -> bool:
-        """Whether its tensor cores multiply FP8."""
-        return version(self.compute_capability) >= FP8_COMPUTE_CAPABILITY
-
-
-def runs_rtx(compute_capability: str) -> bool:
-    """Whether TensorRT-RTX supports this compute capability, given as "8.9"."""
-    family = compute_capability.partition(".")[0] + ".x"
-    return compute_capability in RTX_COMPUTE_CAPABILITIES or family in RTX_COMPUTE_CAPABILITIES
 
 
 def version(compute_capability: str) -> tuple[int, int]:

@@ -12,10 +12,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self, get_args
 
+from graphs.build import Build, Storage, WindowSource
+from graphs.contract import GraphContract
+from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
-from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec
+from graphs.precisions import PRECISIONS, Precision
+from graphs.quant_scheme import Scheme
+from graphs.spec import ModelSpec, RingSpec
+from graphs.targets import TARGETS, CodeLayout, Target
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
@@ -46,7 +52,7 @@ class Manifest:
     activation: Dtype
     model: ModelSpec
     ring: RingSpec
-    window_source: Literal["checkpoint", "user"]
+    window_source: WindowSource
     checkpoint: Mapping[str, str]  # name, format, fingerprint
     versions: Mapping[str, str]  # of mistralc and of the libraries that made the bundle
     passes: Mapping[str, int] = field(default_factory=dict)  # how often each graph pass fired
@@ -57,6 +63,67 @@ class Manifest:
     verification: Mapping[str, Any] | None = None
     engine: Mapping[str, Any] | None = None  # the audit of a TensorRT plan
     files: Mapping[str, FileEntry]
+
+    @property
+    def known_target(self) -> Target:
+        """The facts of the bundle's target. Raises MistralcError if this version has no such."""
+        found = TARGETS.get(self.target)
+        if found is None:
+            raise MistralcError(
+                f"The bundle was built for the target {self.target!r:.40}; this version of "
+                f"mistralc knows {', '.join(TARGETS)}. Install the version that wrote the bundle, "
+                "or export the checkpoint again."
+            )
+        return found
+
+    @property
+    def known_precision(self) -> Precision:
+        """The facts of the bundle's precision. Raises MistralcError if this version has no such."""
+        found = PRECISIONS.get(self.precision)
+        if found is None:
+            raise MistralcError(
+                f"The bundle is of the precision {self.precision!r:.40}; this version of mistralc "
+                f"knows {', '.join(PRECISIONS)}. Install the version that wrote the bundle, or "
+                "export the checkpoint again."
+            )
+        return found
+
+    @property
+    def storage(self) -> Storage:
+        """How each weight is stored. Raises MistralcError if the record is not one of ours."""
+        record = self.quantization or {}
+        layouts = record.get("layouts", {})
+        unknown = set(layouts.values()) - set(get_args(CodeLayout))
+        if unknown:
+            raise MistralcError(
+                f"The bundle's codes are laid out as {sorted(unknown)[0]!r:.40}; this version of "
+                f"mistralc reads {', '.join(get_args(CodeLayout))}. Export the checkpoint again."
+            )
+        schemes = record.get("schemes", {})
+        return Storage(
+            schemes={name: Scheme.from_json(entry) for name, entry in schemes.items()},
+            layouts=layouts,
+            copied=tuple(record.get("repacked", ())),
+        )
+
+    @property
+    def build(self) -> Build:
+        """What was decided before the bundle was written."""
+        return Build(
+            target=self.known_target, precision=self.known_precision, contract=self.contract,
+            storage=self.storage, window_source=self.window_source,
+            batch_invariant=self.batch_invariant,
+        )  # fmt: skip
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of all files that the manifest lists."""
+        return sum(entry.size for entry in self.files.values())
+
+    @property
+    def contract(self) -> GraphContract:
+        """What the bundle's graph takes and returns."""
+        return GraphContract(spec=self.model, ring=self.ring, activation=self.activation)
 
     @property
     def batch_invariant(self) -> bool:
@@ -121,7 +188,7 @@ def _check_types(data: Mapping[str, Any]) -> None:
     """Raise TypeError for the first field whose type is not what its readers count on."""
     for name in _TEXT_FIELDS:
         _need(isinstance(data[name], str), name, "text")
-    _need(data["activation"] in ITEM_SIZE, "activation", f"one of {', '.join(ITEM_SIZE)}")
+    _need(data["activation"] in FLOATS, "activation", f"one of {', '.join(FLOATS)}")
     for name in ("checkpoint", "versions"):
         texts = isinstance(data[name], dict) and all(
             isinstance(v, str) for v in data[name].values()

@@ -11,23 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple, Self
 
+from graphs.dtypes import ELEMENT_TYPES, Codes, Dtype
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
+from graphs.precisions import precision_named, quantized_precisions
+from graphs.spec import ModelSpec
+from graphs.targets import CodeLayout
 
-Codes = Literal["int4", "int8", "float8e4m3"]
 Offset = Literal["none", "zero_point", "minimum"]
-Layout = Literal["onnx", "turned", "nbits"]  # of a weight's codes; see `stored_parts`
 
-LEAST: Mapping[Codes, float] = {"int4": -8, "int8": -128, "float8e4m3": -448.0}
-MOST: Mapping[Codes, float] = {"int4": 7, "int8": 127, "float8e4m3": 448.0}
 BLOCKS = (32, 64, 128)
-ELEMENT_SIZE: Mapping[str, float] = {
-    **ITEM_SIZE,
-    "uint8": 1,
-    "int8": 1,
-    "float8e4m3": 1,
-    "int4": 0.5,
-}
 SCALE, ZERO_POINT, MINIMUM = "_scale", "_zero_point", "_minimum"  # after the weight's name
 
 
@@ -45,12 +37,12 @@ class Scheme:
     codes: Codes
     block: int | None = None
     offset: Offset = "none"
-    activation: Literal["int8", "float8e4m3"] | None = None
+    activation: Codes | None = None
 
     @property
     def bits(self) -> int:
         """Bits of one code."""
-        return 4 if self.codes == "int4" else 8
+        return ELEMENT_TYPES[self.codes].bits
 
     def blocks(self, columns: int) -> int:
         """How many scales a row of K = `columns` weights has."""
@@ -65,9 +57,9 @@ class Scheme:
         """Read what `to_json` wrote. Raises MistralcError where it says what no scheme is."""
         try:
             scheme = cls(**data)
-            known = scheme.codes in LEAST and scheme.offset in ("none", "zero_point", "minimum")
+            known = _is_code(scheme.codes) and scheme.offset in ("none", "zero_point", "minimum")
             known &= scheme.block is None or (type(scheme.block) is int and scheme.block > 0)
-            known &= scheme.activation in (None, "int8", "float8e4m3")
+            known &= scheme.activation is None or _is_code(scheme.activation)
         except TypeError:  # another field, or a value that is no plain one
             known = False
         if not known:
@@ -118,21 +110,23 @@ def groups(spec: ModelSpec) -> Iterator[Group]:
         yield from layer_groups(layer)
 
 
-QUANTIZED = ("int8wo", "int4wo", "int8", "fp8")
-
-
 def default_scheme(precision: str, *, block: int | None, offset: Offset = "none") -> Scheme:
-    """Return the scheme of a quantized precision. `block` is ignored by `int8` and `fp8`."""
-    match precision:
-        case "int8wo":
-            return Scheme(codes="int8", block=block)
-        case "int4wo":
-            return Scheme(codes="int4", block=block or 32, offset=offset)
-        case "int8":
-            return Scheme(codes="int8", activation="int8")
-        case "fp8":
-            return Scheme(codes="float8e4m3", activation="float8e4m3")
-    raise UsageError(f"{precision!r} is no quantized precision; {', '.join(QUANTIZED)} are.")
+    """Return the scheme of a quantized precision.
+
+    `block` counts only if activations are not rounded, `offset` only if the precision may have
+    zero points. Raises UsageError for a precision that quantizes nothing.
+    """
+    found = precision_named(precision)
+    if found.codes is None:
+        raise UsageError(
+            f"--precision is {precision!r}, which stores weights as floats; expected a quantized "
+            f"precision, one of {', '.join(quantized_precisions())}."
+        )
+    if found.activation_codes is not None:
+        return Scheme(codes=found.codes, activation=found.activation_codes)
+    if found.blockwise and block is None:
+        block = BLOCKS[0]
+    return Scheme(codes=found.codes, block=block, offset=offset if found.zero_points else "none")
 
 
 class StoredPart(NamedTuple):
@@ -145,15 +139,15 @@ class StoredPart(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return int(math.prod(self.shape) * ELEMENT_SIZE[self.element])
+        return ELEMENT_TYPES[self.element].nbytes(math.prod(self.shape))
 
 
 def stored_parts(
-    name: str, shape: tuple[int, ...], scheme: Scheme, activation: Dtype, layout: Layout
+    name: str, shape: tuple[int, ...], scheme: Scheme, activation: Dtype, layout: CodeLayout
 ) -> Iterator[StoredPart]:
     """What a weight [N, K] is stored as, codes first.
 
-    `onnx` are codes [N, K] as ONNX stores them, and `turned` the same as [K, N]: ONNX Runtime
+    `onnx` are codes [N, K] as ONNX stores them, and `transposed` the same as [K, N]: ONNX Runtime
     transposes int8 one by one while it loads, which took 3.4 of 3.6 s for SmolLM2. `nbits` is what
     its `MatMulNBits` takes: codes without a sign, from 0 up, whole blocks of bytes [N, J, bytes of
     a block], the last one filled up where the block does not divide K, and zero points packed
@@ -166,10 +160,15 @@ def stored_parts(
             raise ValueError(f"{name}: MatMulNBits takes blocks, not one scale for each row")
         yield StoredPart(name, (n, blocks, scheme.block * bits // 8), "uint8")
     else:
-        yield StoredPart(name, (k, n) if layout == "turned" else shape, scheme.codes)
+        yield StoredPart(name, (k, n) if layout == "transposed" else shape, scheme.codes)
     scales = (n,) if scheme.block is None else (n, blocks)
     yield StoredPart(name + SCALE, scales, activation)
     if scheme.offset == "zero_point":
         yield StoredPart(name + ZERO_POINT, (n, -(-blocks * bits // 8)), "uint8")
     if scheme.offset == "minimum":
         yield StoredPart(name + MINIMUM, (n, blocks), activation)
+
+
+def _is_code(name: object) -> bool:
+    element = ELEMENT_TYPES.get(name) if isinstance(name, str) else None
+    return element is not None and element.lowest is not None

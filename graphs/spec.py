@@ -13,12 +13,6 @@ from typing import Any, Literal, Self
 from graphs import window
 from graphs.errors import MistralcError
 
-Dtype = Literal["float32", "float16", "bfloat16", "int64"]
-Dim = int | str
-
-PADDED = 1  # queries behind the last token's in a batch-invariant graph: pad_query.py
-ITEM_SIZE: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}  # bytes
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
@@ -115,11 +109,6 @@ class ModelSpec:
         """Weights of the model, a tied embedding counted once."""
         return sum(_product(shape) for shape in self.weight_shapes().values())
 
-    def kv_bytes_per_token(self, activation: Dtype) -> int:
-        """Bytes that one position takes in all layers' caches together: 2 L K D times the type."""
-        values = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
-        return values * ITEM_SIZE[activation]
-
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight by its Hugging Face name, with its shape: linears are [out, in].
 
@@ -187,57 +176,6 @@ class RingSpec:
         if window_size is None:
             return -(-self.context // self.chunk) * self.chunk
         return window.capacity(window_size, self.chunk)
-
-
-def ring_bytes(spec: ModelSpec, ring: RingSpec, activation: Dtype) -> int:
-    """Bytes of the full ring, all rows and layers: what decoding needs however long it runs."""
-    slots = sum(ring.capacity(size) for size in spec.layer_windows)
-    per_slot = spec.kv_bytes_per_token(activation) // spec.num_hidden_layers
-    return ring.max_batch * slots * per_slot
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorSpec:
-    """One row of the graph's I/O table. A string in `shape` is a dynamic dimension's letter."""
-
-    name: str
-    shape: tuple[Dim, ...]
-    dtype: Dtype
-
-
-def capacity_letter(spec: ModelSpec, window_size: int | None) -> str:
-    """Name of the dimension C: `C` where all layers share one window, else one per window."""
-    if len(spec.windows) == 1:
-        return "C"
-    return "C_full" if window_size is None else f"C_{window_size}"
-
-
-def graph_inputs(spec: ModelSpec, activation: Dtype) -> tuple[TensorSpec, ...]:
-    """The graph's inputs, in order."""
-    return (
-        TensorSpec(name="input_ids", shape=("B", "S"), dtype="int64"),
-        TensorSpec(name="position_ids", shape=("B", "S"), dtype="int64"),
-        TensorSpec(name="logits_indices", shape=("B", "T"), dtype="int64"),
-        *_caches(spec, activation, "past"),
-    )
-
-
-def graph_outputs(spec: ModelSpec, activation: Dtype) -> tuple[TensorSpec, ...]:
-    """The graph's outputs, in order."""
-    logits = TensorSpec(name="logits", shape=("B", "T", spec.vocab_size), dtype=activation)
-    return (logits, *_caches(spec, activation, "present"))
-
-
-def _caches(spec: ModelSpec, activation: Dtype, prefix: str) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(
-            name=f"{prefix}_{kind}.{i}",
-            shape=("B", spec.num_key_value_heads, capacity_letter(spec, size), spec.head_dim),
-            dtype=activation,
-        )
-        for i, size in enumerate(spec.layer_windows)
-        for kind in ("key", "value")
-    )
 
 
 def _is_count(value: object) -> bool:

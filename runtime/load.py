@@ -3,90 +3,109 @@
 The backend is imported here, when it is needed, and nowhere else.
 """
 
+import importlib
 import json
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
+from graphs.build import Build
 from graphs.errors import MistralcError
-from graphs.manifest import Manifest
-from graphs.quant_scheme import QUANTIZED
-from graphs.spec import ITEM_SIZE, PADDED
-from runtime.backends import kernel_cache
+from graphs.manifest import FileEntry
+from graphs.targets import Target, require_entry_per_target
 from runtime.backends.session import Session
 from runtime.bundle.open import Bundle, open_bundle
-from runtime.bundle.sizes import file_bytes
 from runtime.decoding.generator import Generator
 from runtime.decoding.golden import replay, require_invariance
 from runtime.decoding.ring import Ring
-from runtime.system.malloc import huge_pages
 from runtime.system.progress import Stage, silent
 from runtime.text.tokenizer import Tokenizer
 
-# Bytes of a head's keys up to which attention without blocks was the faster one: 267 us beside 368
-# for SmolLM2's layers at 4,096 tokens, 263 beside 284 for Mistral-7B's at 512 and 1,154 beside
-# 1,160 at 2,048, but 2,628 beside 2,346 at 4,096 (2 threads, 1 MiB of second-level cache each).
-CACHED = 2 << 20
+Files = Mapping[str, FileEntry]
+NO_FILES: Files = MappingProxyType({})
+
+
+def _open_cpu(
+    directory: Path, build: Build, files: Files, batch: int, threads: int | None
+) -> Session:
+    from runtime.backends.onnxruntime_cpu import open_session
+
+    return open_session(
+        directory / "model.onnx", build, sum(entry.size for entry in files.values()),
+        batch=batch, threads=threads,
+    )  # fmt: skip
+
+
+def _open_cuda(
+    directory: Path, build: Build, _files: Files, batch: int, _threads: int | None
+) -> Session:
+    from runtime.backends.onnxruntime_cuda import CudaOrtSession
+
+    return CudaOrtSession(directory / "model.onnx", build.contract, batch=batch)
+
+
+def _open_tensorrt(
+    directory: Path, build: Build, files: Files, batch: int, _threads: int | None
+) -> Session:
+    from runtime.backends import kernel_cache
+    from runtime.backends.tensorrt import TrtSession
+
+    entry = files.get("engine.plan")
+    cache = None if entry is None else kernel_cache.cache_file(entry.sha256)
+    return TrtSession(
+        directory / "engine.plan", build.contract, build.target,
+        batch=batch, cache=cache,
+    )  # fmt: skip
+
+
+SESSIONS: Mapping[str, Callable[[Path, Build, Files, int, int | None], Session]] = {
+    "cpu": _open_cpu,
+    "cuda": _open_cuda,
+    "rtx": _open_tensorrt,
+    "tensorrt": _open_tensorrt,
+}
+"""By target: what opens a bundle's directory. See `load_session` for the arguments."""
+
+require_entry_per_target(SESSIONS, "runtime.load.SESSIONS")
 
 
 def load_session(
-    directory: Path, manifest: Manifest, *, batch: int = 1, threads: int | None = None
+    directory: Path,
+    build: Build,
+    files: Files = NO_FILES,
+    *,
+    batch: int = 1,
+    threads: int | None = None,
 ) -> Session:
-    """Load the graph or plan in `directory` on the backend that the manifest's target names."""
-    spec, ring, activation = manifest.model, manifest.ring, manifest.activation
+    """Load the graph or plan in `directory` on the backend of the build's target.
+
+    `files` are those that the manifest lists, none while the bundle is being made. A session has
+    `batch` rows; `threads` is for a CPU, None leaves the number to the backend.
+    """
+    target = build.target
     try:
-        if manifest.target == "cpu":
-            from runtime.backends.onnxruntime_cpu import OrtSession
-
-            on_huge_pages = _bytes_on_huge_pages(manifest)
-            with huge_pages(on_huge_pages):
-                return OrtSession(
-                    directory / "model.onnx", spec, batch=batch, threads=threads,
-                    fuse_qdq=manifest.precision != "fp8", pack_together=not on_huge_pages,
-                    flash=_keys_of_a_head(manifest) > CACHED,
-                    padded=PADDED if manifest.batch_invariant else 0,
-                )  # fmt: skip
-        if manifest.target == "cuda":
-            from runtime.backends.onnxruntime_cuda import CudaOrtSession
-
-            return CudaOrtSession(directory / "model.onnx", spec, ring, activation, batch=batch)
-        from runtime.backends.tensorrt import TrtSession
-
-        entry = manifest.files.get("engine.plan")  # none while the bundle is being made
-        return TrtSession(
-            directory / "engine.plan", spec, ring, activation, manifest.target, batch=batch,
-            cache=None if entry is None else kernel_cache.cache_file(entry.sha256),
-        )  # fmt: skip
+        return SESSIONS[target.name](directory, build, files, batch, threads)
     except ModuleNotFoundError as error:
         raise MistralcError(
-            f"This bundle was built for the target {manifest.target} and needs {error.name}, which "
-            f"is not installed here. Install it: pip install 'mistralc[{manifest.target}]'."
+            f"This bundle was built for the target {target.name} and needs {error.name}, which "
+            f"is not installed here. Install it: pip install 'mistralc[{target.name}]'."
         ) from error
 
 
-def _bytes_on_huge_pages(manifest: Manifest) -> int:
-    """Room for quantized weights as ONNX Runtime packs them; 1.3 times the files were seen.
-
-    0 for others, which are not there for speed: where a host takes free memory away from its
-    virtual machines and clears it anew, huge pages took SmolLM2's 538 MB from 0.6 to 1.9 s.
-    """
-    if manifest.precision not in QUANTIZED:
-        return 0
-    return 3 * file_bytes(manifest) // 2
+def import_backend(target: Target) -> None:
+    """Import what the target's sessions run on; does nothing if it is not installed."""
+    with suppress(ImportError):
+        importlib.import_module(target.backend_module)
 
 
-def _keys_of_a_head(manifest: Manifest) -> int:
-    """Bytes that a head's keys have in a full ring; 0 where every layer has a window."""
-    spec, ring = manifest.model, manifest.ring
-    slots = ring.capacity(None) if None in spec.windows else 0
-    return slots * spec.head_dim * ITEM_SIZE[manifest.activation]
-
-
-def make_ring(manifest: Manifest, rows: int = 1) -> Ring:
-    """Make the ring that a session of this bundle starts with; only ONNX Runtime CPU's grows."""
-    return Ring(manifest.model, manifest.ring, rows, grows=manifest.target == "cpu")
+def make_ring(build: Build, rows: int = 1) -> Ring:
+    """Make the ring that a session of this build starts with."""
+    return Ring(build.spec, build.ring, rows, grows=build.target.ring_grows)
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: `generator` is cached in the instance
@@ -137,9 +156,10 @@ def load(
     path, manifest = bundle.path, bundle.manifest
     with stage("Loading the model", None):
         # Before the tokenizer, whose small blocks would lie between those of the weights.
-        session = load_session(path, manifest, batch=rows, threads=threads)
+        build = manifest.build
+        session = load_session(path, build, manifest.files, batch=rows, threads=threads)
         tokenizer = Tokenizer.load(path)
-        ring = make_ring(manifest, rows)
+        ring = make_ring(build, rows)
         session.resize(ring.capacities)
         if check:
             replay(session, ring, manifest.golden[:1], manifest.target)

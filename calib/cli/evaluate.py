@@ -81,7 +81,7 @@ def evaluate(
     if questions is None or text or any(value is not None for value in (against, length, limit)):
         corpus = read_corpus(text or (), Tokenizer.load(bundle), "evaluation")
         cut = windows(corpus, length or LENGTH, limit)
-        check_windows(manifest, cut)
+        check_windows(manifest.build, cut)
         count, size = cut.shape
         result["text"] = {"source": corpus.source, "fingerprint": corpus.fingerprint,
                           "windows": count, "length": size}  # fmt: skip
@@ -112,4 +112,6 @@ def _evaluate(loaded: "Loaded", windows: "Ids", against: str | None, stage: Stag
             reference = load_decoder(manifest.model, same_checkpoint(against, manifest).tensor)
     total = evaluation.steps(windows, compared=reference is not None)
     with stage("Measuring", total) as advance:
-        return evaluation.evaluate(loaded.generator.session, manifest, windows, reference, advance)
+        return evaluation.evaluate(
+            loaded.generator.session, manifest.build, windows, reference, advance
+        )

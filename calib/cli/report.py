@@ -140,7 +140,7 @@ def _text(
             )
     cut = windows(corpora[0], length, limit)
     for manifest in manifests:
-        check_windows(manifest, cut)
+        check_windows(manifest.build, cut)
     origin = {
         "text": corpora[0].source,
         "windows": f"{len(cut):,} of {length:,} tokens, each from an empty ring",
@@ -155,7 +155,7 @@ def _measure(
 ) -> "Measured":  # fmt: skip
     from calib.report.rows import Measured, method_of, name_of
     from exporter.checks.evaluate import evaluate, steps
-    from runtime.bundle.sizes import file_bytes, read_bytes
+    from runtime.bundle.sizes import read_bytes
     from runtime.load import load
 
     loaded, reference = load(bundle, threads=threads, check=check, stage=stage), None
@@ -168,13 +168,13 @@ def _measure(
             reference = load_decoder(manifest.model, same_checkpoint(against, manifest).tensor)
     total = steps(windows, compared=reference is not None)
     with stage(f"Measuring {bundle.path.name}", total) as advance:
-        found = evaluate(loaded.generator.session, manifest, windows, reference, advance)
+        found = evaluate(loaded.generator.session, manifest.build, windows, reference, advance)
     return Measured(
         name=name_of(manifest),
         precision=manifest.precision,
         method=method_of(manifest),
-        file_bytes=file_bytes(manifest),
-        read_bytes=read_bytes(manifest),
+        file_bytes=manifest.file_bytes,
+        read_bytes=read_bytes(manifest.build),
         perplexity=found.perplexity,
         reference_perplexity=found.reference_perplexity,
         kl=found.kl,

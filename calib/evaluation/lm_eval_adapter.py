@@ -111,7 +111,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue texts until a stop string, the end of text, or the limit of tokens."""
         generator = Generator(
-            self._session, make_ring(self._manifest), self._manifest.model.vocab_size
+            self._session, make_ring(self._manifest.build), self._manifest.model.vocab_size
         )
         found = []
         with stage_for(quiet=disable_tqdm)("Generating", len(requests)) as advance:

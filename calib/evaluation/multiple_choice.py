@@ -96,7 +96,7 @@ class Scorer:
     """
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
-        self.session, self.manifest, self.ring = session, manifest, make_ring(manifest)
+        self.session, self.manifest, self.ring = session, manifest, make_ring(manifest.build)
         self._seen: list[int] = []  # what the ring holds
         session.resize(self.ring.capacities)
 
@@ -112,7 +112,7 @@ class Scorer:
         Raises ContextFullError where the bundle has no room for them.
         """
         array = np.asarray(ids, np.int64)
-        check_ids(self.manifest, array)
+        check_ids(self.manifest.build, array)
         common = self._common(ids[: start - 1])
         self.ring.check_room_from(common, len(ids) - 1 - common)
         self.ring.rewind(common)

@@ -20,7 +20,8 @@ from calib.methods.smoothing import tied
 from exporter.quantization.packing import pack_int4
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, smoothed
 from exporter.quantization.rounding import Quantized
-from graphs.quant_scheme import MOST, SCALE, ZERO_POINT, Group, Scheme
+from graphs.dtypes import code_range
+from graphs.quant_scheme import SCALE, ZERO_POINT, Group, Scheme
 from graphs.spec import ModelSpec
 
 
@@ -106,7 +107,7 @@ def _round_input(
     scale = input_scale(observation.rows, peak, task.scheme, task.calibrator, importance)
     tensors[task.group.name + INPUT_SCALE] = torch.tensor(scale)
     noise = rounding_error(observation.rows, task.scheme, scale, importance)
-    most = MOST[task.scheme.activation or "int8"]
+    _, most = code_range(task.scheme.activation or "int8")
     return noise, {"peak": peak, "clipped_at": scale * most}
 
 

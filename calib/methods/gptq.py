@@ -8,8 +8,8 @@ the features that are still to come. Scales are those of the blocks as they lie,
 import torch
 from torch import Tensor
 
-from exporter.quantization.rounding import Quantized
-from graphs.quant_scheme import LEAST, MOST, Scheme
+from exporter.quantization.rounding import Quantized, nearest_code
+from graphs.quant_scheme import Scheme
 
 DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's
 PIECE = 128  # features whose effect on later ones is gathered into one product
@@ -88,10 +88,7 @@ def _nearest(codes: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor
     """The nearest code, as a float."""
     if zero_point is not None:
         codes = codes + zero_point
-    bounded = codes.clamp(LEAST[scheme.codes], MOST[scheme.codes])
-    if scheme.codes == "float8e4m3":
-        return bounded.to(torch.float8_e4m3fn).float()
-    return bounded.round()
+    return nearest_code(codes, scheme.codes).float()
 
 
 def corrected(weight: Tensor, second_moment: Tensor, drift: Tensor, share: float) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from exporter.quantization.rounding import SMALLEST, round_activation
+from graphs.dtypes import ELEMENT_TYPES, code_range
 from graphs.errors import UsageError
-from graphs.quant_scheme import MOST, Scheme
+from graphs.quant_scheme import Scheme
 
 PERCENTILE = 99.99
 BINS, LEVELS = 2048, 128  # of the entropy calibrator: what is seen, and what int8 has on one side
@@ -36,7 +37,7 @@ def input_scale(
     if scheme.activation is None:
         raise ValueError("a scheme without rounded activations has no scale for them")
     largest = CALIBRATORS[calibrator](values, peak, scheme, importance)
-    return max(largest / MOST[scheme.activation], SMALLEST)
+    return max(largest / code_range(scheme.activation)[1], SMALLEST)
 
 
 def rounding_error(values: Tensor, scheme: Scheme, scale: float, importance: Tensor) -> float:
@@ -59,7 +60,7 @@ def _percentile(values: Tensor, peak: float, scheme: Scheme, importance: Tensor)
 
 
 def _mse(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) -> float:
-    most = MOST[scheme.activation or "int8"]
+    most = code_range(scheme.activation or "int8")[1]
     costs: dict[int, float] = {}
 
     def cost(step: int) -> float:
@@ -80,7 +81,7 @@ def _entropy(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) ->
     the kept bins are averaged within `LEVELS` equal parts, those that are empty left empty (the
     candidate). FP8 has no equal steps: its range is taken as it is.
     """
-    if scheme.activation != "int8" or peak <= 0:
+    if not ELEMENT_TYPES[scheme.activation or "int8"].is_integer or peak <= 0:
         return peak
     counts = torch.histc(values.abs(), BINS, 0, peak).double()  # [BINS]
     best, chosen = float("inf"), BINS

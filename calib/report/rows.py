@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from graphs.manifest import Manifest
-from runtime.bundle.sizes import schemes_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,7 @@ def front(measured: Sequence[Measured]) -> tuple[Measured, ...]:
 def name_of(manifest: Manifest) -> str:
     """How a report calls a bundle: its precision, and how its weights were made what they are."""
     words = [manifest.precision, method_of(manifest)]
-    schemes = schemes_of(manifest)
+    schemes = manifest.storage.schemes
     if schemes:
         block = Counter(scheme.block for scheme in schemes.values()).most_common(1)[0][0]
         words.append("" if block is None else f"block {block}")

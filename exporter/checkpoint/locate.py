@@ -1,6 +1,7 @@
 """Which checkpoint a source names, and in which format. Reads no configuration and no weights."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Literal
@@ -88,6 +89,21 @@ def weight_file(directory: Path, kind: Format) -> Path:
     if index.is_file():
         return index
     raise _no_weights(directory, stem)
+
+
+def weights_present(directory: Path, kind: Format) -> bool:
+    """Whether the weight file, or every shard that the index lists, is in a directory.
+
+    True for an index that cannot be read: opening the checkpoint says what is wrong with it.
+    """
+    single, index = (directory / f"{_STEMS[kind]}.safetensors{end}" for end in ("", ".index.json"))
+    if single.is_file() or not index.is_file():
+        return single.is_file()
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((directory / shard).is_file() for shard in shards)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return True
 
 
 def _no_weights(path: Path, stem: str) -> MistralcError:

@@ -23,9 +23,11 @@ from exporter.checkpoint.config_hf import spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
 from exporter.checkpoint.fields import read_json
 from exporter.checkpoint.gguf_file import dequantize, is_readable, read_gguf
-from exporter.checkpoint.locate import Format, format_of, locate, weight_file
+from exporter.checkpoint.locate import Format, format_of, locate, weight_file, weights_present
 from exporter.checkpoint.safetensors_file import read_file, read_index
 from exporter.checkpoint.stored import FLOATS, ByteRange, StoredTensor, map_bytes, map_tensor
+from graphs.dtypes import FLOATS as FLOAT_NAMES
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
@@ -122,6 +124,25 @@ def read_spec(source: str | Path) -> ModelSpec:
     with _readable(path):
         kind = format_of(path)
         return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)
+
+
+def has_weights(source: str | Path) -> bool:
+    """Whether every weight file is there; a directory may hold only the configuration so far."""
+    path, _ = locate(source)
+    with _readable(path):
+        kind = format_of(path)
+        return kind == "gguf" or weights_present(path, kind)
+
+
+def declared_type(source: str | Path) -> Dtype | None:
+    """The type that the configuration gives for the weights; None if it gives none that we know."""
+    path, _ = locate(source)
+    with _readable(path):
+        if format_of(path) != "huggingface":
+            return None
+        values = read_json(path / "config.json").values
+    declared = values.get("dtype", values.get("torch_dtype"))
+    return next((name for name in FLOAT_NAMES if name == declared), None)
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:

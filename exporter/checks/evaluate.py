@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graphs.manifest import Manifest
+from graphs.build import Build
 from runtime.backends.session import Ids, Logits, Session
 from runtime.measure.perplexity import (
     Progress,
@@ -61,7 +61,7 @@ class Evaluation:
 
 def evaluate(
     session: Session,
-    manifest: Manifest,
+    build: Build,
     windows: Ids,
     reference: "Decoder | None" = None,
     progress: Progress | None = None,
@@ -72,11 +72,11 @@ def evaluate(
     UsageError where the windows do not fit the bundle.
     """
     if reference is None:
-        scores = score(session, manifest, windows, progress)
+        scores = score(session, build, windows, progress)
         return Evaluation(perplexity=scores.perplexity, tokens=scores.tokens)
     ours, theirs, kl, agreed, tokens = 0.0, 0.0, 0.0, 0, 0
     current, expected = -1, np.empty((0, 0), np.float32)
-    for piece in predictions(session, manifest, windows, progress):
+    for piece in predictions(session, build, windows, progress):
         if piece.window != current:
             current, expected = piece.window, _reference_logits(reference, windows[piece.window])
             if progress is not None:

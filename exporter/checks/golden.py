@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from exporter.decoder.model import Decoder, logits_at
-from graphs.spec import Dtype
+from graphs.dtypes import Dtype
 
 TEXTS = (
     "The capital of France is Paris. The capital of Italy is",

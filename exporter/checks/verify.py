@@ -26,10 +26,11 @@ from exporter.quantization.packing import unpack
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
 from exporter.quantization.rounding import Quantized
+from graphs.build import Build
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.quant_scheme import stored_parts
-from graphs.spec import Dtype
 from runtime.backends.session import Session
 from runtime.load import make_ring
 
@@ -102,15 +103,15 @@ class Case:
         return sum(self.turns)
 
 
-def cases(manifest: Manifest, *, short: bool) -> list[Case]:
+def cases(build: Build, *, short: bool) -> list[Case]:
     """The lengths at which a window or a ring can go wrong: W-1, W, W+1, 2W+3, and turns.
 
     Without a window the chunk takes its place. `short` keeps texts to 160 tokens, for export.
     """
-    window = next((size for size in manifest.model.windows if size is not None), None)
-    unit = manifest.ring.chunk if window is None else window
+    window = next((size for size in build.spec.windows if size is not None), None)
+    unit = build.ring.chunk if window is None else window
     letter = "chunk" if window is None else "W"
-    limit = None if manifest.model.slides else manifest.ring.context
+    limit = None if build.spec.slides else build.ring.context
     wanted = [
         Case(name=f"{letter}-1", turns=(unit - 1,)),
         Case(name=letter, turns=(unit,)),
@@ -132,7 +133,7 @@ def cases(manifest: Manifest, *, short: bool) -> list[Case]:
 
 def verify(
     session: Session,
-    manifest: Manifest,
+    build: Build,
     reference: Decoder,
     *,
     short: bool,
@@ -141,13 +142,13 @@ def verify(
     """Run every case on both and compare; the same pseudo-random tokens every time."""
     generator = np.random.Generator(np.random.PCG64(0))
     found = []
-    for case in cases(manifest, short=short):
-        ids = generator.integers(0, manifest.model.vocab_size, case.tokens)
+    for case in cases(build, short=short):
+        ids = generator.integers(0, build.spec.vocab_size, case.tokens)
         wanted = np.unique(np.linspace(0, case.tokens - 1, COMPARED).astype(np.int64))
         rows = torch.from_numpy(wanted)
         expected = logits_at(reference, torch.from_numpy(ids), rows).numpy()
-        got = np.concatenate(list(_bundle_logits(session, manifest, case, ids, wanted, progress)))
-        found.append(_compare(case, got, expected, manifest))
+        got = np.concatenate(list(_bundle_logits(session, build, case, ids, wanted, progress)))
+        found.append(_compare(case, got, expected, build))
     return found
 
 
@@ -164,12 +165,6 @@ def require(agreements: list[Agreement]) -> None:
             "positions. Please report this with the versions in the bundle's manifest; another "
             "version of the backend may not have the fault."
         )
-
-
-def rounds_inputs(manifest: Manifest) -> bool:
-    """Whether some linear of the bundle rounds its input to 8 bits while it computes."""
-    facts = manifest.quantization
-    return facts is not None and bool("nbits" in facts["layouts"].values() or facts["input_scales"])
 
 
 def to_json(agreements: list[Agreement], against: str) -> dict[str, Any]:
@@ -206,7 +201,7 @@ def bundle_reference(bundle: Path, manifest: Manifest) -> Decoder:
             "checkpoint that it was made of: add --against CHECKPOINT."
         )
     file = safetensors.safe_open(bundle / FILE_NAME, framework="pt")
-    recipe = stored_recipe(manifest)
+    recipe = stored_recipe(manifest.build, manifest.quantization)
     read = {name: partial(_unpacked, file, name, recipe) for name in recipe.schemes}
     return simulate(replace(recipe, repacked=read), file.get_tensor)
 
@@ -241,7 +236,7 @@ def checkpoint_reference(
             f"{'none' if table is None else table.fingerprint[:12] + '…'} was given. "
             "Give the one it was made with as --calibration, or leave --against out."
         )
-    recipe = stored_recipe(manifest)
+    recipe = stored_recipe(manifest.build, manifest.quantization)
     exact = {name: read_blocks(checkpoint, name) for name in facts.get("repacked", ())}
     tensors = {} if table is None else table.tensors
     return simulate(replace(recipe, tensors=tensors, repacked=exact), checkpoint.tensor)
@@ -249,13 +244,13 @@ def checkpoint_reference(
 
 def _bundle_logits(
     session: Session,
-    manifest: Manifest,
+    build: Build,
     case: Case,
     ids: NDArray[np.int64],
     wanted: NDArray[np.int64],
     progress: Progress | None,
 ) -> Iterator[Logits]:
-    ring = make_ring(manifest)
+    ring = make_ring(build)
     session.resize(ring.capacities)
     for turn in case.turns:
         for count in ring.pieces(turn):
@@ -283,7 +278,7 @@ def _unpacked(file: Any, name: str, recipe: Recipe) -> Quantized:
     return unpack(parts, (rows, columns), scheme, layout)
 
 
-def _compare(case: Case, got: Logits, expected: Logits, manifest: Manifest) -> Agreement:
+def _compare(case: Case, got: Logits, expected: Logits, build: Build) -> Agreement:
     if not np.isfinite(got).all():
         raise MistralcError(
             f"The bundle's logits hold NaN or infinity in case {case.name} ({case.tokens} tokens); "
@@ -300,8 +295,8 @@ def _compare(case: Case, got: Logits, expected: Logits, manifest: Manifest) -> A
         max_rel=difference / largest,
         kl=float(kl.mean()),
         top1=float((got.argmax(-1) == expected.argmax(-1)).mean()),
-        tolerance=TOLERANCE[manifest.activation],
-        tolerance_kl=ROUNDED_KL if rounds_inputs(manifest) else None,
+        tolerance=TOLERANCE[build.activation],
+        tolerance_kl=ROUNDED_KL if build.storage.rounds_inputs else None,
     )
 
 

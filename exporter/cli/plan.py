@@ -1,4 +1,4 @@
-"""The command plan: its options, its tables and its JSON. Does no arithmetic of its own.
+"""The command plan: its options, tables and JSON. Does no arithmetic of its own.
 
 Heavy imports stand inside the command, so that `mistralc --help` answers at once.
 """
@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from exporter.options import BuildOptions
 from graphs.errors import UsageError
 from graphs.gpu_catalogue import GPUS, Gpu, find_gpu
-from runtime.cli import options
+from graphs.targets import TARGETS, Target, target_for_gpu, target_named
+from runtime.cli import options as common
 
 if TYPE_CHECKING:
-    from exporter.estimate import Fit, Plan
+    from exporter.estimate.model import Estimate, Fit
 
 LEFT = ("--gpu", "--target", "fits")  # columns of words
 
@@ -25,82 +27,91 @@ def plan(
         str, typer.Argument(metavar="CHECKPOINT", help="As for export; config.json is enough.")
     ],
     gpu: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(GPUS)}; all, in short, if left out.")
+        str | None,
+        typer.Option(help=f"One of {', '.join(GPUS)} (default: a short line for each)."),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, rtx or tensorrt; rtx, where the GPU can, if left out."),
+        typer.Option(help=f"{', '.join(TARGETS)} (default: rtx on the GPUs that it supports, "
+                     "tensorrt on the others)."),
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(help="fp32, fp16, bf16, int8, int8wo, int4wo or fp8; "
-                     "fp16 (cpu: fp32) if left out."),
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(min=1, help="Make every layer see N tokens.")
-    ] = None,
-    context: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens of a model without a window.")
-    ] = None,
-    chunk: Annotated[int | None, typer.Option(min=1, help="Most prompt tokens per step.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    as_json: options.Json = False,
+    options: BuildOptions,
+    as_json: common.Json = False,
 ) -> None:  # fmt: skip
-    """Say what a checkpoint will need, and on which GPU it fits, before anything is loaded."""
-    chosen = None if gpu is None else find_gpu(gpu)
-    if target == "cpu" and chosen is not None:
-        raise UsageError("--gpu belongs to a GPU's target; leave it out with --target cpu.")
-    from exporter.checkpoint.config_hf import override_window
-    from exporter.checkpoint.open import read_spec
-    from exporter.estimate import activation_of, fit
-    from exporter.estimate import plan as work_out
-    from exporter.export import ExportOptions, ring_spec
+    """Say what a checkpoint will need, and which GPUs it fits, before anything is loaded."""
+    from exporter.decide import decide, read_facts
+    from exporter.estimate.model import estimate, fit
 
-    precision = precision or ("fp32" if target == "cpu" else "fp16")
-    activation_of(target or "rtx", precision)  # refuses a wrong pair before anything is read
-    asked = ExportOptions(
-        target=target or "rtx", window=window, context=context, chunk=chunk, max_batch=batch
-    )
-    spec = read_spec(checkpoint)
-    if window is not None:
-        spec = override_window(spec, window)
-    ring = ring_spec(spec, asked)
-    gpus = [] if target == "cpu" else [chosen] if chosen else list(GPUS.values())
-    fits = [fit(work_out(spec, ring, target or _engine(each), precision), each) for each in gpus]
-    needed = fits[0].plan if fits else work_out(spec, ring, target or "rtx", precision)
+    chosen = None if gpu is None else find_gpu(gpu)
+    asked = None if target is None else target_named(target)
+    if asked is not None and not asked.on_gpu and chosen is not None:
+        raise UsageError(f"--gpu is for a GPU's target; leave it out with --target {asked.name}.")
+    gpus = [chosen] if chosen else list(GPUS.values())
+    if asked is not None and not asked.on_gpu:
+        gpus = []
+    targets = [asked or target_for_gpu(each.compute_capability) for each in gpus]
+    for one in targets or [_first(asked)]:
+        options.check(one)  # a wrong combination is refused before anything is read
+    spec, facts = read_facts(checkpoint)
+    fits = [
+        fit(estimate(decide(spec, one, options, facts)), each)
+        for each, one in zip(gpus, targets, strict=True)
+    ]
+    needed = fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts))
     if as_json:
-        print(
-            json.dumps({"checkpoint": checkpoint, **facts(needed), "gpus": list(map(_fit, fits))})
-        )
+        result = {"checkpoint": checkpoint, **to_json(needed), "gpus": list(map(_fit, fits))}
+        print(json.dumps(result))
     else:
         _show(checkpoint, needed, fits)
 
 
-def _engine(gpu: Gpu) -> str:
-    return "rtx" if gpu.runs_rtx else "tensorrt"
+def _first(asked: Target | None) -> Target:
+    return asked or next(one for one in TARGETS.values() if one.holds_plan)
 
 
-def facts(needed: "Plan") -> dict[str, Any]:
-    """The plan as plain data; keys end in their unit."""
-    from exporter.estimate import RUNTIME_RESERVE
+def to_json(needed: "Estimate") -> dict[str, Any]:
+    """The estimate as plain data; keys end in their unit."""
+    from exporter.estimate.model import RUNTIME_RESERVE
+    from graphs.passes.pipeline import pass_names
 
-    slots = {str(size): count for size, count in needed.ring_slots.items()}
-    derived = {
-        "ring_slots": slots,
+    build = needed.build
+    times = needed.query_heads_per_group
+    return {
+        "target": build.target.name,
+        "precision": build.precision.name,
+        "activation": build.activation,
+        "spec": asdict(build.spec),
+        "ring": asdict(build.ring),
+        "passes": list(pass_names(build)),
+        "parameters": needed.parameters,
+        "weight_bytes": needed.weight_bytes,
+        "kv_bytes_per_token": needed.kv_bytes_per_token,
+        "kv_bytes_per_token_multi_head": times * needed.kv_bytes_per_token,
+        "ring_slots": {str(size): count for size, count in needed.ring_slots.items()},
+        "ring_bytes": needed.ring_bytes,
+        "ring_bytes_multi_head": times * needed.ring_bytes,
+        "kv_bytes_unwindowed": needed.kv_bytes_unwindowed,
+        "activation_parts": dict(needed.activation_parts),
         "activation_bytes": needed.activation_bytes,
         "run_bytes": needed.run_bytes,
+        "read_bytes_per_step": needed.read_bytes_per_step,
         "runtime_reserve_bytes": RUNTIME_RESERVE,
+        "host": asdict(needed.host),
     }
-    return asdict(needed) | derived
 
 
 def _fit(one: "Fit") -> dict[str, Any]:
-    data = asdict(one) | {"target": one.plan.target, "fits": one.fits}
-    del data["plan"]
-    return data
+    return {
+        "gpu": asdict(one.gpu),
+        "left_bytes": one.left_bytes,
+        "tokens_per_s": one.tokens_per_s,
+        "refusal": one.refusal,
+        "target": one.estimate.build.target.name,
+        "fits": one.fits,
+    }
 
 
-def _show(checkpoint: str, needed: "Plan", fits: list["Fit"]) -> None:
+def _show(checkpoint: str, needed: "Estimate", fits: list["Fit"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -122,21 +133,22 @@ def _show(checkpoint: str, needed: "Plan", fits: list["Fit"]) -> None:
         console.print("\n".join(["", *notes, f"{_how(needed)}."]))
 
 
-def _rows(checkpoint: str, needed: "Plan") -> dict[str, str]:
-    spec, ring = needed.spec, needed.ring
+def _rows(checkpoint: str, needed: "Estimate") -> dict[str, str]:
+    build = needed.build
+    spec, ring, times = build.spec, build.ring, needed.query_heads_per_group
     windows = ", ".join("none" if size is None else f"{size:,}" for size in spec.windows)
     slots = ", ".join(f"{count:,}" for count in needed.ring_slots.values())
     rows = f"{ring.max_batch} rows of " if ring.max_batch > 1 else ""
     parts = {name: _size(size) for name, size in needed.activation_parts.items()}
     return {
-        "checkpoint": f"{checkpoint}, {needed.precision} for {needed.target}",
+        "checkpoint": f"{checkpoint}, {build.precision.name} for {build.target.name}",
         "parameters": f"{needed.parameters:,} ({needed.parameters / 1e9:,.2f} B)",
         "weights": f"{_size(needed.weight_bytes)}{_policy(needed)}",
         "window": f"{windows}; ring of {slots} slots, chunk {ring.chunk:,}",
         "KV cache": f"{needed.kv_bytes_per_token:,} bytes a token, "
         f"{rows}ring {_size(needed.ring_bytes)} in all",
-        "  without GQA": f"{needed.kv_bytes_per_token_multi_head:,} bytes a token, "
-        f"{_size(needed.ring_bytes_multi_head)}",
+        "  without GQA": f"{times * needed.kv_bytes_per_token:,} bytes a token, "
+        f"{_size(times * needed.ring_bytes)}",
         "  without window": f"{_size(needed.kv_bytes_unwindowed)} "
         f"at {spec.max_position_embeddings:,} positions",
         "activations": f"{_size(needed.activation_bytes)}: the largest of logits "
@@ -145,15 +157,14 @@ def _rows(checkpoint: str, needed: "Plan") -> dict[str, str]:
     }
 
 
-def _policy(needed: "Plan") -> str:
-    from exporter.estimate import UNQUANTIZED
-
-    if needed.precision in UNQUANTIZED:
+def _policy(needed: "Estimate") -> str:
+    build = needed.build
+    if not build.precision.quantized:
         return ""
-    return f": codes and scales of the linears, everything else in {needed.activation}"
+    return f": codes and scales of the linears, everything else in {build.activation}"
 
 
-def _host_rows(needed: "Plan") -> dict[str, str]:
+def _host_rows(needed: "Estimate") -> dict[str, str]:
     host = needed.host
     steps = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in host.seconds.items())
     return {
@@ -164,21 +175,21 @@ def _host_rows(needed: "Plan") -> dict[str, str]:
     }
 
 
-def _rates(needed: "Plan") -> str:
-    from exporter import estimate as arithmetic
+def _rates(needed: "Estimate") -> str:
+    from exporter.estimate import host
 
     last = (
-        f"{arithmetic.PLAN_RATE / 1e6:,.0f} MB/s of plan"
-        if needed.target in arithmetic.ENGINES
-        else f"{arithmetic.VERIFY_RATE / 1e6:,.0f} million weights/s verified"
+        f"{host.PLAN_RATE / 1e6:,.0f} MB/s of plan"
+        if needed.build.target.holds_plan
+        else f"{host.VERIFY_RATE / 1e6:,.0f} million weights/s verified"
     )
     return (
-        f"{arithmetic.WRITE_RATE / 1e6:,.0f} MB/s written, {arithmetic.HASH_RATE / 1e9:,.1f} GB/s "
-        f"hashed, {last}: measured on 2 cores"
+        f"{host.WRITE_RATE / 1e6:,.0f} MB/s written, {host.HASH_RATE / 1e9:,.1f} GB/s hashed, "
+        f"{last}: measured on 2 cores"
     )
 
 
-def _gpu_rows(needed: "Plan", one: "Fit") -> dict[str, str]:
+def _gpu_rows(needed: "Estimate", one: "Fit") -> dict[str, str]:
     gpu = one.gpu
     verdict = f"fits, {_size(one.left_bytes)} left"
     if one.refusal:
@@ -193,10 +204,10 @@ def _gpu_rows(needed: "Plan", one: "Fit") -> dict[str, str]:
     }
 
 
-def _how(needed: "Plan") -> str:
-    from exporter.estimate import RUNTIME_RESERVE
+def _how(needed: "Estimate") -> str:
+    from exporter.estimate.model import RUNTIME_RESERVE
 
-    rows = needed.ring.max_batch
+    rows = needed.build.ring.max_batch
     return (
         f"{_size(RUNTIME_RESERVE)} are kept free for CUDA's context and kernels (assumed); a step "
         f"reads {_size(needed.read_bytes_per_step)}, weights and full ring, for "
@@ -214,7 +225,7 @@ def _gpu_table(fits: list["Fit"]) -> Any:
     for one in fits:
         table.add_row(
             names[one.gpu.name],
-            one.plan.target,
+            one.estimate.build.target.name,
             _size(one.gpu.memory_bytes),
             f"{one.gpu.bandwidth_bytes_per_s / 1e9:,.0f} GB/s",
             "refused" if one.refusal else "yes" if one.fits else "no",

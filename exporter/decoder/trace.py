@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from exporter.decoder.model import Decoder, inverse_frequencies
 from exporter.decoder.operators import TRANSLATIONS
+from graphs.contract import Dim, TensorSpec, graph_inputs, graph_outputs
+from graphs.dtypes import Dtype
 from graphs.passes.weight_ref import ONNX_DTYPE, WeightRef
-from graphs.spec import Dim, Dtype, ModelSpec, TensorSpec, graph_inputs, graph_outputs
+from graphs.spec import ModelSpec
 
 OPSET = 24  # the first with TensorScatter and with Attention's bool mask as we use it
 

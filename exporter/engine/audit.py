@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import onnx_ir as ir
 
-from exporter.engine.build import Plan, capacities
+from exporter.engine.build import Plan
+from graphs.contract import GraphContract, TensorSpec
 from graphs.errors import MistralcError
-from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
 
 FUSED = re.compile(r"mha|fmha|flash", re.IGNORECASE)  # in the names of fused attention kernels
 REPEAT = "Repl"  # in the names of kernels that write a value out several times
@@ -98,15 +98,13 @@ class Audit:
         return {**asdict(self), "warnings": list(self.warnings), "faults": self.faults}
 
 
-def audit(
-    plan: Plan, graph: ir.Graph, spec: ModelSpec, ring: RingSpec, activation: Dtype, weights: int
-) -> Audit:
+def audit(plan: Plan, graph: ir.Graph, contract: GraphContract, weights: int) -> Audit:
     """Compare the engine's layers with the graph it was built from; `weights` are its bytes."""
     layers = [layer for layer in map(LayerInfo.parse, plan.layers) if layer is not None]
     attention = {str(node.name) for node in graph if node.op_type == "Attention"}
     fused = {n for layer in layers if FUSED.search(layer.name) for n in layer.nodes & attention}
-    caches = {row.name for row in graph_outputs(spec, activation)} - {"logits"}
-    pasts = {row.name for row in graph_inputs(spec, activation) if row.name.startswith("past_")}
+    caches = {row.name for row in contract.outputs} - {"logits"}
+    pasts = {row.name for row in contract.inputs if row.name.startswith("past_")}
     copied = {n.replace("past_", "present_") for layer in layers for n in layer.inputs & pasts}
     in_place = {n for layer in layers for n in layer.inputs & layer.outputs & caches} - copied
     repeated = {n for layer in layers if REPEAT in layer.name for n in layer.inputs & caches}
@@ -117,7 +115,7 @@ def audit(
         caches=len(caches),
         caches_in_place=len(in_place),
         caches_repeated=len(repeated),
-        interface=_interface(plan, spec, ring, activation),
+        interface=_interface(plan, contract),
         plan_bytes=plan.nbytes,
         weight_bytes=weights,
         plan_sha256=plan.sha256,
@@ -158,13 +156,13 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"- {' '.join(w.split())}" for w in record["warnings"]), ""])
 
 
-def _interface(plan: Plan, spec: ModelSpec, ring: RingSpec, activation: Dtype) -> str:
+def _interface(plan: Plan, contract: GraphContract) -> str:
     """Compare the engine's inputs and outputs with the graph contract."""
     for kind, tensors, table in (
-        ("input", plan.inputs, graph_inputs(spec, activation)),
-        ("output", plan.outputs, graph_outputs(spec, activation)),
+        ("input", plan.inputs, contract.inputs),
+        ("output", plan.outputs, contract.outputs),
     ):
-        expected = dict(_shapes(table, capacities(spec, ring)))
+        expected = dict(_shapes(table, contract.capacities))
         if dict(tensors) != expected:
             wrong = sorted(set(expected.items()) ^ set(tensors.items()))[0]
             return f"the {kind} {wrong[0]} is not as the contract has it"

@@ -29,8 +29,11 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from exporter.options import EngineOptions
+from graphs.contract import GraphContract
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, capacity_letter, graph_inputs
+from graphs.spec import ModelSpec, RingSpec
+from graphs.targets import TARGETS, Target
 from runtime.backends import kernel_cache, tensorrt_library
 from runtime.system.host import memory_available
 
@@ -42,21 +45,6 @@ KEPT_VARIABLES = ("CUDA", "HOME", "LD_", "NVIDIA", "PATH", "TMPDIR", "XDG_CACHE_
 """How the names of the environment's variables begin that the process of a build is given."""
 
 KEPT_WARNINGS = 50  # of different text; a builder can repeat one for every layer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """How to build. `gpus` are such as `sm89`; none means every one that the library supports.
-
-    `two_profiles` adds one for a single token, tuned apart from prompts. TensorRT-RTX 1.7 then
-    stores some weights in two layouts (measured on Mistral-7B's shapes: 1.62 times the bytes),
-    which the audit refuses unless faults are allowed. `weight_streaming` lets a GPU smaller than
-    the model run the plan, at the speed of its host link.
-    """
-
-    gpus: tuple[str, ...] = ()
-    two_profiles: bool = False
-    weight_streaming: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +69,7 @@ class BuildRequest:
 
     graph: Path
     plan: Path
-    spec: ModelSpec
-    ring: RingSpec
-    activation: Dtype
+    contract: GraphContract
     target: str
     options: EngineOptions = field(default_factory=EngineOptions)
 
@@ -98,7 +84,11 @@ class BuildRequest:
         options = {**data["options"], "gpus": tuple(data["options"]["gpus"])}
         return cls(**{
             **data, "graph": Path(data["graph"]), "plan": Path(data["plan"]),
-            "spec": ModelSpec.from_json(data["spec"]), "ring": RingSpec(**data["ring"]),
+            "contract": GraphContract(
+                spec=ModelSpec.from_json(data["contract"]["spec"]),
+                ring=RingSpec(**data["contract"]["ring"]),
+                activation=data["contract"]["activation"],
+            ),
             "options": EngineOptions(**options),
         })  # fmt: skip
 
@@ -118,7 +108,7 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Pla
 
     Raises MistralcError with TensorRT's own words when it cannot.
     """
-    folder = str(Path(__file__).resolve().parents[1])
+    folder = str(Path(__file__).resolve().parents[2])
     with subprocess.Popen(  # noqa: S603
         BUILDER,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -224,7 +214,7 @@ def main() -> None:
 
 def build_here(request: BuildRequest, progress: Progress | None = None) -> Plan:
     """Do what `build_engine` does, in this process."""
-    spec, ring, target = request.spec, request.ring, request.target
+    contract, target = request.contract, TARGETS[request.target]
     trt = tensorrt_library.load(target)
     log = _log(trt)
     meter = _Meter(request.weight_bytes, progress)
@@ -236,11 +226,13 @@ def build_here(request: BuildRequest, progress: Progress | None = None) -> Plan:
         if not _parse(parser, request.graph, weights):
             reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise _failed("read the graph", reasons or log.errors, target)
-        config = _config(trt, builder, request.options, target)
-        for least, best, most in profile_shapes(ring, two=request.options.two_profiles):
+        config = _config(trt, builder, request.options)
+        for least, best, most in profile_shapes(contract.ring, two=request.options.two_profiles):
             profile = builder.create_optimization_profile()
-            for row in graph_inputs(spec, request.activation):
-                sizes = [_sized(row, letters, spec, ring) for letters in (least, best, most)]
+            for row in contract.inputs:
+                sizes = [
+                    row.sized({**letters, **contract.capacities}) for letters in (least, best, most)
+                ]
                 profile.set_shape(row.name, *sizes)
             config.add_optimization_profile(profile)
         config.progress_monitor = monitor = _monitor(trt, meter)
@@ -326,12 +318,12 @@ def _parse(parser: Any, graph: Path, weights: list[Mapped]) -> bool:
 
 
 @contextmanager
-def _timings(config: Any, target: str, version: str) -> Iterator[None]:
+def _timings(config: Any, target: Target, version: str) -> Iterator[None]:
     """Let TensorRT reuse its measurements of an earlier build on this host, and keep the new ones.
 
-    Only `tensorrt` measures kernels; the compiler of `rtx` does when the engine first runs.
+    TensorRT-RTX measures no kernels while it builds: it does when the engine first runs.
     """
-    path = kernel_cache.timing_file(version) if target == "tensorrt" else None
+    path = kernel_cache.timing_file(version) if target.kernel_timings else None
     if path is None:
         yield
         return
@@ -354,29 +346,12 @@ def profile_shapes(ring: RingSpec, *, two: bool) -> list[tuple[Mapping[str, int]
     return [(least, least, decode), (least, {**least, "S": ring.chunk}, most)]
 
 
-def _sized(
-    row: TensorSpec, letters: Mapping[str, int], spec: ModelSpec, ring: RingSpec
-) -> tuple[int, ...]:
-    known = {**letters, **capacities(spec, ring)}
-    return tuple(known[dim] if isinstance(dim, str) else dim for dim in row.shape)
-
-
-def capacities(spec: ModelSpec, ring: RingSpec) -> dict[str, int]:
-    """The full capacity of each ring by its letter: what a TensorRT graph has fixed in it."""
-    return {capacity_letter(spec, size): ring.capacity(size) for size in spec.windows}
-
-
-def _config(trt: Any, builder: Any, options: EngineOptions, target: str) -> Any:
+def _config(trt: Any, builder: Any, options: EngineOptions) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # names layers, for the audit
     if options.weight_streaming:
         config.set_flag(trt.BuilderFlag.WEIGHT_STREAMING)
     if options.gpus:
-        if target != "rtx":
-            raise UsageError(
-                "--gpu narrows what a TensorRT-RTX engine runs on; with --target tensorrt an "
-                "engine is always for the GPU it is built on. Leave it out."
-            )
         config.num_compute_capabilities = len(options.gpus)
         for i, name in enumerate(options.gpus):
             config.set_compute_capability(_capability(trt, name), i)
@@ -392,9 +367,9 @@ def _capability(trt: Any, name: str) -> Any:
     return known[name.lower()]
 
 
-def _failed(doing: str, errors: list[str], target: str) -> MistralcError:
+def _failed(doing: str, errors: list[str], target: Target) -> MistralcError:
     words = re.sub(r"\s+", " ", " ".join(errors) or "it gave no reason").strip()
-    package = tensorrt_library.DISTRIBUTION[target]
+    package = target.distributions[0]
     return MistralcError(
         f"TensorRT could not {doing}: {words[:600]}. Nothing was left behind. If memory ran out, "
         f"build on a host with more; else report this with the version of {package}."

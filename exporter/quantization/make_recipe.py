@@ -1,64 +1,67 @@
-"""How every weight of one checkpoint is quantized. Knows nothing about graphs.
+"""Carry out a build's storage: the numbers and codes of one checkpoint. Knows nothing of graphs.
 
-The schemes of `exporter/quantization/policy.py`, but for what the checkpoint has in blocks
-already and what a table of calibration says for itself.
+The decisions are those of `graphs.build.Storage`; here they meet the checkpoint's blocks and the
+numbers of a calibration table.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from exporter.checkpoint.open import Checkpoint
+from exporter.options import QuantizeOptions
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.gguf_blocks import block_scheme, read_blocks
-from exporter.quantization.policy import (
-    CALIBRATED,
-    QuantizeOptions,
-    fitting,
-    layer_schemes,
-    layouts,
-    output_scheme,
-)
-from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, Recipe
+from exporter.quantization.policy import WeightFacts
+from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, Recipe, touched
+from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
-from graphs.manifest import Manifest
 from graphs.passes.quantize_linears import Quantization
-from graphs.quant_scheme import QUANTIZED, SCALE, ZERO_POINT, Scheme, groups
-from graphs.spec import Dtype, ModelSpec
+from graphs.precisions import Precision
+from graphs.quant_scheme import SCALE, ZERO_POINT, groups
+from graphs.spec import ModelSpec
 
 
-def make_recipe(
-    checkpoint: Checkpoint, spec: ModelSpec, target: str, precision: str, activation: Dtype,
-    options: QuantizeOptions, table: CalibrationTable | None,
-) -> Recipe:  # fmt: skip
-    """Decide how every weight is stored. Raises UsageError where options do not fit together."""
-    if precision not in QUANTIZED:
-        if table is not None or options != QuantizeOptions():
-            raise UsageError(
-                f"The precision {precision} quantizes nothing, so --calibration, --block, "
-                f"--symmetric and --keep have no meaning. Leave them out, or choose one of "
-                f"{', '.join(QUANTIZED)}."
-            )
-        return Recipe(spec=spec, activation=activation)
-    cpu = target == "cpu"
-    if table is None:
-        _check_rounds_weights_only(precision)
-        schemes = layer_schemes(spec, target, precision, options)
-        plain = Recipe(spec=spec, activation=activation, schemes=schemes)
-        recipe = _repacked(plain, checkpoint, options) if cpu else plain
-    else:
-        _check_table(table, precision, options)
+def weight_facts(checkpoint: Checkpoint, table: CalibrationTable | None = None) -> WeightFacts:
+    """What a checkpoint and a calibration table tell before a build is decided."""
+    names = checkpoint.spec.weight_shapes()
+    blocks = {name: block_scheme(dtype) for name, dtype in checkpoint.dtypes.items()}
+    return WeightFacts(
+        types=frozenset(checkpoint.dtypes.values()),
+        blocks={name: scheme for name, scheme in blocks.items() if scheme is not None},
+        calibrated=None if table is None else table.schemes,
+        settled=frozenset() if table is None else frozenset(
+            name for name in names if touched(name, checkpoint.spec, table.tensors)
+        ),
+    )  # fmt: skip
+
+
+def check_calibration(
+    precision: Precision, options: QuantizeOptions, spec: ModelSpec, table: CalibrationTable | None
+) -> None:
+    """Raise UsageError or MistralcError unless the precision has the table that it needs."""
+    if table is not None:
+        _check_table(table, precision.name, options)
         _check_fit(table, spec)
-        recipe = Recipe(
-            spec=spec, activation=activation, schemes=table.schemes, tensors=table.tensors
+    elif precision.needs_calibration:
+        raise UsageError(
+            f"The precision {precision.name} rounds activations, whose ranges only samples of text "
+            f"can tell. Run `mistralc calibrate CHECKPOINT -o TABLE --precision {precision.name}`, "
+            "then export with --calibration TABLE."
         )
-    head = output_scheme(spec, target, precision, options)
-    if head is not None:
-        recipe = _with_output_layer(recipe, checkpoint, *head)
-    fitted = fitting(spec, target, recipe.schemes, decided=recipe.calibrated)
-    return replace(recipe, schemes=fitted, layouts=layouts(target, fitted))
+
+
+def make_recipe(build: Build, checkpoint: Checkpoint, table: CalibrationTable | None) -> Recipe:
+    """Join what was decided with the checkpoint's blocks and the table's numbers."""
+    return Recipe(
+        spec=build.spec,
+        activation=build.activation,
+        schemes=build.storage.schemes,
+        layouts=build.storage.layouts,
+        tensors={} if table is None else table.tensors,
+        repacked={name: read_blocks(checkpoint, name) for name in build.storage.copied},
+    )
 
 
 def quantization(recipe: Recipe) -> Quantization:
@@ -68,7 +71,9 @@ def quantization(recipe: Recipe) -> Quantization:
     return Quantization(schemes=recipe.schemes, input_scales=scales, layouts=recipe.layouts)
 
 
-def describe(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] | None:
+def describe(
+    recipe: Recipe, table: CalibrationTable | None, quality: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
     """Return what a manifest says of a recipe; None where nothing is quantized."""
     if not recipe.schemes:
         return None
@@ -79,60 +84,27 @@ def describe(recipe: Recipe, table: CalibrationTable | None) -> dict[str, Any] |
         "repacked": sorted(recipe.repacked),
         "method": "round to nearest" if table is None else table.method,
         "calibration": None if table is None else table.fingerprint,
+        **({} if quality is None else {"quality": quality}),
     }
 
 
-def stored_recipe(manifest: Manifest) -> Recipe:
-    """Return the recipe that a manifest describes, without the numbers of its weights."""
-    facts = manifest.quantization
-    plain = Recipe(spec=manifest.model, activation=manifest.activation)
-    if facts is None:
-        return plain
-    scales: Mapping[str, float] = facts["input_scales"]
-    return replace(
-        plain,
-        schemes={name: Scheme.from_json(entry) for name, entry in facts["schemes"].items()},
-        layouts=facts["layouts"],
+def stored_recipe(build: Build, record: Mapping[str, Any] | None) -> Recipe:
+    """Return the recipe of a finished bundle, without the numbers of its weights.
+
+    `record` is what its manifest says of the quantization.
+    """
+    scales: Mapping[str, float] = {} if record is None else record["input_scales"]
+    return Recipe(
+        spec=build.spec,
+        activation=build.activation,
+        schemes=build.storage.schemes,
+        layouts=build.storage.layouts,
         tensors={
             group.name + INPUT_SCALE: torch.tensor(scales[group.readers[0]])
-            for group in groups(manifest.model)
+            for group in groups(build.spec)
             if group.readers[0] in scales
         },
     )
-
-
-def _check_rounds_weights_only(precision: str) -> None:
-    if precision in CALIBRATED:
-        raise UsageError(
-            f"The precision {precision} rounds activations, whose ranges only samples of text can "
-            f"tell. Run `mistralc calibrate CHECKPOINT -o TABLE --precision {precision}`, and "
-            "export with --calibration TABLE."
-        )
-
-
-def _repacked(recipe: Recipe, checkpoint: Checkpoint, options: QuantizeOptions) -> Recipe:
-    """Take the blocks of a GGUF file as they are, where they are what was asked for."""
-    schemes, exact = dict(recipe.schemes), {}
-    for group in groups(recipe.spec):
-        found = {block_scheme(checkpoint.dtypes[name]) for name in group.readers}
-        scheme = found.pop()
-        asked = recipe.schemes[group.readers[0]]
-        same = scheme is not None and (scheme.codes, scheme.block) == (asked.codes, asked.block)
-        if found or scheme is None or not same or (options.symmetric and scheme.offset != "none"):
-            continue
-        for name in group.readers:
-            schemes[name] = scheme
-            exact[name] = read_blocks(checkpoint, name)
-    return replace(recipe, schemes=schemes, repacked=exact)
-
-
-def _with_output_layer(recipe: Recipe, checkpoint: Checkpoint, name: str, scheme: Scheme) -> Recipe:
-    """Quantize the output layer too, by the blocks of a GGUF file if those are the scheme's."""
-    recipe = replace(recipe, schemes={**recipe.schemes, name: scheme})
-    if block_scheme(checkpoint.dtypes[name]) == scheme:
-        exact = {**recipe.repacked, name: read_blocks(checkpoint, name)}
-        recipe = replace(recipe, repacked=exact)
-    return recipe
 
 
 def _check_table(table: CalibrationTable, precision: str, options: QuantizeOptions) -> None:

@@ -1,7 +1,7 @@
 """Quantized weights as bytes, in the layouts of `graphs.quant_scheme.stored_parts`, and back.
 
-Knows nothing about files. But for `turned` codes the rows are independent of each other in every
-part, so a weight may be packed a few rows at a time.
+Rows are independent of each other in every part, so a weight may be packed a few rows at a time;
+only `transposed` codes need the whole weight.
 """
 
 import torch
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.quantization.rounding import Quantized
-from graphs.quant_scheme import Layout, Scheme
+from graphs.quant_scheme import Scheme
+from graphs.targets import CodeLayout
 
 LOWEST = {4: 8, 8: 128}  # what makes codes start at 0, by bits
 
@@ -31,16 +32,16 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return torch.where(codes > 7, codes - 16, codes)
 
 
-def pack(quantized: Quantized, stored: torch.dtype, layout: Layout) -> list[Tensor]:
+def pack(quantized: Quantized, stored: torch.dtype, layout: CodeLayout) -> list[Tensor]:
     """Return the parts of a weight [N, K] in `stored_parts`' order; scales become `stored`."""
     scheme, codes = quantized.scheme, quantized.codes
     match layout:
         case "nbits":
             parts = [_nbits(codes, scheme)]
-        case "turned":
+        case "transposed":
             parts = [codes.T]
         case "onnx":
-            parts = [pack_int4(codes) if scheme.codes == "int4" else codes]
+            parts = [pack_int4(codes) if scheme.bits == 4 else codes]
     scale = quantized.scale if scheme.block is not None else quantized.scale[:, 0]
     parts.append(scale.to(stored))
     if quantized.zero_point is not None:
@@ -53,18 +54,18 @@ def pack(quantized: Quantized, stored: torch.dtype, layout: Layout) -> list[Tens
 
 
 def unpack(
-    parts: list[Tensor], shape: tuple[int, int], scheme: Scheme, layout: Layout
+    parts: list[Tensor], shape: tuple[int, int], scheme: Scheme, layout: CodeLayout
 ) -> Quantized:
     """Undo `pack` for a weight of this shape."""
     rows, columns = shape
     codes, scale, *rest = parts
-    if layout == "turned":
+    if layout == "transposed":
         codes = codes.T
     elif layout == "nbits":
         codes = codes.view(rows, -1)
         codes = unpack_unsigned(codes) if scheme.bits == 4 else codes
         codes = (codes[:, :columns].to(torch.int16) - LOWEST[scheme.bits]).to(torch.int8)
-    elif scheme.codes == "int4":
+    elif scheme.bits == 4:
         codes = unpack_int4(codes)[:, :columns]
     blocks = scheme.blocks(columns)
     zero_point = minimum = None

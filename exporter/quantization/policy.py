@@ -6,112 +6,90 @@ where it is not the embedding too, which on the CPU is looked up among the same 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from exporter.options import HEAD_PRECISIONS, QuantizeOptions
+from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import UsageError
-from graphs.quant_scheme import BLOCKS, QUANTIZED, Layout, Scheme, default_scheme, groups
-from graphs.spec import Dtype, ModelSpec
-from runtime.bundle.sizes import weight_bytes
+from graphs.precisions import PRECISIONS, Precision
+from graphs.quant_scheme import BLOCKS, Scheme, default_scheme, groups
+from graphs.spec import ModelSpec
+from graphs.targets import CodeLayout, Target
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-CALIBRATED = ("int8", "fp8")  # they round activations too, whose ranges only samples can tell
-HEAD_BITS = (8, 4)
-ENGINE_BLOCK, CPU_BLOCK = 128, 32  # input features; of int4wo, and of int8wo on the CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizeOptions:
-    """What the user may choose about a quantized precision.
+class WeightFacts:
+    """What is known of a checkpoint's weights before they are read.
 
-    `block` is for weights without a table. `symmetric` leaves zero points out where there may be
-    some; TensorRT takes none. `keep` names linears to leave alone; there is only `lm_head` so far,
-    which else is stored in `head_bits`, on the CPU in blocks of `head_block`.
+    `types` are the types that they are stored in, empty if unknown. `blocks` has the schemes that
+    store the blocks of a GGUF file exactly, by weight. `calibrated` has the schemes that a
+    calibration table decided, None without a table; `settled` are the weights whose numbers it
+    decided too.
     """
 
-    block: int | None = None
-    symmetric: bool = False
-    keep: tuple[str, ...] = ()
-    head_bits: int = 8
-    head_block: int | None = None
-
-    def __post_init__(self) -> None:
-        for option, block in (("--block", self.block), ("--head-block", self.head_block)):
-            if block is not None and block not in BLOCKS:
-                known = ", ".join(map(str, BLOCKS))
-                raise UsageError(f"{option} is {block}; one of {known} is expected.")
-        if self.head_bits not in HEAD_BITS:
-            known = " or ".join(map(str, HEAD_BITS))
-            raise UsageError(f"--head-bits is {self.head_bits}; {known} is expected.")
-        unknown = set(self.keep) - {"lm_head"}
-        if unknown:
-            raise UsageError(f"--keep is {sorted(unknown)[0]!r}; lm_head is expected.")
+    types: frozenset[str] = frozenset()
+    blocks: Mapping[str, Scheme] = field(default_factory=dict)
+    calibrated: Mapping[str, Scheme] | None = None
+    settled: frozenset[str] = frozenset()
 
 
-def quantized_bytes(spec: ModelSpec, target: str, precision: str, activation: Dtype) -> int:
-    """Bytes of all weights with their scales, in a precision that needs no look at the weights.
-
-    Blocks that a GGUF file brings along may have minimums where zero points are counted here.
-    """
-    options = QuantizeOptions()
-    schemes = layer_schemes(spec, target, precision, options)
-    head = output_scheme(spec, target, precision, options)
-    schemes = {**schemes, **dict([head] if head else [])}
-    schemes = fitting(spec, target, schemes, decided=lambda _: False)
-    return sum(weight_bytes(spec, schemes, layouts(target, schemes), activation).values())
-
-
-def layouts(target: str, schemes: Mapping[str, Scheme]) -> dict[str, Layout]:
-    """How codes lie for ONNX Runtime CPU; the other targets take them as ONNX stores them."""
-    found: dict[str, Layout] = {}
-    for name, scheme in schemes.items() if target == "cpu" else ():
+def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayout]:
+    """How the target's backend wants codes to lie, by weight, where that is not `onnx`."""
+    found: dict[str, CodeLayout] = {}
+    for name, scheme in schemes.items():
+        layout: CodeLayout = "onnx"
         if scheme.activation is None:
-            found[name] = "nbits"
-        elif scheme.codes == "int8":
-            found[name] = "turned"
+            layout = target.weight_only_layout
+        elif ELEMENT_TYPES[scheme.codes].is_integer:
+            layout = target.rounded_integer_layout
+        if layout != "onnx":
+            found[name] = layout
     return found
 
 
 def layer_schemes(
-    spec: ModelSpec, target: str, precision: str, options: QuantizeOptions
+    spec: ModelSpec, target: Target, precision: Precision, options: QuantizeOptions
 ) -> Mapping[str, Scheme]:
     """Return the scheme of every linear of the layers, by weight name."""
-    cpu = target == "cpu"
-    block = options.block or (CPU_BLOCK if cpu else ENGINE_BLOCK if precision == "int4wo" else None)
-    offset = cpu and precision == "int4wo" and not options.symmetric
-    scheme = default_scheme(precision, block=block, offset="zero_point" if offset else "none")
+    blocks = precision.blockwise or target.always_blockwise
+    block = options.block or (target.default_block if blocks else None)
+    offset = target.zero_points and precision.zero_points and not options.symmetric
+    scheme = default_scheme(precision.name, block=block, offset="zero_point" if offset else "none")
     return {name: scheme for group in groups(spec) for name in group.readers}
 
 
 def output_scheme(
-    spec: ModelSpec, target: str, precision: str, options: QuantizeOptions
+    spec: ModelSpec, target: Target, precision: Precision, options: QuantizeOptions
 ) -> tuple[str, Scheme] | None:
-    """Return the output layer's weight and scheme, or None where it stays in floats.
+    """Return the output layer's weight and scheme, or None if it is stored as floats.
 
     Raises UsageError for a block that the target, or the lookup in a tied embedding, cannot take.
     """
-    cpu, tied = target == "cpu", spec.tie_word_embeddings
+    tied = spec.tie_word_embeddings
     _check_head_block(options.head_block, spec, target)
-    if precision not in QUANTIZED or "lm_head" in options.keep:
+    if not precision.quantized or "lm_head" in options.keep:
         return None
-    if not cpu and (tied or precision in CALIBRATED):
+    if tied and not target.quantizes_tied_embedding:
         return None
-    block = options.head_block or CPU_BLOCK
-    if tied and spec.hidden_size % block:
+    if precision.needs_calibration and not target.quantizes_calibrated_head:
         return None
-    if options.head_bits == 8:
-        scheme = default_scheme("int8wo", block=block if cpu else None)
-    else:
-        scheme = default_scheme("int4wo", block=block if cpu else ENGINE_BLOCK)
-    return EMBEDDING if tied else HEAD, scheme
+    head = HEAD_PRECISIONS[options.head_bits]
+    blocks = target.always_blockwise or PRECISIONS[head].blockwise
+    block = (options.head_block or target.default_block) if blocks else None
+    if tied and block is not None and spec.hidden_size % block:
+        return None
+    return EMBEDDING if tied else HEAD, default_scheme(head, block=block)
 
 
-def _check_head_block(block: int | None, spec: ModelSpec, target: str) -> None:
+def _check_head_block(block: int | None, spec: ModelSpec, target: Target) -> None:
     if block is None:
         return
-    if target != "cpu":
+    if not target.always_blockwise:
         raise UsageError(
-            f"--head-block was given for --target {target}, whose output layer has a scale for "
-            "each row or no choice of blocks. Leave it out."
+            f"--head-block was given for --target {target.name}, whose output layer has one scale "
+            "per row or a fixed block. Leave it out."
         )
     if spec.tie_word_embeddings and spec.hidden_size % block:
         raise UsageError(
@@ -121,22 +99,21 @@ def _check_head_block(block: int | None, spec: ModelSpec, target: str) -> None:
 
 
 def fitting(
-    spec: ModelSpec, target: str, schemes: Mapping[str, Scheme],
+    spec: ModelSpec, target: Target, schemes: Mapping[str, Scheme],
     decided: Callable[[str], bool],
 ) -> Mapping[str, Scheme]:  # fmt: skip
-    """Give every linear a block that the target can take.
+    """Give every linear a block that the target supports.
 
-    The blocks of those that are `decided`, by calibration, stay as they are. Raises UsageError
-    where no block fits.
+    Blocks that calibration has `decided` stay as they are. Raises UsageError if no block fits.
     """
-    shapes, cpu = spec.weight_shapes(), target == "cpu"
+    shapes = spec.weight_shapes()
     found = {}
     for name, scheme in schemes.items():
         columns = shapes[name][1]
-        if cpu and scheme.block is None and scheme.activation is None:
-            # The nearest thing that `MatMulNBits` takes to one scale for each row.
-            scheme = replace(scheme, block=CPU_BLOCK)
-        if not cpu and scheme.block is not None and columns % scheme.block:
+        if target.always_blockwise and scheme.block is None and scheme.activation is None:
+            # The closest to one scale per row that the backend supports.
+            scheme = replace(scheme, block=target.default_block)
+        if not target.partial_blocks and scheme.block is not None and columns % scheme.block:
             scheme = _smaller(scheme, name, columns, decided=decided(name))
         found[name] = scheme
     return found

@@ -14,8 +14,10 @@ from torch import Tensor
 from exporter.checkpoint.stored import FLOATS
 from exporter.quantization.packing import unpack_int4
 from exporter.quantization.rounding import Quantized, quantize
-from graphs.quant_scheme import SCALE, ZERO_POINT, Layout, Scheme, groups
-from graphs.spec import Dtype, ModelSpec
+from graphs.dtypes import Dtype
+from graphs.quant_scheme import SCALE, ZERO_POINT, Scheme, groups
+from graphs.spec import ModelSpec
+from graphs.targets import CodeLayout
 
 SMOOTHING, INPUT_SCALE = ".smoothing", ".input_scale"  # after a group's name
 
@@ -41,6 +43,18 @@ def smoothed(name: str, weight: Tensor, spec: ModelSpec, tensors: Mapping[str, T
                 produced = heads[:, 0].flatten()
             result = result.float() / produced.view(-1, *[1] * (weight.dim() - 1))
     return result
+
+
+def touched(name: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a calibration table's `tensors` change how a weight is quantized."""
+    return (
+        name in tensors
+        or name + SCALE in tensors
+        or any(
+            group.name + SMOOTHING in tensors and name in (*group.readers, group.producer)
+            for group in groups(spec)
+        )
+    )
 
 
 def quantized(
@@ -71,7 +85,7 @@ class Recipe:
     spec: ModelSpec
     activation: Dtype
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, CodeLayout] = field(default_factory=dict)
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     repacked: Mapping[str, Callable[[], Quantized]] = field(default_factory=dict)
 
@@ -80,23 +94,13 @@ class Recipe:
         """The type of floats and scales."""
         return FLOATS[self.activation]
 
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether some linear rounds its input while it computes."""
-        nbits = "nbits" in self.layouts.values()
-        return nbits or any(scheme.activation for scheme in self.schemes.values())
-
-    def layout(self, name: str) -> Layout:
+    def layout(self, name: str) -> CodeLayout:
         """How the codes of a quantized weight lie in the file."""
         return self.layouts.get(name, "onnx")
 
     def calibrated(self, name: str) -> bool:
         """Whether anything in the table concerns this weight."""
-        touched = name in self.tensors or name + SCALE in self.tensors
-        return touched or any(
-            group.name + SMOOTHING in self.tensors and name in (*group.readers, group.producer)
-            for group in groups(self.spec)
-        )
+        return touched(name, self.spec, self.tensors)
 
     def smoothed(self, name: str, weight: Tensor) -> Tensor:
         """Return the weight as its numbers are before they are quantized."""

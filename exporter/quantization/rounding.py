@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphs.quant_scheme import LEAST, MOST, Scheme
+from graphs.dtypes import ELEMENT_TYPES, Codes, code_range
+from graphs.quant_scheme import Scheme
 
 SMALLEST = 1e-12  # of a scale; a block of zeros has none of its own
 
@@ -71,7 +72,7 @@ def quantize(
         codes = codes + zero_point.float().unsqueeze(-1)
     return Quantized(
         scheme=scheme,
-        codes=_rounded(codes, scheme).view(n, -1)[:, :k].contiguous(),
+        codes=nearest_code(codes, scheme.codes).view(n, -1)[:, :k].contiguous(),
         scale=scale,
         zero_point=zero_point,
         minimum=minimum,
@@ -82,23 +83,22 @@ def round_activation(x: Tensor, scheme: Scheme, scale: float) -> Tensor:
     """Return x as it is after it was rounded to the scheme's activation type and back."""
     if scheme.activation is None:
         return x
-    scaled = (x.float() / scale).clamp(LEAST[scheme.activation], MOST[scheme.activation])
-    whole = scaled.round() if scheme.activation == "int8" else scaled.to(torch.float8_e4m3fn)
-    return (whole.float() * scale).to(x.dtype)
+    codes = nearest_code(x.float() / scale, scheme.activation)
+    return (codes.float() * scale).to(x.dtype)
 
 
-def _rounded(codes: Tensor, scheme: Scheme) -> Tensor:
-    bounded = codes.clamp(LEAST[scheme.codes], MOST[scheme.codes])
-    if scheme.codes == "float8e4m3":
-        return bounded.to(torch.float8_e4m3fn)
-    return bounded.round_().to(torch.int8)
+def nearest_code(scaled: Tensor, codes: Codes) -> Tensor:
+    """Round to the nearest code, ties to even, and clamp; int4 codes are kept in int8."""
+    bounded = scaled.clamp(*code_range(codes))
+    dtype = getattr(torch, ELEMENT_TYPES[codes].torch or "int8")
+    return (bounded if dtype.is_floating_point else bounded.round_()).to(dtype)
 
 
 def _range(
     blocks: Tensor, scheme: Scheme, stored: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Scale, zero point and minimum that just cover each block [N, J, block]."""
-    least, most = LEAST[scheme.codes], MOST[scheme.codes]
+    least, most = code_range(scheme.codes)
     if scheme.offset == "none":
         scale = (blocks.abs().amax(-1) / most).clamp_min(SMALLEST).to(stored).float()
         return scale, None, None

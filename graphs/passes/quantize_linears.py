@@ -1,14 +1,14 @@
-"""Quantized linears: codes and scales in place of weights. Knows nothing about where they are from.
+"""Replace the weights of quantized linears by codes and scales.
 
-In the portable form a weight is `DequantizeLinear` of its codes, and an input that is rounded too
-goes through `QuantizeLinear` and back; TensorRT compiles that to integer products:
+In the portable form a weight is `DequantizeLinear` of its codes, and an input that is rounded goes
+through `QuantizeLinear` and `DequantizeLinear`. TensorRT compiles that to integer products:
 
     x ── MatMul(Transpose(W))    →    x ─ [Quantize ─ Dequantize] ─ MatMul(Transpose(Dequantize(q)))
 
-`turned` codes [K, N] need no Transpose; merged ones are joined along N when the graph is loaded.
+`transposed` codes [K, N] need no Transpose; merged ones are joined along N at load time.
 
-ONNX Runtime has a kernel of its own for weights alone, `MatMulNBits`, which the `nbits` form uses.
-A weight with minimums is two products, the second with the sums of the input's blocks:
+The `nbits` layout uses `MatMulNBits`, ONNX Runtime's kernel for quantized weights. A weight with
+minimums takes two products, the second with the sums of the input's blocks:
 
     W = scale q + minimum    →    x W^T = MatMulNBits(x, q) + MatMul(ReduceSum(blocks of x), M^T)
 """
@@ -18,45 +18,40 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from graphs.dtypes import Dtype
 from graphs.passes.merge_linears import Linear, linear_at
 from graphs.passes.rule import CONTRIB, PassError, constant
 from graphs.passes.weight_ref import ONNX_DTYPE, WeightRef, weight_of
-from graphs.quant_scheme import MINIMUM, SCALE, ZERO_POINT, Layout, Scheme, StoredPart, stored_parts
-from graphs.spec import Dtype, ModelSpec
+from graphs.quant_scheme import MINIMUM, SCALE, ZERO_POINT, Scheme, StoredPart, stored_parts
+from graphs.spec import ModelSpec
+from graphs.targets import CodeLayout
 
-ELEMENT: Mapping[str, ir.DataType] = {
-    **{str(name): dtype for name, dtype in ONNX_DTYPE.items()},
-    "int4": ir.DataType.INT4,
-    "int8": ir.DataType.INT8,
-    "uint8": ir.DataType.UINT8,
-    "float8e4m3": ir.DataType.FLOAT8E4M3FN,
-}
 ACCURACY_LEVEL = 4  # round blocks of the input to int8: the only level with a fast 8-bit kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """Which linears of a model are quantized, by canonical weight name, and how.
+    """Which linears of a model are quantized and how, by canonical weight name.
 
-    `input_scales` has the static scale of every input that is rounded, by the weight that reads it;
-    `layouts` how codes lie where that is not `onnx`; `nbits` are computed by `MatMulNBits`.
+    `input_scales` has the static scale of every rounded input, by the weight that reads it.
+    `layouts` has the layout of codes that is not `onnx`; `nbits` is for `MatMulNBits`.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     input_scales: Mapping[str, float] = field(default_factory=dict)
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    layouts: Mapping[str, CodeLayout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeLinears:
-    """The pass. It fires once for each weight that is quantized, merged ones counted singly."""
+    """The pass. It fires once per quantized weight; each part of a merged weight counts once."""
 
     quantization: Quantization
     activation: Dtype
     name: str = "quantize_linears"
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
-        """Rewrite every quantized linear. Raises PassError unless all of them were found."""
+        """Rewrite every quantized linear. Raises PassError unless all are found."""
         schemes, graph = self.quantization.schemes, model.graph
         shapes = spec.weight_shapes()
         done: set[str] = set()
@@ -87,13 +82,13 @@ class QuantizeLinears:
 
 
 def _dequantized(
-    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, layout: Layout,
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, layout: CodeLayout,
     widths: Sequence[int],
 ) -> ir.Value:  # fmt: skip
-    """The weight as its product reads it, [K, N]; its parts have `widths` rows."""
+    """The dequantized weight [K, N] for its product; the parts have `widths` rows."""
     matmul, weight = linear
-    if layout == "turned":
-        codes, scale = _turned(graph, linear, scheme, activation, widths)
+    if layout == "transposed":
+        codes, scale = _transposed(graph, linear, scheme, activation, widths)
         dequantize = ir.node("DequantizeLinear", [codes, scale], {"axis": 1})
         _typed(dequantize.outputs[0], activation, weight.sizes[::-1])
         graph.insert_before(matmul, dequantize)
@@ -108,16 +103,16 @@ def _dequantized(
     return transpose.outputs[0]
 
 
-def _turned(
+def _transposed(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, widths: Sequence[int]
 ) -> tuple[ir.Value, ir.Value]:
-    """Codes [K, N] of all parts side by side, and scales [N]."""
+    """Codes [K, N] of all parts side by side, and their scales [N]."""
     weight, (rows, columns) = linear.weight, linear.weight.sizes
     pieces = []
     for part, width in zip(weight.parts, widths, strict=True):
-        codes, _ = stored_parts(part, (width, columns), scheme, activation, "turned")
+        codes, _ = stored_parts(part, (width, columns), scheme, activation, "transposed")
         pieces.append(_reference(graph, codes, (part,)))
-    _, scales = stored_parts(str(weight.name), (rows, columns), scheme, activation, "turned")
+    _, scales = stored_parts(str(weight.name), (rows, columns), scheme, activation, "transposed")
     scale = _reference(graph, scales, tuple(part + SCALE for part in weight.parts))
     if len(pieces) == 1:
         return pieces[0], scale
@@ -130,7 +125,7 @@ def _turned(
 def _round_input(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, scale: float | None
 ) -> None:
-    """Round what the product reads, where its scheme says so."""
+    """Round the input of the product if its scheme rounds inputs."""
     value = linear.matmul.inputs[0]
     if scheme.activation is None or value is None:
         return
@@ -144,13 +139,13 @@ def _rounded(
     graph: ir.Graph, before: ir.Node, value: ir.Value, scheme: Scheme, activation: Dtype,
     input_scale: float,
 ) -> ir.Value:  # fmt: skip
-    """Quantize `value` and back, once for all linears that read it with this scale."""
+    """Quantize and dequantize `value`, once for all linears that read it with this scale."""
     name = f"{value.name}.scale_{input_scale!r}"
     shared = graph.initializers.get(name)
     if shared is not None:
         (quantize,) = shared.consumers()[:1]
         return quantize.outputs[0].consumers()[0].outputs[0]
-    element = ELEMENT[str(scheme.activation)]
+    element = ONNX_DTYPE[str(scheme.activation)]
     scale = constant(graph, ir.tensor(input_scale, ONNX_DTYPE[activation], name))
     zero = constant(graph, ir.tensor(0, element, f"zero.{element}"))
     quantize = ir.node("QuantizeLinear", [value, scale, zero])
@@ -177,12 +172,12 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
     nodes, result = [product], product.outputs[0]
     if minimum is not None:
         sums = _block_sums(graph, matmul, value, columns, scheme)
-        turned = ir.node("Transpose", [minimum], {"perm": [1, 0]})
-        second = ir.node("MatMul", [sums, turned.outputs[0]])
+        columnwise = ir.node("Transpose", [minimum], {"perm": [1, 0]})
+        second = ir.node("MatMul", [sums, columnwise.outputs[0]])
         total = ir.node("Add", [result, second.outputs[0]])
         for part in (product, second):
             part.outputs[0].type, part.outputs[0].shape = output.type, output.shape
-        nodes, result = [*nodes, turned, second, total], total.outputs[0]
+        nodes, result = [*nodes, columnwise, second, total], total.outputs[0]
     result.type, result.shape = output.type, output.shape
     graph.insert_before(matmul, nodes)
     result.name = output.name
@@ -193,16 +188,13 @@ def _write_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dt
 def _write_lookup(
     graph: ir.Graph, gather: ir.Node, quantization: Quantization, activation: Dtype
 ) -> None:
-    """Look rows up among the codes of a tied embedding, which the output layer multiplies with.
-
-    Only the rows that are asked for are dequantized.
-    """
+    """Look rows up in the codes of a tied embedding; only these rows are dequantized."""
     weight, output = weight_of(gather.inputs[0]), gather.outputs[0]
     if weight is None or quantization.layouts.get(weight.parts[0]) != "nbits":
         return
     scheme, (rows, columns) = quantization.schemes[weight.parts[0]], weight.sizes
     if scheme.block is None or columns % scheme.block or scheme.offset != "none":
-        raise PassError(f"{weight.name}: an embedding is looked up in whole blocks without offsets")
+        raise PassError(f"{weight.name}: an embedding lookup needs whole blocks and no offsets")
     _, scale = _parts(graph, weight, scheme, activation, "nbits")
     # The same bytes as the output layer's codes, without blocks in their shape.
     shape = (rows, columns * scheme.bits // 8)
@@ -235,9 +227,9 @@ def _block_sums(
 
 
 def _parts(
-    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, layout: Layout
+    graph: ir.Graph, weight: WeightRef, scheme: Scheme, activation: Dtype, layout: CodeLayout
 ) -> list[ir.Value]:
-    """Put codes, scales and what else there is into the graph, in `stored_parts`' order."""
+    """Add codes, scales and offsets to the graph, in the order of `stored_parts`."""
     found = []
     for part in stored_parts(str(weight.name), weight.sizes, scheme, activation, layout):
         suffix = part.name.removeprefix(str(weight.name))
@@ -246,9 +238,9 @@ def _parts(
 
 
 def _reference(graph: ir.Graph, part: StoredPart, parts: tuple[str, ...]) -> ir.Value:
-    # The unquantized weight keeps its name until it is cleaned away, so the codes take another.
+    # The unquantized weight keeps its name until it is removed, so the codes need another.
     name = part.name if part.name.endswith((SCALE, ZERO_POINT, MINIMUM)) else f"{part.name}.codes"
-    return constant(graph, WeightRef(name, parts, part.shape, ELEMENT[part.element]))
+    return constant(graph, WeightRef(name, parts, part.shape, ONNX_DTYPE[part.element]))
 
 
 def _typed(value: ir.Value, dtype: Dtype, sizes: tuple[int, ...]) -> None:

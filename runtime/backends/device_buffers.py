@@ -4,39 +4,19 @@ Addresses never change, so that a decode step can be captured once and replayed.
 and indices lie in one block, host and device alike, and go over in one copy.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from graphs.spec import (
-    ITEM_SIZE,
-    Dim,
-    Dtype,
-    ModelSpec,
-    RingSpec,
-    capacity_letter,
-    graph_inputs,
-    graph_outputs,
-)
+from graphs.contract import STEP_INPUTS, GraphContract
+from graphs.dtypes import item_size
 from runtime.backends.cuda_device import Bytes, Gpu
 from runtime.backends.float_conversion import to_float32
 from runtime.backends.session import Caches, Ids, Logits, Slots
 
-STEP_INPUTS = ("input_ids", "position_ids", "logits_indices")
 _ALIGNMENT = 256  # bytes, what cudaMalloc aligns to; each input begins on such a boundary
-
-
-def sizes(spec: ModelSpec, ring: RingSpec, batch: int, tokens: int, wanted: int) -> dict[str, int]:
-    """Every letter of the graph contract as a number, for one step: B, S, T and each C."""
-    capacities = {capacity_letter(spec, size): ring.capacity(size) for size in spec.windows}
-    return {"B": batch, "S": tokens, "T": wanted, **capacities}
-
-
-def sized(shape: tuple[Dim, ...], letters: Mapping[str, int]) -> tuple[int, ...]:
-    """A shape with its letters replaced; a letter that is not in `letters` becomes -1."""
-    return tuple(letters.get(dim, -1) if isinstance(dim, str) else dim for dim in shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +31,18 @@ class LogitsBuffer:
 class StepBuffers:
     """All memory that a session's steps use, but for the backend's own. It belongs to `gpu`."""
 
-    def __init__(
-        self, gpu: Gpu, spec: ModelSpec, ring: RingSpec, activation: Dtype, batch: int
-    ) -> None:
-        self._gpu, self._spec, self._ring = gpu, spec, ring
-        self._activation, self._batch = activation, batch
-        letters = sizes(spec, ring, batch, 1, 1)
-        self.shapes = {
-            row.name: sized(row.shape, letters)
-            for row in (*graph_inputs(spec, activation), *graph_outputs(spec, activation))
-        }
+    def __init__(self, gpu: Gpu, contract: GraphContract, batch: int) -> None:
+        self._gpu, self._contract, self._batch = gpu, contract, batch
+        self._spec, self._item_size = contract.spec, item_size(contract.activation)
+        sizes = contract.sizes(batch=batch, tokens=1, wanted=1)
+        self.shapes = {row.name: row.sized(sizes) for row in (*contract.inputs, *contract.outputs)}
         self.addresses: dict[str, int] = {}  # by tensor name; past and present share one
-        for row in graph_inputs(spec, activation):
+        for row in contract.inputs:
             if row.name not in STEP_INPUTS:
                 address = gpu.allocate(self._cache_bytes(row.name), "the KV ring")
                 present = row.name.replace("past_", "present_", 1)
                 self.addresses[row.name] = self.addresses[present] = address
-        self._stride = -(-8 * batch * ring.chunk // _ALIGNMENT) * _ALIGNMENT
+        self._stride = -(-8 * batch * contract.ring.chunk // _ALIGNMENT) * _ALIGNMENT
         self._block = gpu.pinned(len(STEP_INPUTS) * self._stride, "a step's tokens")
         self._ids = self._block.view(np.int64).reshape(len(STEP_INPUTS), -1)
         self._device = gpu.allocate(self._block.nbytes, "a step's tokens")
@@ -93,7 +68,7 @@ class StepBuffers:
         if wanted == 1:
             return self._one
         if self._many is None:
-            self._many = self._logits_buffer(self._ring.chunk)
+            self._many = self._logits_buffer(self._contract.ring.chunk)
         return self._many
 
     def copy_out(self, wanted: int) -> None:
@@ -106,7 +81,7 @@ class StepBuffers:
         buffer = self.logits(wanted)
         count = self._batch * wanted * self._spec.vocab_size
         found = buffer.result[:count]
-        to_float32(buffer.host[: self._logits_bytes(wanted)], self._activation, found)
+        to_float32(buffer.host[: self._logits_bytes(wanted)], self._contract.activation, found)
         return found.reshape(self._batch, wanted, self._spec.vocab_size)
 
     def clear_ring(self) -> None:
@@ -117,7 +92,7 @@ class StepBuffers:
 
     def read_row(self, row: int, slots: Slots) -> Caches:
         """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
-        item = np.dtype(np.float32 if ITEM_SIZE[self._activation] == 4 else np.uint16)
+        item = np.dtype(np.float32 if self._item_size == 4 else np.uint16)
         heads, dim = self._spec.num_key_value_heads, self._spec.head_dim
         found: Caches = []
         for size in (size for size in self._spec.layer_windows for _ in ("key", "value")):
@@ -140,17 +115,17 @@ class StepBuffers:
         windows = [size for size in self._spec.layer_windows for _ in ("key", "value")]
         for name, size, cache in zip(names, windows, caches, strict=True):
             _, heads, capacity, dim = self.shapes[name]
-            slot = dim * ITEM_SIZE[self._activation]  # bytes
+            slot = dim * self._item_size  # bytes
             for head in range(heads):
                 at = (row * heads + head) * capacity + slots[size].start
                 part = np.ascontiguousarray(cache[head]).view(np.uint8).reshape(-1)
                 yield part, self.addresses[name] + at * slot
 
     def _cache_bytes(self, name: str) -> int:
-        return int(np.prod(self.shapes[name])) * ITEM_SIZE[self._activation]
+        return int(np.prod(self.shapes[name])) * self._item_size
 
     def _logits_bytes(self, wanted: int) -> int:
-        return self._batch * wanted * self._spec.vocab_size * ITEM_SIZE[self._activation]
+        return self._batch * wanted * self._spec.vocab_size * self._item_size
 
     def _logits_buffer(self, wanted: int) -> LogitsBuffer:
         nbytes = self._logits_bytes(wanted)

@@ -6,7 +6,7 @@ NumPy has no bfloat16, and needs none: a bfloat16 is the upper half of the float
 import numpy as np
 from numpy.typing import NDArray
 
-from graphs.spec import Dtype
+from graphs.dtypes import Dtype
 
 
 def to_float32(raw: NDArray[np.uint8], activation: Dtype, out: NDArray[np.float32]) -> None:

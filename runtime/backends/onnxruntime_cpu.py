@@ -17,12 +17,22 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from graphs.build import Build
+from graphs.contract import PADDED, GraphContract
+from graphs.dtypes import ELEMENT_TYPES, item_size
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 from runtime.backends.session import Caches, Ids, Logits, Slots
+from runtime.system.malloc import huge_pages
 
 NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"  # read when a session is made
 KEPT = 16  # bindings of one-token steps; another takes 0.5 ms and 70 KB for 30 layers
+
+
+# Bytes of a head's keys up to which attention without blocks was the faster one: 267 us beside 368
+# for SmolLM2's layers at 4,096 tokens, 263 beside 284 for Mistral-7B's at 512 and 1,154 beside
+# 1,160 at 2,048, but 2,628 beside 2,346 at 4,096 (2 threads, 1 MiB of second-level cache each).
+CACHED = 2 << 20
 
 
 class _Decoding(NamedTuple):
@@ -181,6 +191,43 @@ class OrtSession:
         ):
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+
+
+def open_session(
+    model: Path, build: Build, file_bytes: int = 0, *, batch: int = 1, threads: int | None = None
+) -> OrtSession:
+    """Load `model`, tuned for the build's precision and shape.
+
+    `file_bytes` are those of all files of the bundle; 0 uses no huge pages.
+    """
+    on_huge_pages = _bytes_on_huge_pages(build, file_bytes)
+    codes = build.precision.activation_codes
+    with huge_pages(on_huge_pages):
+        return OrtSession(
+            model, build.spec, batch=batch, threads=threads,
+            fuse_qdq=codes is None or ELEMENT_TYPES[codes].is_integer,
+            pack_together=not on_huge_pages,
+            flash=_keys_of_a_head(build.contract) > CACHED,
+            padded=PADDED if build.batch_invariant else 0,
+        )  # fmt: skip
+
+
+def _bytes_on_huge_pages(build: Build, file_bytes: int) -> int:
+    """Room for quantized weights as ONNX Runtime packs them; 1.3 times the files were seen.
+
+    0 for others, which are not there for speed: where a host takes free memory away from its
+    virtual machines and clears it anew, huge pages took SmolLM2's 538 MB from 0.6 to 1.9 s.
+    """
+    if not build.precision.quantized:
+        return 0
+    return 3 * file_bytes // 2
+
+
+def _keys_of_a_head(contract: GraphContract) -> int:
+    """Bytes that a head's keys have in a full ring; 0 where every layer has a window."""
+    spec, ring = contract.spec, contract.ring
+    slots = ring.capacity(None) if None in spec.windows else 0
+    return slots * spec.head_dim * item_size(contract.activation)
 
 
 @contextmanager

@@ -15,19 +15,17 @@ from typing import Any, Self
 
 import onnxruntime as ort
 
+from graphs.contract import GraphContract, TensorSpec
+from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
-from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
 from runtime.backends.cuda_device import Gpu
-from runtime.backends.device_buffers import StepBuffers, sized, sizes
+from runtime.backends.device_buffers import StepBuffers
 from runtime.backends.session import Caches, Ids, Logits, Slots
 from runtime.backends.step_bounds import check_capacities, check_step
 
 PROVIDER = "CUDAExecutionProvider"
 DEVICE = "cuda"  # as ONNX Runtime's bindings call where the memory is
 GRAPH, NO_GRAPH = "1", "-1"  # `gpu_graph_id`: the decode step's, and none
-
-# onnx.proto: TensorProto.DataType
-_ELEMENT = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 
 class CudaOrtSession:
@@ -37,18 +35,21 @@ class CudaOrtSession:
     it puts on the CPU in part.
     """
 
-    def __init__(
-        self, model: Path, spec: ModelSpec, ring: RingSpec, activation: Dtype, *, batch: int = 1
-    ) -> None:
+    def __init__(self, model: Path, contract: GraphContract, *, batch: int = 1) -> None:
         self.partial = False  # a captured graph has the shapes of all rows
-        self.spec, self.ring, self.batch, self.activation = spec, ring, batch, activation
+        self.spec, self.ring, self.contract, self.batch = (
+            contract.spec,
+            contract.ring,
+            contract,
+            batch,
+        )
         _require_provider()
         self._gpu = Gpu("cuda")
         with ExitStack() as undo:
             undo.callback(self.close)
             self._session: Any
             self._session, self.captured = _open(model)
-            self._buffers = StepBuffers(self._gpu, spec, ring, activation, batch)
+            self._buffers = StepBuffers(self._gpu, contract, batch)
             self._decode = self._session.io_binding()
             self._prefill = self._session.io_binding()
             for binding in (self._decode, self._prefill):
@@ -123,27 +124,27 @@ class CudaOrtSession:
             ) from error
 
     def _bind_ring(self, binding: Any) -> None:
-        for row in graph_inputs(self.spec, self.activation):
+        for row in self.contract.inputs:
             if row.name.startswith("past_"):
                 self._bind(binding.bind_input, row, self._buffers.shapes[row.name])
-        for row in graph_outputs(self.spec, self.activation):
+        for row in self.contract.outputs:
             if row.name.startswith("present_"):
                 self._bind(binding.bind_output, row, self._buffers.shapes[row.name])
 
     def _bind_step(self, binding: Any, tokens: int, wanted: int) -> None:
-        letters = sizes(self.spec, self.ring, self.batch, tokens, wanted)
-        for row in graph_inputs(self.spec, self.activation):
+        sizes = self.contract.sizes(batch=self.batch, tokens=tokens, wanted=wanted)
+        for row in self.contract.inputs:
             if not row.name.startswith("past_"):
-                self._bind(binding.bind_input, row, sized(row.shape, letters))
-        logits = graph_outputs(self.spec, self.activation)[0]
+                self._bind(binding.bind_input, row, row.sized(sizes))
+        logits = self.contract.outputs[0]
         address = self._buffers.logits(wanted).device
-        self._bind(binding.bind_output, logits, sized(logits.shape, letters), address)
+        self._bind(binding.bind_output, logits, logits.sized(sizes), address)
 
     def _bind(
         self, bind: Any, row: TensorSpec, shape: tuple[int, ...], address: int | None = None
     ) -> None:
         where = self._buffers.addresses[row.name] if address is None else address
-        bind(row.name, DEVICE, 0, _ELEMENT[row.dtype], shape, where)
+        bind(row.name, DEVICE, 0, ELEMENT_TYPES[row.dtype].onnx, shape, where)
 
 
 def _require_provider() -> None:

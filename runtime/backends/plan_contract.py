@@ -7,11 +7,11 @@ allocated: names, types, shapes, the caches' aliasing, and the optimization prof
 
 from typing import Any, NamedTuple
 
+from graphs.contract import STEP_INPUTS, GraphContract, TensorSpec
+from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
-from graphs.spec import Dtype, ModelSpec, RingSpec, TensorSpec, graph_inputs, graph_outputs
-from runtime.backends.device_buffers import STEP_INPUTS, sized, sizes
+from graphs.spec import RingSpec
 
-_DTYPE = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
 _REMEDY = "The plan is not the one of this manifest: export the checkpoint again."
 
 
@@ -22,16 +22,14 @@ class Profiles(NamedTuple):
     prefill: int
 
 
-def check_plan(
-    trt: Any, engine: Any, spec: ModelSpec, ring: RingSpec, activation: Dtype, batch: int
-) -> Profiles:
+def check_plan(trt: Any, engine: Any, contract: GraphContract, batch: int) -> Profiles:
     """Compare an engine with the graph contract; returns the profiles to run it with.
 
     Raises MistralcError, naming the first tensor that differs.
     """
     expected = [
-        *((row, trt.TensorIOMode.INPUT) for row in graph_inputs(spec, activation)),
-        *((row, trt.TensorIOMode.OUTPUT) for row in graph_outputs(spec, activation)),
+        *((row, trt.TensorIOMode.INPUT) for row in contract.inputs),
+        *((row, trt.TensorIOMode.OUTPUT) for row in contract.outputs),
     ]
     found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     names = {row.name for row, _ in expected}
@@ -42,19 +40,20 @@ def check_plan(
             f"only in {'the plan' if first in found else 'the model'}. {_REMEDY}"
         )
     for row, mode in expected:
-        _check_tensor(trt, engine, row, mode, sizes(spec, ring, -1, -1, -1))
-    return _profiles(engine, ring, batch)
+        _check_tensor(trt, engine, row, mode, contract.capacities)
+    return _profiles(engine, contract.ring, batch)
 
 
 def _check_tensor(
     trt: Any, engine: Any, row: TensorSpec, mode: Any, letters: dict[str, int]
 ) -> None:
     name = row.name
+    dtype = getattr(trt.DataType, str(ELEMENT_TYPES[row.dtype].tensorrt))
     facts = {
         "direction": (engine.get_tensor_mode(name), mode),
-        "type": (engine.get_tensor_dtype(name), getattr(trt.DataType, _DTYPE[row.dtype])),
+        "type": (engine.get_tensor_dtype(name), dtype),
         "place": (engine.get_tensor_location(name), trt.TensorLocation.DEVICE),
-        "shape": (tuple(engine.get_tensor_shape(name)), sized(row.shape, letters)),
+        "shape": (tuple(engine.get_tensor_shape(name)), row.sized(letters)),
     }
     if name.startswith("present_"):
         past = name.replace("present_", "past_", 1)

@@ -16,11 +16,12 @@ from typing import Any, Self
 
 import numpy as np
 
+from graphs.contract import STEP_INPUTS, GraphContract
 from graphs.errors import MistralcError
-from graphs.spec import Dtype, ModelSpec, RingSpec, ring_bytes
+from graphs.targets import Target
 from runtime.backends import kernel_cache, tensorrt_library
 from runtime.backends.cuda_device import Gpu, out_of_memory
-from runtime.backends.device_buffers import STEP_INPUTS, StepBuffers
+from runtime.backends.device_buffers import StepBuffers
 from runtime.backends.plan_contract import check_plan
 from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validity
 from runtime.backends.session import Caches, Ids, Logits, Slots
@@ -48,17 +49,15 @@ class TrtSession:
     def __init__(
         self,
         plan: Path,
-        spec: ModelSpec,
-        ring: RingSpec,
-        activation: Dtype,
-        target: str,
+        contract: GraphContract,
+        target: Target,
         *,
         batch: int = 1,
         cache: Path | None = None,
         weight_budget: int | None = None,
     ) -> None:
         self.partial = False  # shapes and addresses are those of all rows
-        self.spec, self.ring, self.batch, self.target = spec, ring, batch, target
+        self.spec, self.ring, self.batch, self.target = contract.spec, contract.ring, batch, target
         self._trt = tensorrt_library.load(target)
         self._log = _log(target)
         self._log.words.clear()
@@ -69,12 +68,12 @@ class TrtSession:
         self._graph: Any = None
         self._kept: list[Any] = []  # what the contexts need alive, in the order it was made
         self._streams = self.captured = False
-        self._gpu = Gpu(target)
+        self._gpu = Gpu(target.name)
         with ExitStack() as undo:
             undo.callback(self._release)
-            engine = self._load(plan, ring_bytes(spec, ring, activation))
-            profiles = check_plan(self._trt, engine, spec, ring, activation, batch)
-            self._buffers = StepBuffers(self._gpu, spec, ring, activation, batch)
+            engine = self._load(plan, contract.ring_bytes)
+            profiles = check_plan(self._trt, engine, contract, batch)
+            self._buffers = StepBuffers(self._gpu, contract, batch)
             self._set_budget(engine, weight_budget)
             self._decode = self._context(engine, profiles.decode, decode=True)
             self._prefill = self._context(engine, profiles.prefill, decode=False)
@@ -180,7 +179,7 @@ class TrtSession:
 
     def _context(self, engine: Any, profile: int, *, decode: bool) -> Any:
         """An execution context with everything bound that does not change from step to step."""
-        if self.target == "rtx":
+        if self.target.compiles_kernels_at_load:
             config = self._config(engine, decode=decode)
             context = engine.create_execution_context(config)
             self._kept.append(config)
@@ -249,7 +248,7 @@ class TrtSession:
         for _ in range(2):
             self._enqueue(self._decode, 1)
             self._gpu.wait()
-        if self.target == "rtx":
+        if self.target.compiles_kernels_at_load:
             self.captured = not self._streams
         else:
             self._graph = self._gpu.capture(lambda: self._enqueue(self._decode, 1))
@@ -281,7 +280,7 @@ class TrtSession:
             )
         return MistralcError(
             f"TensorRT could not {doing}: {words}. Update the driver, or report this with the GPU "
-            f"and the version of {tensorrt_library.DISTRIBUTION[self.target]}."
+            f"and the version of {self.target.distributions[0]}."
         )
 
 
@@ -301,7 +300,7 @@ def _words(log: Any) -> str:
 
 
 @once
-def _log(target: str) -> Any:
+def _log(target: Target) -> Any:
     """One logger for the process: TensorRT holds on to the first that it is given."""
     trt = tensorrt_library.load(target)
 

@@ -8,17 +8,16 @@ import importlib
 from typing import Any
 
 from graphs.errors import MistralcError
-
-MODULE = {"rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-DISTRIBUTION = {"rtx": "tensorrt-rtx-cu13", "tensorrt": "tensorrt"}
+from graphs.targets import Target
 
 
-def load(target: str) -> Any:
-    """Import the library of a target, `rtx` or `tensorrt`; raises MistralcError where it is not."""
+def load(target: Target) -> Any:
+    """Import a target's TensorRT. Raises MistralcError if it cannot be imported."""
+    module = target.backend_module
     try:
-        return importlib.import_module(MODULE[target])
+        return importlib.import_module(module)
     except ImportError as error:
         raise MistralcError(
-            f"The target {target} needs {MODULE[target]}, which cannot be imported here ({error}). "
-            f"Install it: pip install 'mistralc[{target}]'."
+            f"The target {target.name} needs {module}, which cannot be imported here ({error}). "
+            f"Install it: pip install 'mistralc[{target.name}]'."
         ) from error

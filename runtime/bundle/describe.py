@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from graphs.spec import ring_bytes
 from runtime.bundle.open import Bundle
 from runtime.bundle.signature import read_signature
 
@@ -12,12 +11,12 @@ from runtime.bundle.signature import read_signature
 def facts(bundle: Bundle) -> dict[str, Any]:
     """The manifest, and what follows from it."""
     manifest = bundle.manifest
-    model, ring, activation = manifest.model, manifest.ring, manifest.activation
+    model, ring = manifest.model, manifest.ring
     derived = {
         "parameters": model.num_parameters,
         "capacities": {str(size): ring.capacity(size) for size in model.windows},
-        "kv_bytes_per_token": model.kv_bytes_per_token(activation),
-        "ring_bytes": ring_bytes(model, ring, activation),
+        "kv_bytes_per_token": manifest.contract.token_bytes,
+        "ring_bytes": manifest.contract.ring_bytes,
         "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
         "endless": model.slides,
     }

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,6 @@ seconds; a file that changes again within such a step looks untouched, so it is 
 """
 
 TOKENIZER = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
-GRAPH = ("model.onnx", "weights.safetensors")
-LOADED: Mapping[str, tuple[str, ...]] = {
-    "cpu": GRAPH, "cuda": GRAPH, "rtx": ("engine.plan",), "tensorrt": ("engine.plan",),
-}  # fmt: skip
-"""By target: what sessions load. A file that no manifest lists would be loaded unchecked."""
-
 Progress = Callable[[int], None]  # called with the number of bytes just hashed
 
 
@@ -112,7 +106,7 @@ def sha256(path: Path, progress: Progress | None = None) -> str:
 
 def _check_names(path: Path, manifest: Manifest) -> None:
     """Refuse a manifest that names files outside its bundle, or not all that will be loaded."""
-    for name in (*TOKENIZER, *LOADED.get(manifest.target, ())):
+    for name in (*TOKENIZER, *manifest.known_target.loaded_files):
         if name not in manifest.files:
             raise MistralcError(
                 f"{path / FILE_NAME} does not list {name}, which a bundle for {manifest.target} "

@@ -1,55 +1,37 @@
-"""How many bytes a bundle has, and how many of them a token costs. Knows no file and no session."""
+"""How many bytes the weights of a build have, and how many of them a token costs."""
 
 import math
-from collections.abc import Mapping
 
-from graphs.manifest import Manifest
-from graphs.quant_scheme import Layout, Scheme, stored_parts
-from graphs.spec import ITEM_SIZE, Dtype, ModelSpec
-
-
-def file_bytes(manifest: Manifest) -> int:
-    """Bytes of all files of the bundle."""
-    return sum(entry.size for entry in manifest.files.values())
+from graphs.build import Build, Storage
+from graphs.dtypes import Dtype, item_size
+from graphs.quant_scheme import stored_parts
+from graphs.spec import ModelSpec
 
 
-def weight_bytes(
-    spec: ModelSpec,
-    schemes: Mapping[str, Scheme],
-    layouts: Mapping[str, Layout],
-    activation: Dtype,
-) -> dict[str, int]:
-    """Bytes of every weight by its name, with its scales where it is quantized."""
+def weight_bytes(spec: ModelSpec, storage: Storage, activation: Dtype) -> dict[str, int]:
+    """Bytes of every weight by its name, including scales if it is quantized."""
     found = {}
     for name, shape in spec.weight_shapes().items():
-        scheme = schemes.get(name)
+        scheme = storage.schemes.get(name)
         if scheme is None:
-            found[name] = math.prod(shape) * ITEM_SIZE[activation]
+            found[name] = math.prod(shape) * item_size(activation)
         else:
-            parts = stored_parts(name, shape, scheme, activation, layouts.get(name, "onnx"))
+            layout = storage.layouts.get(name, "onnx")
+            parts = stored_parts(name, shape, scheme, activation, layout)
             found[name] = sum(part.nbytes for part in parts)
     return found
 
 
-def read_bytes(manifest: Manifest) -> int:
+def read_bytes(build: Build) -> int:
     """Bytes of weights that a decoded token reads: all, but one row of an untied embedding."""
-    spec = manifest.model
-    layouts = (manifest.quantization or {}).get("layouts", {})
-    found = weight_bytes(spec, schemes_of(manifest), layouts, manifest.activation)
+    spec = build.spec
+    found = weight_bytes(spec, build.storage, build.activation)
     if not spec.tie_word_embeddings:
         found["model.embed_tokens.weight"] //= spec.vocab_size
     return sum(found.values())
 
 
-def step_bytes(manifest: Manifest, position: int) -> int:
+def step_bytes(build: Build, position: int) -> int:
     """Bytes that a step for one token at `position` reads: weights, keys and values."""
-    spec = manifest.model
-    slots = sum(min(position, size or position) for size in spec.layer_windows)
-    per_slot = spec.kv_bytes_per_token(manifest.activation) // spec.num_hidden_layers
-    return read_bytes(manifest) + slots * per_slot
-
-
-def schemes_of(manifest: Manifest) -> Mapping[str, Scheme]:
-    """How each quantized weight is stored, by its name."""
-    facts = manifest.quantization or {}
-    return {name: Scheme.from_json(entry) for name, entry in facts.get("schemes", {}).items()}
+    slots = sum(min(position, size or position) for size in build.spec.layer_windows)
+    return read_bytes(build) + slots * build.contract.slot_bytes

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from graphs import window
+from graphs.dtypes import item_size
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
-from graphs.spec import ITEM_SIZE
 from runtime.backends.session import Caches, Session, Slots
 from runtime.decoding.ring import Ring
 from runtime.system.atomic_file import replacing
@@ -221,7 +221,7 @@ def _counts(header: dict[str, Any]) -> tuple[int, int]:
 
 def _caches(data: memoryview, manifest: Manifest, written: int) -> Caches:
     """Cut the bytes into each layer's key and value. Raises ValueError unless that comes out."""
-    item = np.dtype("<f4" if ITEM_SIZE[manifest.activation] == 4 else "<u2")
+    item = np.dtype("<f4" if item_size(manifest.activation) == 4 else "<u2")
     found, begin = [], 0
     for shape in _shapes(manifest, written):
         count = shape[0] * shape[1] * shape[2]

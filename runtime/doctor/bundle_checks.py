@@ -5,22 +5,13 @@ from pathlib import Path
 
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest, manifest_bytes, parse_manifest
-from graphs.spec import ring_bytes
+from graphs.targets import TARGETS, Target
 from runtime.bundle.open import check_files
 from runtime.bundle.signature import check_signature, required_key
 from runtime.doctor.finding import Check, failed, ok, warning
 from runtime.doctor.plan_checks import Engine, check_engine
 from runtime.system import host
-from runtime.system.host import BACKENDS, Cuda, Library, release
-
-OLDEST_ONNXRUNTIME = (1, 31)  # as the extra `cpu` asks: the graph is of opset 24
-
-BACKEND_OF: Mapping[str, str] = {
-    "cpu": "onnxruntime", "cuda": "onnxruntime", "rtx": "tensorrt_rtx", "tensorrt": "tensorrt",
-}  # fmt: skip
-"""By a bundle's target, which is also the name of the extra that installs the backend."""
-
-ENGINES = ("rtx", "tensorrt")  # targets whose bundle holds a plan
+from runtime.system.host import Cuda, Library, release
 
 
 def check_bundle(
@@ -64,11 +55,12 @@ def check_bundle(
     except MistralcError as error:
         whole = False
         checks.append(failed("files", str(error), rebuild))
-    if manifest.target not in BACKEND_OF:
+    target = TARGETS.get(manifest.target)
+    if target is None:
         found = f"this version of mistralc knows no target {manifest.target!r}"
         return [*checks, failed("target", found, "pip install --upgrade mistralc")]
-    library = libraries[BACKEND_OF[manifest.target]]
-    checks.append(check_backend(manifest, library, providers))
+    library = libraries[target.backend_module]
+    checks.append(check_backend(manifest, target, library, providers))
     engine = engine_of(path, manifest)
     if engine is not None and whole:
         checks += check_engine(engine, library, cuda, rebuild)
@@ -77,40 +69,43 @@ def check_bundle(
 
 def engine_of(path: Path, manifest: Manifest) -> Engine | None:
     """What the manifest says about the bundle's plan; None for a bundle without one."""
-    if manifest.target not in ENGINES:
+    target = TARGETS[manifest.target]
+    if not target.holds_plan:
         return None
-    carriers = BACKENDS[BACKEND_OF[manifest.target]]
     gpus = () if manifest.engine is None else manifest.engine.get("gpus", ())
     return Engine(
         plan=path / "engine.plan",
-        target=manifest.target,
-        version=_recorded(manifest, carriers),
+        target=target,
+        version=_recorded(manifest, target),
         compute_capabilities=tuple(f"{gpu[2:-1]}.{gpu[-1]}" for gpu in gpus),  # sm89 is 8.9
     )
 
 
-def check_backend(manifest: Manifest, library: Library, providers: tuple[str, ...]) -> Check:
+def check_backend(
+    manifest: Manifest, target: Target, library: Library, providers: tuple[str, ...]
+) -> Check:
     """Check that what the bundle's target runs on is installed, works and is not too old."""
-    name, target = "backend", manifest.target
-    install = f"pip install 'mistralc[{target}]'"
+    name = "backend"
+    install = f"pip install 'mistralc[{target.name}]'"
     if library.version is None:
-        return failed(name, f"the target {target} needs {library.name}; not installed", install)
+        found = f"the target {target.name} needs {library.name}; not installed"
+        return failed(name, found, install)
     if library.problem is not None:
         fault = broken(library)
         return failed(name, f"{library.name} {fault.found}", str(fault.remedy))
     found = f"{library.distribution or library.name} {library.version}"
-    if library.name != "onnxruntime":
+    if target.holds_plan:
         return ok(name, found)  # a plan's check of the version is stricter
-    if release(library.version) < OLDEST_ONNXRUNTIME:
-        oldest = ".".join(map(str, OLDEST_ONNXRUNTIME))
+    if release(library.version) < target.min_backend_version:
+        oldest = ".".join(map(str, target.min_backend_version))
         return failed(name, f"{found}; {oldest} or later is needed", f"{install} --upgrade")
-    if target == "cuda" and "CUDAExecutionProvider" not in providers:
+    if target.execution_provider is not None and target.execution_provider not in providers:
         return failed(
             name,
-            f"{found} has no CUDAExecutionProvider",
+            f"{found} has no {target.execution_provider}",
             f"pip uninstall onnxruntime    then: {install}",
         )
-    recorded = _recorded(manifest, BACKENDS[library.name])
+    recorded = _recorded(manifest, target)
     if recorded is not None and release(library.version) < release(recorded):
         return warning(
             name,
@@ -123,11 +118,11 @@ def check_backend(manifest: Manifest, library: Library, providers: tuple[str, ..
 def check_room(manifest: Manifest, total: int | None, available: int | None, cuda: Cuda) -> Check:
     """Compare weights and full ring with the memory of the host, or of the first GPU."""
     weights = max((entry.size for entry in manifest.files.values()), default=0)
-    ring = ring_bytes(manifest.model, manifest.ring, manifest.activation)
+    ring = manifest.contract.ring_bytes
     needed = weights + ring
     found = f"{weights / 1e6:,.1f} MB of weights and {ring / 1e6:,.1f} MB of ring"
     smaller = "mistralc export    with a smaller --precision, --window or --max-batch"
-    if manifest.target != "cpu":
+    if TARGETS[manifest.target].on_gpu:
         if not cuda.devices:
             return ok("room", f"{found}; to be compared where there is a GPU")
         device = cuda.devices[0]
@@ -168,6 +163,7 @@ def broken(library: Library) -> Check:
     )
 
 
-def _recorded(manifest: Manifest, carriers: tuple[str, ...]) -> str | None:
-    """The version of a backend that made the bundle."""
-    return next((manifest.versions[name] for name in carriers if name in manifest.versions), None)
+def _recorded(manifest: Manifest, target: Target) -> str | None:
+    """The version of the backend that the bundle was made with; None if nobody recorded it."""
+    names = target.distributions
+    return next((manifest.versions[name] for name in names if name in manifest.versions), None)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from graphs.gpu_catalogue import RTX_COMPUTE_CAPABILITIES, runs_rtx
+from graphs.targets import Target
 from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validity
 from runtime.doctor.finding import Check, failed, ok, warning
 from runtime.system.host import Cuda, Library, release
@@ -24,7 +24,7 @@ class Engine:
     """
 
     plan: Path
-    target: str  # rtx or tensorrt
+    target: Target
     version: str | None
     compute_capabilities: tuple[str, ...] = ()
 
@@ -65,8 +65,8 @@ def check_gpu(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
     """Compare the first GPU's compute capability with what the plan was built for."""
     name = "GPU of the plan"
     wanted = engine.compute_capabilities
-    if not wanted and engine.target == "rtx":
-        wanted = RTX_COMPUTE_CAPABILITIES
+    if not wanted:
+        wanted = engine.target.compute_capabilities or ()
     kinds = f"a GPU of compute capability {' or '.join(wanted)}" if wanted else "an NVIDIA GPU"
     if not cuda.devices:
         elsewhere = re.sub(
@@ -80,9 +80,10 @@ def check_gpu(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
     device = cuda.devices[0]
     capability = device.compute_capability
     found = f"{device.name}, compute capability {capability}"
-    if engine.target == "rtx" and not runs_rtx(capability):
-        remedy = rebuild.replace("--target rtx", "--target tensorrt")
-        return failed(name, f"{found}, which TensorRT-RTX does not support", remedy)
+    target = engine.target
+    if not target.supports(capability):
+        remedy = rebuild.replace(f"--target {target.name}", f"--target {target.alternative}")
+        return failed(name, f"{found}, which {target.title} does not support", remedy)
     if wanted and not any(_matches(capability, each) for each in wanted):
         return failed(name, f"{found}; the plan was built for {', '.join(wanted)}", rebuild)
     return ok(name, found)
@@ -108,9 +109,8 @@ def check_driver(library: Library, cuda: Cuda) -> list[Check]:
 def check_plan(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
     """Ask TensorRT whether the plan may run here, and say it in words."""
     name = f"plan {engine.plan.name}"
-    module = "tensorrt_rtx" if engine.target == "rtx" else "tensorrt"
     try:
-        answer = validity(engine.plan, module)
+        answer = validity(engine.plan, engine.target.backend_module)
     except OSError as error:
         return failed(name, f"it could not be read ({error})", rebuild)
     if answer.verdict == "VALID":

@@ -21,11 +21,10 @@ from runtime.backends.session import Ids, Logits, Session
 from runtime.bundle.sizes import step_bytes
 from runtime.decoding.sampling import SamplingParams
 from runtime.load import Loaded, make_ring
-from runtime.system.host import huge_page_bytes, peak_memory_bytes
+from runtime.system.host import BACKENDS, huge_page_bytes, peak_memory_bytes
 from runtime.system.memory_bandwidth import Memory
 from runtime.system.progress import Stage
 
-BACKENDS = ("onnxruntime", "onnxruntime-gpu", "tensorrt-rtx-cu13", "tensorrt")
 GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -36,7 +35,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
     }
-    for name in BACKENDS:
+    for name in sorted({name for names in BACKENDS.values() for name in names}):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
@@ -63,7 +62,7 @@ def measure(
             advance(1)
     prefill, decode = median(one.ttft for one in rounds), median(one.decode for one in rounds)
     latencies = np.concatenate([one.latencies for one in rounds])  # seconds
-    bytes_per_token = step_bytes(loaded.bundle.manifest, prompt_tokens + new_tokens // 2)
+    bytes_per_token = step_bytes(loaded.bundle.manifest.build, prompt_tokens + new_tokens // 2)
     shares = [
         (new_tokens - 1) * bytes_per_token / one.decode / bandwidth
         for one, bandwidth in zip(rounds, bandwidths, strict=True)
@@ -260,7 +259,7 @@ def _batch_round(
     session: Session, manifest: Manifest, rows: int, prompt_tokens: int, new_tokens: int
 ) -> tuple[float, float]:
     """Seconds for the prompts and for the answers of `rows` equal sequences, without sampling."""
-    ring = make_ring(manifest, rows)
+    ring = make_ring(manifest.build, rows)
     session.resize(ring.capacities)
     ring.check_room(prompt_tokens + new_tokens)
     prompt = np.tile(_prompt(manifest.model.vocab_size, prompt_tokens), (rows, 1))

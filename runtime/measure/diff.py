@@ -14,12 +14,10 @@ import numpy as np
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
-from graphs.spec import ring_bytes
 from runtime.backends.session import Ids, Logits, Session
 from runtime.bundle.open import Bundle
-from runtime.bundle.sizes import file_bytes
 from runtime.decoding.ring import Ring
-from runtime.load import load_session, make_ring
+from runtime.load import import_backend, load_session, make_ring
 from runtime.measure.bench import machine, resident_bytes
 from runtime.measure.perplexity import divergences, feed
 from runtime.system.progress import Stage, silent
@@ -190,8 +188,8 @@ def _fields(manifest: Manifest) -> dict[str, Any]:
 
 
 def _memory(manifest: Manifest, resident: int | None = None) -> Memory:
-    ring = ring_bytes(manifest.model, manifest.ring, manifest.activation)
-    return Memory(files=file_bytes(manifest), ring=ring, resident=resident)
+    ring = manifest.contract.ring_bytes
+    return Memory(files=manifest.file_bytes, ring=ring, resident=resident)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -209,11 +207,11 @@ class _Side:
 
 
 def _load(bundle: Bundle, threads: int | None) -> _Side:
-    if bundle.manifest.target == "cpu":
-        import onnxruntime  # noqa: F401  (the library's own memory is neither bundle's)
+    build = bundle.manifest.build
+    import_backend(build.target)  # the library's own memory is neither bundle's
     before = resident_bytes()
-    session = load_session(bundle.path, bundle.manifest, threads=threads)
-    ring = make_ring(bundle.manifest)
+    session = load_session(bundle.path, build, bundle.manifest.files, threads=threads)
+    ring = make_ring(build)
     session.resize(ring.capacities)
     for _ in feed(session, ring, np.zeros(1, np.int64), 0):
         pass  # the first step allocates what all others use

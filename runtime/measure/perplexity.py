@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
-from graphs.manifest import Manifest
 from runtime.backends.session import Ids, Logits, Session
 from runtime.decoding.ring import Ring
 from runtime.load import make_ring
@@ -51,15 +51,13 @@ class Predictions:
     targets: Ids
 
 
-def score(
-    session: Session, manifest: Manifest, windows: Ids, progress: Progress | None = None
-) -> Scores:
+def score(session: Session, build: Build, windows: Ids, progress: Progress | None = None) -> Scores:
     """Score windows [n, length]; raises UsageError where they do not fit the bundle.
 
     Memory is that of one piece's logits, however many windows there are.
     """
     nll, tokens = 0.0, 0
-    for piece in predictions(session, manifest, windows, progress):
+    for piece in predictions(session, build, windows, progress):
         found = log_likelihoods(piece.logits, piece.targets)
         require_finite(found, piece)
         nll -= float(found.sum())
@@ -68,15 +66,15 @@ def score(
 
 
 def predictions(
-    session: Session, manifest: Manifest, windows: Ids, progress: Progress | None = None
+    session: Session, build: Build, windows: Ids, progress: Progress | None = None
 ) -> Iterator[Predictions]:
     """Yield the predictions of windows [n, length] piece by piece, in order.
 
     The last token of a window is not fed, for nothing is asked after it.
     """
-    check_windows(manifest, windows)
+    check_windows(build, windows)
     for number, window in enumerate(windows):
-        ring = make_ring(manifest)
+        ring = make_ring(build)
         session.resize(ring.capacities)
         for start, logits in feed(session, ring, window[:-1], 0):
             targets = window[start + 1 : start + 1 + len(logits)]
@@ -143,9 +141,9 @@ def _log_softmax(logits: Logits) -> NDArray[np.float64]:
     return result
 
 
-def check_windows(manifest: Manifest, windows: Ids) -> None:
+def check_windows(build: Build, windows: Ids) -> None:
     """Raise UsageError unless the bundle can read windows [n, length] of such ids."""
-    spec, context = manifest.model, manifest.ring.context
+    spec, context = build.spec, build.ring.context
     length = windows.shape[1]
     if not spec.slides and length > context:
         raise UsageError(
@@ -153,12 +151,12 @@ def check_windows(manifest: Manifest, windows: Ids) -> None:
             f"all. Give --length {context} or less, or export the checkpoint again with a larger "
             "--context, or with --window to let it slide."
         )
-    check_ids(manifest, windows)
+    check_ids(build, windows)
 
 
-def check_ids(manifest: Manifest, ids: Ids) -> None:
+def check_ids(build: Build, ids: Ids) -> None:
     """Raise MistralcError where a token is none of the model's: an embedding has no row for it."""
-    low, high, size = int(ids.min()), int(ids.max()), manifest.model.vocab_size
+    low, high, size = int(ids.min()), int(ids.max()), build.spec.vocab_size
     if low < 0 or high >= size:
         raise MistralcError(
             f"The text holds token {low if low < 0 else high}; this model's tokens are 0 to "

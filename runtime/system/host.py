@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graphs.targets import TARGETS
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "tensorrt_rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
-    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    target.backend_module: target.distributions for target in reversed(list(TARGETS.values()))
 }
-"""By import name: the packages that carry it."""
+"""By import name: the packages that provide it."""
 
 # cuda.h: CUdevice_attribute
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76

@@ -31,12 +31,13 @@ from exporter.engine.build import (
 )
 from exporter.export import ExportOptions, export
 from exporter.quantization.calibration_table import CalibrationTable
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.quant_scheme import default_scheme, groups
-from graphs.spec import Dtype, RingSpec
+from graphs.spec import RingSpec
 from tests.conftest import Command
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
@@ -76,7 +77,7 @@ def engine(
 def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -> ir.Model:
     """The graph that an engine of SPEC is built from, as `directory`/model.onnx."""
     model = tiny.traced(SPEC, activation)
-    specialize(model, capacities(SPEC, RING))
+    fix_dimensions(model, capacities(SPEC, RING))
     lower(model, SPEC, target)
     ir.save(tiny.fill(model, SPEC), directory / "model.onnx")
     return model

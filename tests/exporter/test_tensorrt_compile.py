@@ -14,7 +14,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphs.spec import ITEM_SIZE, Dtype, ModelSpec, RingSpec, graph_inputs
+from graphs.contract import graph_inputs
+from graphs.dtypes import Dtype, item_size
+from graphs.spec import ModelSpec, RingSpec
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
 
@@ -72,7 +74,7 @@ def test_a_sliding_window_model_compiles_and_its_plan_holds_the_weights_once(
     activation: Dtype, tmp_path: Path
 ):
     plan = compile_plan(write_graph(tmp_path, SPEC, activation), SPEC, activation)
-    weights = SPEC.num_parameters * ITEM_SIZE[activation]
+    weights = SPEC.num_parameters * item_size(activation)
     # Beside the weights a plan has its kernels and tables: 1.9 MB of them were seen.
     # The tied embedding (4.2 MB) stored twice, or the linears (9 MB), would not fit below.
     assert weights < len(plan) < weights + 3_000_000

@@ -13,9 +13,10 @@ import onnx_ir as ir
 import pytest
 
 from exporter.decoder.trace import trace
+from graphs.contract import graph_inputs, graph_outputs
+from graphs.dtypes import Dtype
 from graphs.passes.pipeline import lower
 from graphs.passes.weight_ref import ONNX_DTYPE, weight_of
-from graphs.spec import Dtype, graph_inputs, graph_outputs
 from tests.support import tiny
 from tests.support.make_checkpoint import PRESETS, tiny_spec
 

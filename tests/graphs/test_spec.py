@@ -7,17 +7,10 @@ from typing import Any
 
 import pytest
 
+from graphs.contract import TensorSpec, capacity_letter, graph_inputs, graph_outputs
+from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
-from graphs.spec import (
-    ITEM_SIZE,
-    ModelSpec,
-    RingSpec,
-    RopeScaling,
-    TensorSpec,
-    capacity_letter,
-    graph_inputs,
-    graph_outputs,
-)
+from graphs.spec import ModelSpec, RingSpec, RopeScaling
 from tests.support.make_checkpoint import PRESETS, tiny_spec
 
 MISTRAL_7B = PRESETS["mistral-7b-v0.1"]
@@ -192,4 +185,4 @@ def test_the_io_table_is_the_contract():
 def test_every_dtype_of_the_table_has_a_size():
     spec = tiny_spec()
     for activation in ("float32", "float16", "bfloat16"):
-        assert {t.dtype for t in graph_inputs(spec, activation)} <= ITEM_SIZE.keys()
+        assert {t.dtype for t in graph_inputs(spec, activation)} <= ELEMENT_TYPES.keys()

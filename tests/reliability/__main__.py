@@ -1,9 +1,9 @@
-"""Run many cases of every target and trial, count how they end, write docs/reliability.md.
+"""Run many cases of every target and trial, count the outcomes, write docs/reliability.md.
 
     python -m tests.reliability [--seconds N | --examples N] [--only NAME] [--write]
 
-Each target runs in a process of its own, so that one that takes its process down is a fault like
-any other. Exit status 1 where there was a fault.
+Each target and trial runs in its own process, so a crash of that process counts as a fault too.
+The exit status is 1 if there was any fault.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 from time import monotonic
 
-from tests.reliability.explore import Counts, explore
+from tests.reliability.harness.fuzz import Counts, fuzz
+from tests.reliability.harness.target import Target
+from tests.reliability.harness.trial import Trial, run_trial
 from tests.reliability.registry import TARGETS, TRIALS
-from tests.reliability.target import Target
-from tests.reliability.trial import Trial, run_trial
 from tests.support.documents import DOCS, replace_between
 
 MARKS = "<!-- counted by python -m tests.reliability -->", "<!-- end of the counts -->"
@@ -32,17 +32,17 @@ LIBRARIES = ("hypothesis", "numpy", "safetensors", "sentencepiece", "tokenizers"
 
 
 def main() -> int:
-    """Run what was asked for; returns the exit status."""
+    """Run the selected targets and trials; return the exit status."""
     arguments = _arguments()
     if arguments.one is not None:
-        print(json.dumps(_one(arguments).to_json()))
+        print(json.dumps(_run_here(arguments).to_json()))
         return 0
     names = [one.name for one in (*TARGETS, *TRIALS) if (arguments.only or "") in one.name]
-    found = {name: _in_a_process(name, arguments) for name in names}
+    found = {name: _run_in_process(name, arguments) for name in names}
     text = table(found)
     print(text)
     if arguments.write and arguments.only:
-        text = table({**_written(), **found})
+        text = table({**_documented(), **found})
     for name, counts in found.items():
         for where, example in counts.examples.items():
             print(f"\n{name}: {where}\n  {example}", file=sys.stderr)
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def table(found: dict[str, Counts]) -> str:
-    """Markdown: what it ran on, a row for each target, a row for each trial."""
+    """Markdown: machine and versions, then one row per target and one per trial."""
     cases = sum(found[target.name].cases for target in TARGETS if target.name in found)
     faults = sum(sum(counts.faults.values()) for counts in found.values())
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
@@ -68,8 +68,8 @@ def table(found: dict[str, Counts]) -> str:
     return "\n".join(lines)
 
 
-def _written() -> dict[str, Counts]:
-    """What the document says already: `--only NAME --write` replaces the rows of that name."""
+def _documented() -> dict[str, Counts]:
+    """The counts in the document, of which `--only NAME --write` replaces some rows."""
     rows = re.findall(
         r"^\| ([^|]+?) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|$",
         (DOCS / "reliability.md").read_text(encoding="utf-8"),
@@ -78,7 +78,9 @@ def _written() -> dict[str, Counts]:
     found = {}
     for name, *numbers in rows:
         cases, read, refused, faults = (int(number.replace(",", "")) for number in numbers)
-        found[name] = Counts(cases, read, refused, Counter({"written": faults} if faults else {}))
+        found[name] = Counts(
+            cases, read, refused, Counter({"documented": faults} if faults else {})
+        )
     return found
 
 
@@ -87,8 +89,8 @@ def _row(name: str, counts: Counts) -> str:
     return f"| {name} | {counts.cases:,} | {counts.read:,} | {counts.refused:,} | {faults:,} |"
 
 
-def _in_a_process(name: str, arguments: argparse.Namespace) -> Counts:
-    """Run one target or trial in a child; that the child ended otherwise is a fault."""
+def _run_in_process(name: str, arguments: argparse.Namespace) -> Counts:
+    """Run one target or trial in a child process; a nonzero exit status is a fault."""
     command = [sys.executable, "-m", "tests.reliability", "--one", name]
     many = "--seconds" if arguments.seconds else "--examples"
     command += [many, str(arguments.seconds or arguments.examples)]
@@ -105,30 +107,32 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> Counts:
     return counts
 
 
-def _one(arguments: argparse.Namespace) -> Counts:
-    """Run one target or trial here."""
+def _run_here(arguments: argparse.Namespace) -> Counts:
+    """Run one target or trial in this process."""
     (chosen,) = (one for one in (*TARGETS, *TRIALS) if one.name == arguments.one)
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(chosen, Trial):
             return run_trial(chosen, Path(folder), arguments.trials)
-        return _explore(chosen, Path(folder), arguments)
+        return _fuzz(chosen, Path(folder), arguments)
 
 
-def _explore(target: Target, folder: Path, arguments: argparse.Namespace) -> Counts:
+def _fuzz(target: Target, folder: Path, arguments: argparse.Namespace) -> Counts:
     if arguments.seconds:
         end = monotonic() + arguments.seconds / len(TARGETS)
-        return explore(target, folder, lambda _: monotonic() < end)
-    return explore(target, folder, lambda cases: cases < arguments.examples)
+        return fuzz(target, folder, lambda _: monotonic() < end)
+    return fuzz(target, folder, lambda cases: cases < arguments.examples)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     many = parser.add_mutually_exclusive_group()
-    many.add_argument("--seconds", type=float, help="for all targets together")
-    many.add_argument("--examples", type=int, default=1000, help="of each target; 1000")
-    parser.add_argument("--trials", type=int, default=10, help="of each kill or full disk; 10")
-    parser.add_argument("--only", help="what the name of a target or trial has to contain")
-    parser.add_argument("--write", action="store_true", help="write the table into the document")
+    many.add_argument("--seconds", type=float, help="time limit for all targets together")
+    many.add_argument("--examples", type=int, default=1000, help="cases per target (default: 1000)")
+    parser.add_argument("--trials", type=int, default=10, help="runs per trial (default: 10)")
+    parser.add_argument("--only", help="run targets and trials whose name contains this")
+    parser.add_argument(
+        "--write", action="store_true", help="write the table into docs/reliability.md"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 

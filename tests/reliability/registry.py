@@ -1,25 +1,25 @@
-"""Every target of fuzzing and every trial, in the order of the tables. New ones are added here."""
+"""All fuzzing targets and trials, in the order of the tables. Add new ones here."""
 
-from tests.reliability import (
-    application,
+from tests.reliability.harness.target import Target
+from tests.reliability.harness.trial import Trial
+from tests.reliability.targets import (
     bundles,
+    calibration,
+    chat_templates,
     checkpoints,
-    servers,
-    sessions,
+    server,
     snapshots,
-    texts,
-    trials,
-    vocabularies,
+    tokenizers,
 )
-from tests.reliability.target import Target
-from tests.reliability.trial import Trial
+from tests.reliability.trials import commands, servers, session_files
 
 TARGETS: tuple[Target, ...] = (
     *bundles.TARGETS,
     *checkpoints.TARGETS,
-    *vocabularies.TARGETS,
-    *texts.TARGETS,
+    *tokenizers.TARGETS,
+    *chat_templates.TARGETS,
+    *calibration.TARGETS,
     *snapshots.TARGETS,
-    *application.TARGETS,
+    *server.TARGETS,
 )
-TRIALS: tuple[Trial, ...] = (*trials.TRIALS, *sessions.TRIALS, *servers.TRIALS)
+TRIALS: tuple[Trial, ...] = (*commands.TRIALS, *session_files.TRIALS, *servers.TRIALS)

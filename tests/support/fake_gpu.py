@@ -18,7 +18,9 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from graphs.spec import Dtype, ModelSpec, RingSpec, graph_inputs, graph_outputs
+from graphs.contract import graph_inputs, graph_outputs
+from graphs.dtypes import Dtype
+from graphs.spec import ModelSpec, RingSpec
 from runtime.backends import cuda_device, onnxruntime_cuda, tensorrt
 from runtime.backends.device_buffers import sized, sizes
 from runtime.system import host

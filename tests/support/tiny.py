@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from exporter.decoder.model import Decoder, load_decoder
 from exporter.decoder.trace import trace
+from graphs.dtypes import Dtype
 from graphs.passes.pipeline import lower
 from graphs.passes.weight_ref import WeightRef, weight_of
-from graphs.spec import Dtype, ModelSpec
+from graphs.spec import ModelSpec
 from runtime.backends.onnxruntime_cpu import OrtSession
 from runtime.backends.session import Session
 from runtime.decoding.ring import Ring

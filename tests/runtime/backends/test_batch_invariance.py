@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.export import ExportOptions, export
+from graphs.contract import PADDED
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import FILE_NAME
 from graphs.passes.pipeline import lower
-from graphs.spec import PADDED, ModelSpec, RingSpec
+from graphs.spec import ModelSpec, RingSpec
 from runtime.backends.onnxruntime_cpu import OrtSession
 from runtime.backends.session import Ids, Logits
 from runtime.decoding.generator import Generator

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from graphs.spec import Dtype
+from graphs.dtypes import Dtype
 from runtime.backends.float_conversion import to_float32
 
 BITS = np.arange(1 << 16, dtype=np.uint16)

@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
-from graphs.spec import Dtype
 from runtime.backends import onnxruntime_cuda
 from runtime.backends.onnxruntime_cuda import CudaOrtSession
 from tests.support import tiny

@@ -16,10 +16,11 @@ import onnx_ir as ir
 import pytest
 
 from exporter.engine.build import BuildRequest, build_engine, capacities
+from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
-from graphs.spec import Dtype, RingSpec
+from graphs.spec import RingSpec
 from runtime.backends import kernel_cache, tensorrt
 from runtime.backends.plan_validity import explain
 from runtime.backends.tensorrt import TrtSession
@@ -434,7 +435,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if (target, activation) not in made:
             folder = tmp_path_factory.mktemp("engine")
             model = tiny.traced(ENGINE_SPEC, activation)
-            specialize(model, capacities(ENGINE_SPEC, ENGINE_RING))
+            fix_dimensions(model, capacities(ENGINE_SPEC, ENGINE_RING))
             lower(model, ENGINE_SPEC, target)
             ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"

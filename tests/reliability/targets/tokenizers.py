@@ -1,4 +1,4 @@
-"""Fuzzing tokenizers in every form, and chat templates. Knows no weights."""
+"""Fuzz tokenizers in every format that a checkpoint or bundle may have."""
 
 import base64
 import json
@@ -13,12 +13,11 @@ from exporter.bundle.staging import write_tokenizer
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.tokenizer.chat_formats import CHAT_TEMPLATES
 from exporter.tokenizer.read import read_tokenizer
-from runtime.text.chat_template import ChatTemplate
 from runtime.text.detokenizer import byte_characters
 from runtime.text.tokenizer import Tokenizer
-from tests.reliability.checkpoints import gguf_bytes
-from tests.reliability.damage import NUMBERS, Draw, damaged_bytes, damaged_json
-from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.reliability.harness.damage import NUMBERS, Draw, damaged_bytes, damaged_json
+from tests.reliability.harness.target import Files, Folder, Prepared, Target
+from tests.reliability.targets.checkpoints import gguf_bytes
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 TEXTS = ("", " a", "Hello, é [INST] </s> 你好\0")
@@ -28,7 +27,7 @@ PIECES = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")
 
 
 def use(tokenizer: Tokenizer) -> None:
-    """Encode, decode and render as every command does."""
+    """Encode, decode and render a chat, as the commands do."""
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert all(type(i) is int and 0 <= i < 2**32 for i in ids)
@@ -40,7 +39,7 @@ def use(tokenizer: Tokenizer) -> None:
 
 
 def _convert(path: Path) -> None:
-    """Read a checkpoint's tokenizer, write a bundle's, and use that."""
+    """Read a checkpoint's tokenizer, write it as a bundle's, and use the result."""
     found = read_tokenizer(path)
     out = (path if path.is_dir() else path.parent) / "out"
     out.mkdir(exist_ok=True)
@@ -64,7 +63,7 @@ def _huggingface(folder: Path) -> Prepared:
             return {name: draw(damaged_json(trees[name]))}
         return {name: draw(damaged_bytes(template))}
 
-    return Prepared(cases=cases(), read=Folder(path).reading(_convert))
+    return Prepared(cases=cases(), read=Folder(path).reader(_convert))
 
 
 def _in_a_bundle(folder: Path) -> Prepared:
@@ -77,7 +76,7 @@ def _in_a_bundle(folder: Path) -> Prepared:
         lambda name: damaged_json(trees[name]).map(lambda data: {name: data})
     )
     return Prepared(
-        cases=cases, read=Folder(path).reading(lambda it: use(Tokenizer.load(it)))
+        cases=cases, read=Folder(path).reader(lambda it: use(Tokenizer.load(it)))
     )  # fmt: skip
 
 
@@ -94,23 +93,21 @@ def _tekken(folder: Path) -> Prepared:
     path = folder / "model"
     path.mkdir()
     (path / "tekken.json").write_text(json.dumps(tree), encoding="utf-8")
-    small = tree["config"], special
     cases = st.sampled_from(("config", "special_tokens", None)).flatmap(
         lambda part: damaged_json(tree if part is None else tree[part]).map(
             lambda data: {"tekken.json": data if part is None else _with(tree, part, data)}
         )
     )
-    assert all(small)
-    return Prepared(cases=cases, read=Folder(path).reading(_convert))
+    return Prepared(cases=cases, read=Folder(path).reader(_convert))
 
 
 def _with(tree: dict[str, Any], part: str, data: bytes) -> bytes:
-    """The document with the text `data` in place of one part, valid or not."""
+    """The document with `data`, valid JSON or not, in place of one part."""
     others = json.dumps({key: value for key, value in tree.items() if key != part}).encode()
     return others[:-1] + b", " + json.dumps(part).encode() + b": " + data + b"}"
 
 
-def _model() -> ModelProto:
+def sentencepiece_model() -> ModelProto:
     proto = ModelProto()
     proto.trainer_spec.model_type = 2
     proto.trainer_spec.bos_id, proto.trainer_spec.eos_id = 1, 2
@@ -127,14 +124,14 @@ def _model() -> ModelProto:
 def _sentencepiece(folder: Path) -> Prepared:
     path = folder / "model"
     path.mkdir()
-    data = _model().SerializeToString()
+    data = sentencepiece_model().SerializeToString()
     (path / "tokenizer.model.v3").write_bytes(data)
     scores = st.sampled_from((float("nan"), float("inf"), -float("inf"), 0.0, 3e38))
     ids = st.sampled_from((-(2**31), -1, 0, 266, 267, 2**31 - 1))
 
     @st.composite
     def edited(draw: Draw) -> bytes:
-        proto = _model()
+        proto = sentencepiece_model()
         for _ in range(draw(st.integers(1, 3))):
             piece = proto.pieces[draw(st.integers(0, len(proto.pieces) - 1))]
             match draw(st.integers(0, 4)):
@@ -154,12 +151,12 @@ def _sentencepiece(folder: Path) -> Prepared:
         return proto.SerializeToString()
 
     cases = (edited() | damaged_bytes(data)).map(lambda it: {"tokenizer.model.v3": it})
-    return Prepared(cases=cases, read=Folder(path).reading(_convert))
+    return Prepared(cases=cases, read=Folder(path).reader(_convert))
 
 
 def _gguf(kind: str) -> Callable[[Path], Prepared]:
-    """A GGUF's vocabulary, its metadata edited as values and then as bytes."""
-    pieces = list(_model().pieces)
+    """A GGUF vocabulary; its metadata is edited as values, then as bytes."""
+    pieces = list(sentencepiece_model().pieces)
     letters = [*PIECES[:3], *sorted(byte_characters().values()), "ab"]
     good: dict[str, Any] = {
         "general.architecture": "llama", "tokenizer.ggml.model": kind,
@@ -191,14 +188,14 @@ def _gguf(kind: str) -> Callable[[Path], Prepared]:
         path.write_bytes(gguf_bytes(good))
         assert read_gguf(path).metadata == good
         return Prepared(
-            cases=cases(), read=Folder(folder).reading(lambda it: _convert(it / path.name))
+            cases=cases(), read=Folder(folder).reader(lambda it: _convert(it / path.name))
         )
 
     return prepare
 
 
 def _value_like(good: Any) -> st.SearchStrategy[Any]:
-    """None (left out), another type, or a list with one entry changed, doubled or gone."""
+    """None (key left out), another type, or a list with one entry changed, repeated or removed."""
     others = st.sampled_from((None, "", "x", "\0", 0.5, float("nan"), True, [], ["x"], [1, 2],
                               [0.5], *NUMBERS))  # fmt: skip
     if not isinstance(good, list):
@@ -213,90 +210,6 @@ def _value_like(good: Any) -> st.SearchStrategy[Any]:
     return others | replaced | at.map(lambda i: good[:i]) | at.map(lambda i: [*good, good[i]])
 
 
-# Chat templates
-
-EXPRESSIONS = (
-    "messages", "messages[0]", "messages[0].content", "messages[0]['role']", "bos_token", "1", "-1",
-    "'x'", "none", "true", "[1, 2]", "{'a': 1}", "loop.index", "x", "range(3)", "namespace(a=1)",
-    "messages | length", "messages | first", "messages | last", "messages | map(attribute='role')",
-    "messages | selectattr('role', 'equalto', 'user') | list", "messages | tojson",
-    "messages[0].content | upper", "messages[0].content | trim", "messages[0].content.split(' ')",
-    "messages[0].content.strip()", "messages[9]", "messages.nothing.more", "undefined_name",
-    "strftime_now('%Y')", "raise_exception('no')", "cycler(1, 2)", "joiner()", "lipsum()",
-    "self", "''.__class__", "x.__init__.__globals__", "messages.append(1)", "messages.__class__",
-    "().__class__.__bases__", "cycler.__init__.__globals__.os", "dict(a=1)",
-    "'x' | attr('__class__')",
-    "'%s' % x", "'{}'.format(x)", "'{0.__class__}'.format(x)", "1 / 0", "'a' * 3", "'a' * 10**9",
-    "10 ** 10 ** 10", "[0] * 10**9", "'%1000000000d' % 1", "'{:1000000000}'.format(1)",
-    "'x' | center(1000000000)", "'x'.ljust(1000000000)", "'x'.zfill(1000000000)",
-    "range(10**9)", "'x' | indent(1000000000)", "lipsum(1000000)", "[[1]] | sum(start=[])",
-    "'a' * 999999999999", "x | tojson(indent=1000000000)", "'%*d' % (1000000000, 1)", "[1] + [2]",
-)  # fmt: skip
-
-
-@st.composite
-def _statements(draw: Draw, depth: int = 0) -> str:
-    """A template out of the grammar, three levels deep."""
-
-    def inner() -> str:
-        return "" if depth == 2 else draw(_statements(depth + 1))
-
-    parts = []
-    for _ in range(draw(st.integers(1, 3))):
-        one = draw(st.sampled_from(EXPRESSIONS))
-        match draw(st.integers(0, 7)):
-            case 0:
-                parts.append("{% for x in " + one + " %}" + inner() + "{% endfor %}")
-            case 1:
-                parts.append("{% if " + one + " %}" + inner() + "{% else %}e{% endif %}")
-            case 2:
-                parts.append("{% set x = " + one + " %}")
-            case 3:
-                parts.append("{% macro m(x) %}" + inner() + "{{ m(x) }}{% endmacro %}{{ m(1) }}")
-            case 4:
-                parts.append(draw(st.sampled_from((
-                    "{% include '/etc/passwd' %}", "{% extends 'x' %}", "{% import 'os' as o %}",
-                    "{% generation %}x{% endgeneration %}", "{% break %}",
-                    "{% set messages.x = 1 %}",
-                    "{{ caller() }}", "{% call m(1) %}{% endcall %}", "{#", "{{", "{% raw %}",
-                ))))  # fmt: skip
-            case _:
-                parts.append("{{ " + one + " }}")
-    return "".join(parts)
-
-
-def _template(folder: Path) -> Prepared:
-    """Templates out of the grammar, and damaged real ones; messages of every shape."""
-    real = st.sampled_from(sorted(CHAT_TEMPLATES.values())).flatmap(
-        lambda text: damaged_bytes(text.encode()).map(lambda it: it.decode(errors="replace"))
-    )
-    values = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-        lambda it: st.lists(it, max_size=3) | st.dictionaries(st.text(max_size=5), it, max_size=3),
-        max_leaves=5,
-    )
-    message = st.fixed_dictionaries(
-        {"role": st.sampled_from(("user", "assistant", "system", "tool", "x y"))},
-        optional={"content": values | st.text(max_size=30), "name": values},
-    )
-    chats = st.lists(message, max_size=4)
-    cases = st.fixed_dictionaries({"template": _statements() | real, "messages": chats})
-
-    def read(case: dict[str, Any]) -> None:
-        template = ChatTemplate(
-            case["template"],
-            control_tokens=PIECES,
-            variables={"bos_token": "<s>", "eos_token": "</s>"},
-        )
-        parts = template.render(case["messages"], add_generation_prompt=True)
-        assert all(part.text in PIECES for part in parts if part.control)
-        secret = Path("/etc/passwd").read_text(encoding="utf-8")[:20]
-        assert not any(secret in part.text for part in parts), "a template read a file"
-
-    good = {"template": CHAT_TEMPLATES["v7"], "messages": CHAT}
-    return Prepared(cases=cases, read=read, size=lambda case: len(repr(case)), good=good)
-
-
 TARGETS = (
     Target(name="tokenizer.json and settings", prepare=_huggingface, examples=150),
     Target(name="a bundle's tokenizer settings", prepare=_in_a_bundle, examples=80),
@@ -304,5 +217,4 @@ TARGETS = (
     Target(name="SentencePiece model", prepare=_sentencepiece, examples=80),
     Target(name="GGUF vocabulary, llama", prepare=_gguf("llama"), examples=60),
     Target(name="GGUF vocabulary, gpt2", prepare=_gguf("gpt2"), examples=60),
-    Target(name="chat template", prepare=_template, examples=200),
 )

@@ -1,9 +1,8 @@
-"""Strategies that damage small real files where it hurts. Knows nothing about who reads them.
+"""Hypothesis strategies that damage small valid files. Knows nothing about their readers.
 
-A failing case shrinks to fewer edits. It is structure-aware: numbers that say
-how long or how many something is are replaced by extremes at exactly their places, and JSON is
-edited as a tree before it is written, with what no JSON library would write: keys that are there
-twice, numbers beyond every type, nesting without end.
+The damage is structure-aware. Lengths and counts are replaced by extreme values in place. JSON is
+edited as a tree and then serialized, including forms that JSON libraries do not write: duplicate
+keys, numbers beyond every integer type, very deep nesting. A failing case shrinks to fewer edits.
 """
 
 import copy
@@ -16,23 +15,23 @@ from typing import Any
 from hypothesis import strategies as st
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
-Place = tuple[int, int]  # offset and width of a number, little endian
+Place = tuple[int, int]  # offset and width in bytes of a little-endian number
 
 NUMBERS = (0, 1, -1, 2, 255, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63,
            2**64 - 1, -(2**31), -(2**63))  # fmt: skip
-DEEP = 3000  # levels; Python's recursion ends at 1000
+DEEP = 3000  # levels; Python's recursion limit is 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """Text that is written into JSON as it is."""
+    """Text that is copied into the JSON verbatim."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Twice:
-    """An object's value that is written twice, under one key."""
+class DuplicateKey:
+    """Two values of an object that are written under the same key."""
 
     first: Any
     second: Any
@@ -50,34 +49,34 @@ LEAVES: tuple[Any, ...] = (
 def damaged_bytes(
     data: bytes, places: Sequence[Place] = (), most: int = 3
 ) -> st.SearchStrategy[bytes]:
-    """`data` after one to `most` edits; `places` are where its numbers lie."""
+    """`data` after one to `most` edits; `places` locates its numbers."""
 
     def edited(seeds: list[bytes]) -> bytes:
         result = data
         for one in seeds:
-            result = one_edit(_random(one), result, places)
+            result = edit_bytes(_random(one), result, places)
         return result
 
     return _seeds(most).map(edited)
 
 
 def _seeds(most: int) -> st.SearchStrategy[list[bytes]]:
-    """One for each edit: places are drawn evenly, which hypothesis's own choices are not."""
+    """One random seed per edit: hypothesis alone would not choose offsets uniformly."""
     return st.lists(st.binary(min_size=8, max_size=8), min_size=1, max_size=most)
 
 
 def _random(seed: bytes) -> random.Random:
-    return random.Random(seed)  # noqa: S311  (nothing here is a secret)
+    return random.Random(seed)  # noqa: S311  (not used for security)
 
 
-def one_edit(draw: random.Random, data: bytes, places: Sequence[Place] = ()) -> bytes:
-    """`data` after one edit, at a place drawn evenly; `places` are where its numbers lie."""
+def edit_bytes(draw: random.Random, data: bytes, places: Sequence[Place] = ()) -> bytes:
+    """`data` after one edit at a uniformly drawn offset; `places` locates its numbers."""
     edits = ["flip", "cut", "delete", "repeat", "splice", "overwrite", "number"]
     edit = draw.choice(edits if not places else [*edits, *["place"] * len(edits)])
     at, length = draw.randrange(max(1, len(data))), draw.randint(1, 64)
     if edit == "place":
         at, width = draw.choice(places)
-        return _with_number(data, at, width, draw.choice((*NUMBERS, *_near(data, at, width))))
+        return _with_number(data, at, width, draw.choice((*NUMBERS, *_nearby(data, at, width))))
     if edit == "number":
         return _with_number(data, at, draw.choice((1, 2, 4, 8)), draw.choice(NUMBERS))
     if edit == "flip":
@@ -96,8 +95,8 @@ def one_edit(draw: random.Random, data: bytes, places: Sequence[Place] = ()) -> 
     return data[:at] + filler * length + data[at + length :]
 
 
-def _near(data: bytes, at: int, width: int) -> tuple[int, ...]:
-    """The number that is there, a little less or more: lengths that lie by one."""
+def _nearby(data: bytes, at: int, width: int) -> tuple[int, ...]:
+    """Values close to the stored number, such as a length that is off by one."""
     there = int.from_bytes(data[at : at + width], "little")
     return there - 1, there + 1, there * 2, there + 8
 
@@ -108,7 +107,7 @@ def _with_number(data: bytes, at: int, width: int, number: int) -> bytes:
 
 
 def damaged_json(value: Any, most: int = 3) -> st.SearchStrategy[bytes]:
-    """A JSON document after edits of its tree, and in one case of six of its bytes as well."""
+    """A JSON document after edits of its tree; one case in six also has its bytes edited."""
 
     def edited(seeds: list[bytes]) -> bytes:
         root = [copy.deepcopy(value)]
@@ -116,22 +115,22 @@ def damaged_json(value: Any, most: int = 3) -> st.SearchStrategy[bytes]:
             _edit_tree(_random(one), root)
         text = write(root[0]).encode("utf-8", errors="surrogatepass")
         draw = _random(seeds[0] + b"bytes")
-        return text if draw.randrange(6) else one_edit(draw, text)
+        return text if draw.randrange(6) else edit_bytes(draw, text)
 
     return _seeds(most).map(edited)
 
 
 def _edit_tree(draw: random.Random, root: list[Any]) -> None:
-    """Change, take out, double or move one value, at a place found by descent from the root."""
+    """Replace, delete, duplicate, move or wrap one value, found by a random descent."""
     parent, key = _place(draw, root)
-    edit = draw.choice(("replace", "replace", "replace", "delete", "twice", "move", "wrap"))
+    edit = draw.choice(("replace", "replace", "replace", "delete", "duplicate", "move", "wrap"))
     leaf = copy.deepcopy(draw.choice(LEAVES))
     if edit == "replace":
         parent[key] = leaf
     elif edit == "delete" and parent is not root:
         del parent[key]
-    elif edit == "twice" and isinstance(parent, dict):
-        parent[key] = Twice(parent[key], leaf)
+    elif edit == "duplicate" and isinstance(parent, dict):
+        parent[key] = DuplicateKey(parent[key], leaf)
     elif edit == "move":
         source, other = _place(draw, root)
         parent[key] = copy.deepcopy(source[other])
@@ -149,17 +148,17 @@ def _place(draw: random.Random, root: list[Any]) -> tuple[Any, Any]:
 
 
 def write(value: Any) -> str:
-    """JSON text of a tree, with `Raw` and `Twice` in it."""
+    """Serialize a tree to JSON text; `Raw` and `DuplicateKey` values are allowed."""
     if isinstance(value, dict):
         return "{" + ",".join(_entries(value)) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(write, value)) + "]"
-    if isinstance(value, Twice):
+    if isinstance(value, DuplicateKey):
         return write(value.first)
     return value.text if isinstance(value, Raw) else json.dumps(value, ensure_ascii=False)
 
 
 def _entries(value: dict[str, Any]) -> Iterator[str]:
     for key, item in value.items():
-        for one in (item.first, item.second) if isinstance(item, Twice) else (item,):
+        for one in (item.first, item.second) if isinstance(item, DuplicateKey) else (item,):
             yield f"{json.dumps(key)}:{write(one)}"

@@ -1,8 +1,8 @@
-"""Fuzzing the bodies that the server takes. Calls the application itself: no socket, no process.
+"""Fuzz the request bodies of the server, calling the ASGI application without a socket.
 
-A body is read when the answer is one that was asked for, refused when it is a 4xx with OpenAI's
-error object. After every case nothing may run any more, and a plain request has to be answered as
-it was before.
+A body counts as read if it gets the response it asked for, and as refused if it gets a 4xx with
+OpenAI's error object. After every case the scheduler must be idle, and a plain request must get
+the same response as before.
 """
 
 import asyncio
@@ -22,27 +22,27 @@ from runtime.serve.app import make_app
 from runtime.serve.limits import Gate
 from runtime.serve.service import Service, raise_failure
 from runtime.serve.settings import Limits, Settings
-from tests.reliability import exported
-from tests.reliability.bodies import CONTENT_TYPES, bodies, seeds
-from tests.reliability.damage import Draw, damaged_bytes
-from tests.reliability.guard import check_message
-from tests.reliability.target import Prepared, Target
+from tests.reliability.harness.damage import Draw, damaged_bytes
+from tests.reliability.harness.guard import check_message
+from tests.reliability.harness.target import Prepared, Target
+from tests.reliability.harness.tiny_bundle import tiny_bundle
+from tests.reliability.targets.request_bodies import CONTENT_TYPES, bodies, seeds
 
-MOST = 16  # tokens of a choice
-LIMITS = Limits(max_new_tokens=MOST, max_body_bytes=200_000, max_waiting=64)
+MAX_NEW_TOKENS = 16  # per choice
+LIMITS = Limits(max_new_tokens=MAX_NEW_TOKENS, max_body_bytes=200_000, max_waiting=64)
 PLAIN = {"model": "tiny", "prompt": "The ring", "max_tokens": 3, "temperature": 0}
 
 
-class Sent(NamedTuple):
-    """What a client sends."""
+class Request(NamedTuple):
+    """A POST request with its complete body."""
 
     path: str
     content_type: str | None
     body: bytes
 
 
-class Received(NamedTuple):
-    """A whole response."""
+class Response(NamedTuple):
+    """A complete response, streamed or not."""
 
     status: int
     content_type: str
@@ -51,7 +51,7 @@ class Received(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One choice, streamed or not; log-probabilities of its tokens where they were asked for."""
+    """One choice, streamed or not, with log-probabilities of its tokens if they were requested."""
 
     text: str
     reason: str | None
@@ -59,13 +59,15 @@ class Choice:
 
 
 class Application:
-    """The server's application on an event loop of its own, which runs while it is asked."""
+    """The server's application on its own event loop, which runs only during a request."""
 
     def __init__(self, bundle: Path) -> None:
         self._runner = asyncio.Runner()
         atexit.register(self._runner.close)
         self._defects: list[dict[str, Any]] = []
-        self._runner.get_loop().set_exception_handler(lambda _, told: self._defects.append(told))
+        self._runner.get_loop().set_exception_handler(
+            lambda _, context: self._defects.append(context)
+        )
         settings = Settings(
             bundle=bundle, model="tiny", rows=4, threads=1, prefix_bytes=1 << 20, limits=LIMITS
         )
@@ -73,66 +75,66 @@ class Application:
         self._app = Gate(
             make_app(self.service), limits=LIMITS, api_keys=(), metrics=self.service.metrics
         )
-        self._runner.run(self._loaded())
-        self._plain = self._answer_to_plain()
+        self._runner.run(self._load())
+        self._plain = self._plain_text()
 
-    def ask(self, sent: Sent) -> Received:
-        """Send one request; what the application lets through is raised here."""
-        return self._runner.run(self._ask(sent))
+    def post(self, request: Request) -> Response:
+        """Send one request; an exception that escapes the application propagates."""
+        return self._runner.run(self._post(request))
 
     def check(self) -> None:
-        """Assert that the last request left nothing behind that others would notice."""
-        self._runner.run(self._idle())
-        assert not self._defects, f"nobody caught: {self._defects}"
-        assert self._answer_to_plain() == self._plain, "another request's answer has changed"
+        """Assert that the last request has no effect on later ones."""
+        self._runner.run(self._wait_until_idle())
+        assert not self._defects, f"uncaught errors on the event loop: {self._defects}"
+        assert self._plain_text() == self._plain, "a later request gets a different response"
 
-    def _answer_to_plain(self) -> str:
-        got = self.ask(Sent("/v1/completions", "application/json", json.dumps(PLAIN).encode()))
+    def _plain_text(self) -> str:
+        got = self.post(Request("/v1/completions", "application/json", json.dumps(PLAIN).encode()))
         text: str = json.loads(got.body)["choices"][0]["text"]
         return text
 
-    async def _loaded(self) -> None:
+    async def _load(self) -> None:
         self.service.begin_to_load()
         while self.service.state == "loading":
             raise_failure(self.service)
             await asyncio.sleep(0.01)
 
-    async def _idle(self) -> None:
+    async def _wait_until_idle(self) -> None:
         while (stats := self.service.ready().scheduler.stats()).running + stats.waiting:
             await asyncio.sleep(0)
 
-    async def _ask(self, sent: Sent) -> Received:
-        kinds = [] if sent.content_type is None else [sent.content_type.encode("latin-1")]
+    async def _post(self, request: Request) -> Response:
+        kinds = [] if request.content_type is None else [request.content_type.encode("latin-1")]
         scope = {
             "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
-            "path": sent.path, "raw_path": sent.path.encode(), "query_string": b"",
+            "path": request.path, "raw_path": request.path.encode(), "query_string": b"",
             "root_path": "", "scheme": "http", "server": ("test", 80), "client": ("test", 1),
             "headers": [(b"host", b"test"), *((b"content-type", kind) for kind in kinds)],
         }  # fmt: skip
-        half = len(sent.body) // 2
-        parts = [sent.body[:half], sent.body[half:]]
-        came: list[Any] = []
+        half = len(request.body) // 2
+        parts = [request.body[:half], request.body[half:]]
+        messages: list[Any] = []
 
         async def receive() -> Any:
             if not parts:
-                await asyncio.Future()  # the client stays
+                await asyncio.Future()  # the client stays connected
             return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
 
         async def send(message: Any) -> None:
-            came.append(message)
+            messages.append(message)
 
         await self._app(scope, receive, send)
-        assert [one["type"] for one in came[:1]] == ["http.response.start"], "no answer"
-        assert {one["type"] for one in came[1:]} == {"http.response.body"}, "two answers"
-        kind = dict(came[0]["headers"])[b"content-type"].decode()
-        body = b"".join(one.get("body", b"") for one in came[1:])
-        return Received(came[0]["status"], kind, body)
+        assert [one["type"] for one in messages[:1]] == ["http.response.start"], "no response"
+        assert {one["type"] for one in messages[1:]} == {"http.response.body"}, "two responses"
+        kind = dict(messages[0]["headers"])[b"content-type"].decode()
+        body = b"".join(one.get("body", b"") for one in messages[1:])
+        return Response(messages[0]["status"], kind, body)
 
 
 @cache
 def application() -> Application:
-    """One for all targets of a process."""
-    return Application(exported.bundle())
+    """The application that all targets of this process share."""
+    return Application(tiny_bundle())
 
 
 def _prepare(path: str, _folder: Path) -> Prepared:
@@ -142,35 +144,35 @@ def _prepare(path: str, _folder: Path) -> Prepared:
     raw = st.sampled_from(written).flatmap(damaged_bytes) | st.binary(max_size=200)
 
     @st.composite
-    def cases(draw: Draw) -> Sent:
+    def cases(draw: Draw) -> Request:
         if draw(st.integers(0, 9)):
-            return Sent(path, "application/json", draw(plain))
-        return Sent(path, draw(st.sampled_from(CONTENT_TYPES)), draw(plain | raw))
+            return Request(path, "application/json", draw(plain))
+        return Request(path, draw(st.sampled_from(CONTENT_TYPES)), draw(plain | raw))
 
-    good = Sent(path, "application/json", written[0])
+    good = Request(path, "application/json", written[0])
     return Prepared(cases=cases(), read=_read, size=lambda case: len(case.body), good=good)
 
 
-def _read(sent: Sent) -> None:
-    """Send it, and hold the answer to what was asked. Raises MistralcError where it is refused."""
-    received = application().ask(sent)
+def _read(request: Request) -> None:
+    """Send a request and check the response against it. Raises MistralcError for a 4xx."""
+    response = application().post(request)
     application().check()
-    if 400 <= received.status < 500:
-        raise MistralcError(_refusal(received))
-    assert received.status == 200, f"{received.status}: {received.body[:500]!r}"
-    asked = json.loads(sent.body)
-    chat = sent.path == "/v1/chat/completions"
-    unwrap = _of_a_stream if asked.get("stream") else _of_a_whole_answer
-    choices, usage = unwrap(received, chat=chat)
-    _check_choices(choices, asked, chat=chat)
+    if 400 <= response.status < 500:
+        raise MistralcError(error_message(response))
+    assert response.status == 200, f"{response.status}: {response.body[:500]!r}"
+    body = json.loads(request.body)
+    chat = request.path == "/v1/chat/completions"
+    unwrap = _unwrap_stream if body.get("stream") else _unwrap_json
+    choices, usage = unwrap(response, chat=chat)
+    check_choices(choices, body, chat=chat)
     if usage is not None:
-        _check_usage(usage, len(choices), _most(asked, chat=chat))
+        check_usage(usage, len(choices), _max_tokens(body, chat=chat))
 
 
-def _refusal(received: Received) -> str:
-    """The message of OpenAI's error object, which is one paragraph like those of commands."""
-    assert received.content_type == "application/json", received.content_type
-    error = json.loads(received.body)
+def error_message(response: Response) -> str:
+    """The message of OpenAI's error object; one paragraph, as for commands."""
+    assert response.content_type == "application/json", response.content_type
+    error = json.loads(response.body)
     assert list(error) == ["error"], error
     assert sorted(error["error"]) == ["code", "message", "param", "type"], error
     message: str = error["error"]["message"]
@@ -184,9 +186,9 @@ def _refusal(received: Received) -> str:
 Unwrapped = tuple[list[Choice], dict[str, Any] | None]
 
 
-def _of_a_whole_answer(received: Received, *, chat: bool) -> Unwrapped:
-    assert received.content_type == "application/json", received.content_type
-    answer = json.loads(received.body)
+def _unwrap_json(response: Response, *, chat: bool) -> Unwrapped:
+    assert response.content_type == "application/json", response.content_type
+    answer = json.loads(response.body)
     assert answer["object"] == ("chat.completion" if chat else "text_completion")
     assert [choice["index"] for choice in answer["choices"]] == [*range(len(answer["choices"]))]
     choices = [
@@ -200,16 +202,16 @@ def _of_a_whole_answer(received: Received, *, chat: bool) -> Unwrapped:
     return choices, answer["usage"]
 
 
-def _of_a_stream(received: Received, *, chat: bool) -> Unwrapped:
-    assert received.content_type.startswith("text/event-stream"), received.content_type
+def _unwrap_stream(response: Response, *, chat: bool) -> Unwrapped:
+    assert response.content_type.startswith("text/event-stream"), response.content_type
     found: dict[int, Choice] = {}
     usage = None
-    for event in _events(received.body):
+    for event in _events(response.body):
         assert "error" not in event, event
         usage = event.get("usage") or usage
         for part in event["choices"]:
             before = found.get(part["index"], Choice("", None, None))
-            assert before.reason is None, "something came after the end of a choice"
+            assert before.reason is None, "a choice continued after its finish_reason"
             text = part["delta"].get("content") or "" if chat else part["text"]
             scores = (_logprobs(part, chat=chat) or []) + (before.logprobs or [])
             found[part["index"]] = Choice(before.text + text, part["finish_reason"], scores)
@@ -236,37 +238,37 @@ def _logprobs(choice: dict[str, Any], *, chat: bool) -> list[float] | None:
     return scores
 
 
-def _check_choices(choices: list[Choice], asked: dict[str, Any], *, chat: bool) -> None:
-    """As many as were asked for, each ended by what can end it and held to what was asked."""
-    assert len(choices) == (1 if chat else _prompts(asked["prompt"])) * (asked.get("n") or 1)
-    stops = asked.get("stop") or []
+def check_choices(choices: list[Choice], body: dict[str, Any], *, chat: bool) -> None:
+    """Assert that the choices satisfy the request: number, finish reason, stops, logprobs, JSON."""
+    assert len(choices) == (1 if chat else _prompts(body["prompt"])) * (body.get("n") or 1)
+    stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
     for choice in choices:
         assert choice.reason in ("stop", "length"), choice
-        assert not any(stop in choice.text for stop in stops), "a stop string was sent"
+        assert not any(stop in choice.text for stop in stops), "the text contains a stop string"
         if choice.logprobs is not None:
-            assert len(choice.logprobs) <= _most(asked, chat=chat)
+            assert len(choice.logprobs) <= _max_tokens(body, chat=chat)
             assert all(math.isfinite(score) and score < 1e-3 for score in choice.logprobs), choice
-        form = (asked.get("response_format") or {}).get("type")
+        form = (body.get("response_format") or {}).get("type")
         if form in ("json_object", "json_schema") and choice.reason == "stop" and not stops:
             json.loads(choice.text)
 
 
-def _check_usage(usage: dict[str, Any], choices: int, most: int) -> None:
+def check_usage(usage: dict[str, Any], choices: int, max_tokens: int) -> None:
     prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
     assert usage["total_tokens"] == prompt + completion
     assert 0 <= usage["prompt_tokens_details"]["cached_tokens"] < prompt
-    assert choices <= completion <= choices * most, f"{completion} tokens of {choices} choices"
+    assert choices <= completion <= choices * max_tokens, f"{completion} tokens"
 
 
-def _most(asked: dict[str, Any], *, chat: bool) -> int:
-    most: int | None = asked.get("max_tokens")
-    return most or (chat and asked.get("max_completion_tokens")) or MOST
+def _max_tokens(body: dict[str, Any], *, chat: bool) -> int:
+    limit: int | None = body.get("max_tokens")
+    return limit or (chat and body.get("max_completion_tokens")) or MAX_NEW_TOKENS
 
 
 def _prompts(prompt: Any) -> int:
-    alone = isinstance(prompt, str) or isinstance(prompt[0], int)
-    return 1 if alone else len(prompt)
+    single = isinstance(prompt, str) or isinstance(prompt[0], int)
+    return 1 if single else len(prompt)
 
 
 def _target(path: str) -> Callable[[Path], Prepared]:

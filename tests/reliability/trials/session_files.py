@@ -1,6 +1,6 @@
-"""`generate --session` with a file that is damaged, or a disk that is full. Counts what it loses.
+"""Run `generate --session` with a damaged session file or on a full disk.
 
-Runs are forks of this process, as in `trials.py`, which therefore loads no model itself.
+Runs are forks of this process, as in `commands.py`, so this process loads no model itself.
 """
 
 import random
@@ -9,10 +9,10 @@ from pathlib import Path
 from graphs.errors import MistralcError
 from graphs.manifest import read_manifest
 from runtime.decoding import snapshot
-from tests.reliability.damage import one_edit
-from tests.reliability.guard import check_message
-from tests.reliability.trial import Trial
-from tests.reliability.trials import Command, run, small_disk
+from tests.reliability.harness.damage import edit_bytes
+from tests.reliability.harness.guard import check_message
+from tests.reliability.harness.trial import Trial
+from tests.reliability.trials.commands import Command, run, small_disk
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 SHORT, LONG = "The ring", "The ring turns, and what it forgets it never knew."
@@ -21,49 +21,54 @@ SHORT, LONG = "The ring", "The ring turns, and what it forgets it never knew."
 def _generate(prompt: str) -> Command:
     words = ("generate", "{folder}/bundle", prompt, "--session", "{out}", "--max-new-tokens", "8",
              "--threads", "1", "--quiet")  # fmt: skip
-    return Command(words=words, open=Path.read_bytes, kept=lambda _name: False)
+    return Command(words=words, open=Path.read_bytes, may_remain=lambda _name: False)
 
 
 def inputs(folder: Path) -> None:
-    """A bundle, and the file of a session."""
+    """Write a bundle and a session file."""
     write_checkpoint(folder / "checkpoint", tiny_spec())
     export = ("export", "{folder}/checkpoint", "-o", "{out}", "--context", "96", "--quiet")
-    made = Command(words=export, open=read_manifest, kept=lambda _name: False)
-    for command, out in ((made, folder / "bundle"), (_generate(SHORT), folder / "session")):
-        code, errors = run(command, folder, out).ended()
+    export_command = Command(words=export, open=read_manifest, may_remain=lambda _name: False)
+    for command, out in (
+        (export_command, folder / "bundle"),
+        (_generate(SHORT), folder / "session"),
+    ):
+        code, errors = run(command, folder, out).wait()
         assert code == 0, errors
 
 
 def damaged(folder: Path, draw: random.Random) -> str:
-    """One to three edits of the file: the command refuses it in words, and leaves it as it is."""
+    """Edit the session file one to three times: the command must refuse it and not change it."""
     path, good = folder / "damaged", (folder / "session").read_bytes()
     bad = good
     while bad == good:
         for _ in range(draw.randint(1, 3)):
-            bad = one_edit(draw, bad)
+            bad = edit_bytes(draw, bad)
     path.write_bytes(bad)
-    code, errors = run(_generate(LONG), folder, path).ended()
+    code, errors = run(_generate(LONG), folder, path).wait()
     _check_refusal(code, errors)
-    assert path.read_bytes() == bad, "a file that was refused has changed"
+    assert path.read_bytes() == bad, "the command changed a file that it refused"
     return "refused"
 
 
 def full_disk(folder: Path, draw: random.Random) -> str:
-    """A text that is kept and goes on: each file is whole, or the one before it is still there."""
+    """Save twice on a small disk: each save is complete, or the previous file survives."""
     manifest = read_manifest(folder / "bundle")
     outcome = "completed"
     with small_disk(folder / "disk", draw) as place:
         path = place / "session"
         for prompt in (SHORT, LONG):
             before = path.read_bytes() if path.exists() else None
-            code, errors = run(_generate(prompt), folder, path).ended()
+            code, errors = run(_generate(prompt), folder, path).wait()
             if code:
                 _check_refusal(code, errors)
-                assert (path.read_bytes() if path.exists() else None) == before, "it was lost"
+                assert (path.read_bytes() if path.exists() else None) == before, (
+                    "the previous session was lost"
+                )
                 outcome = "refused"
             if path.exists():
                 snapshot.load(path, manifest)
-            assert [left.name for left in place.iterdir() if left != path] == []
+            assert [other.name for other in place.iterdir() if other != path] == []
     return outcome
 
 
@@ -74,6 +79,6 @@ def _check_refusal(code: int, errors: str) -> None:
 
 
 TRIALS = (
-    Trial(name="generate --session, file damaged", prepare=inputs, hurt=damaged),
-    Trial(name="generate --session, disk full", prepare=inputs, hurt=full_disk),
+    Trial(name="generate --session, file damaged", prepare=inputs, run_once=damaged),
+    Trial(name="generate --session, disk full", prepare=inputs, run_once=full_disk),
 )

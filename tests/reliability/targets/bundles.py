@@ -1,4 +1,4 @@
-"""Fuzzing what a production host opens: manifest, files, the cache of hashes. Loads no model."""
+"""Fuzz what a production host opens: manifest, bundle files, hash cache. Loads no model."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from runtime.bundle.describe import facts
 from runtime.bundle.open import SETTLED_NS, cache_file, open_bundle, sha256
 from runtime.doctor.bundle_checks import check_bundle, rebuild_command
 from runtime.system.host import Cuda, Library
-from tests.reliability.checkpoints import small_spec
-from tests.reliability.damage import Draw, Raw, damaged_bytes, damaged_json
-from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.reliability.harness.damage import Draw, Raw, damaged_bytes, damaged_json
+from tests.reliability.harness.target import Files, Folder, Prepared, Target
+from tests.reliability.targets.checkpoints import small_spec
 
 FILES = {"model.onnx": b"a graph" * 30, "weights.safetensors": bytes(range(256)) * 4,
          "tokenizer.json": b"{}", "tokenizer_config.json": b"{}", "generation_config.json": b"{}",
@@ -27,7 +27,7 @@ LIBRARIES = {
 
 
 def write_bundle(folder: Path) -> Manifest:
-    """A bundle in everything but that its graph computes nothing."""
+    """Write a bundle that is valid except for the contents of its graph and weights."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {}
     for name, data in FILES.items():
@@ -47,7 +47,7 @@ def write_bundle(folder: Path) -> Manifest:
 
 
 def restamped(data: bytes) -> bytes:
-    """A damaged manifest with the checksum of what it now says, where it still is an object."""
+    """The damaged manifest with a recomputed checksum, if it is still a JSON object."""
     try:
         value = json.loads(data)
         value.pop(CHECKSUM, None)
@@ -57,23 +57,23 @@ def restamped(data: bytes) -> bytes:
 
 
 def _manifest(folder: Path) -> Prepared:
-    """Damage that the checksum tells, and forgery that it does not."""
+    """Damage that the checksum detects, and changes with a recomputed checksum."""
     write_bundle(folder)
     tree = json.loads((folder / FILE_NAME).read_bytes())
     engine = {"gpus": ["sm89"], "plan_bytes": 1, "weight_bytes": 1, "faults": []}
     trees = st.sampled_from((tree, tree | {"target": "rtx", "engine": engine}))
     plain = trees.flatmap(damaged_json)
     cases = (plain | plain.map(restamped) | plain.map(restamped)).map(lambda it: {FILE_NAME: it})
-    return Prepared(cases=cases, read=Folder(folder).reading(_open))
+    return Prepared(cases=cases, read=Folder(folder).reader(_open))
 
 
 def _open(folder: Path) -> None:
-    """Open a bundle and say what it is, as `inspect` and `doctor` do."""
+    """Open a bundle and describe it, as `inspect` and `doctor` do."""
     bundle = open_bundle(folder)
     manifest = bundle.manifest
     for name, entry in manifest.files.items():
         path = folder / name
-        assert path.resolve().is_relative_to(folder.resolve()), f"{name} lies outside"
+        assert path.resolve().is_relative_to(folder.resolve()), f"{name} is outside the bundle"
         assert (path.stat().st_size, sha256(path)) == (entry.size, entry.sha256)
     assert Manifest.from_text(manifest.to_text(), "again") == manifest
     assert json.loads(json.dumps(facts(bundle)))["parameters"] > 0
@@ -83,9 +83,9 @@ def _open(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Prepared:
-    """Any change to any file has to be refused: there is nothing to allow."""
+    """Every change to any file must be refused."""
     write_bundle(folder)
-    open_bundle(folder)  # now the cache of hashes knows the good files
+    open_bundle(folder)  # the hash cache now holds the hashes of the valid files
 
     @st.composite
     def cases(draw: Draw) -> Files:
@@ -94,16 +94,16 @@ def _files(folder: Path) -> Prepared:
 
     def read(path: Path) -> None:
         open_bundle(path)
-        raise AssertionError("a changed file was let through")
+        raise AssertionError("a changed file was accepted")
 
-    return Prepared(cases=cases(), read=Folder(folder).reading(read), good=None)
+    return Prepared(cases=cases(), read=Folder(folder).reader(read), good=None)
 
 
 def _hashes(folder: Path) -> Prepared:
-    """The cache is a convenience: whatever it holds, the bundle opens as if it were not there."""
+    """Whatever the hash cache holds, the bundle opens as if there were no cache."""
     bundle = folder / "bundle"
     write_bundle(bundle)
-    time.sleep(1e-9 * SETTLED_NS)  # younger files are not remembered
+    time.sleep(1e-9 * SETTLED_NS)  # the cache does not store hashes of younger files
     open_bundle(bundle)
     cache = cache_file()
     assert cache is not None
@@ -122,5 +122,5 @@ def _hashes(folder: Path) -> Prepared:
 TARGETS = (
     Target(name="bundle's manifest", prepare=_manifest, examples=250),
     Target(name="bundle's files", prepare=_files, examples=60),
-    Target(name="cache of hashes", prepare=_hashes, examples=60),
+    Target(name="hash cache", prepare=_hashes, examples=60),
 )

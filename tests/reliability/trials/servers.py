@@ -1,7 +1,7 @@
-"""A server under load that is killed, told to end, or has clients of the worst kind.
+"""Kill or terminate a server under load, or give it misbehaving clients.
 
-What clients saw is compared with the same request alone: an answer may break off, but what came of
-it has to be its beginning.
+Every streamed text is compared with that of the same request on an idle server. A stream may break
+off, but the text received until then must be a prefix of the expected text.
 """
 
 import http.client
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.reliability.trial import Trial
+from tests.reliability.harness.trial import Trial
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 from tests.support.serving import (
     ENDLESS,
@@ -39,29 +39,29 @@ from tests.support.serving import (
     until,
 )
 
-CLIENTS, ROWS = 8, 4  # so that some wait
+CLIENTS, ROWS = 8, 4  # more clients than rows, so some requests wait
 TOKENS = 60
 PROMPTS = ("The ring", "A window slides.", "What is kept", "é, and more", "Once", "1 2 3 4 5")
 PATIENT = ("--rows", ROWS, *FREE)
 
 
 @dataclass(slots=True, kw_only=True)
-class Seen:
-    """What one client saw of one streamed answer. `status` is None where none came."""
+class Answer:
+    """What a client received of one streamed answer. `status` is None if no response arrived."""
 
     prompt: str
-    began: float
+    started: float
     status: int | None = None
     text: str = ""
-    whole: bool = False
+    complete: bool = False
     refusal: dict[str, Any] = field(default_factory=dict)
 
 
-def ask(port: int, prompt: str) -> Seen:
-    """Ask for a stream of `TOKENS` greedy tokens and take what comes, however it ends."""
+def ask(port: int, prompt: str) -> Answer:
+    """Request a stream of `TOKENS` greedy tokens and read it until it ends or breaks off."""
     body = {"model": "tiny", "prompt": prompt, "stream": True, "temperature": 0,
             "max_tokens": TOKENS, "logit_bias": NO_END}  # fmt: skip
-    seen = Seen(prompt=prompt, began=time.monotonic())
+    answer = Answer(prompt=prompt, started=time.monotonic())
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)
     with closing(connection):
         try:
@@ -69,165 +69,169 @@ def ask(port: int, prompt: str) -> Seen:
                 "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
             )
             response = connection.getresponse()
-            seen.status = response.status
+            answer.status = response.status
             if response.status != 200:
-                seen.refusal = json.loads(response.read())["error"]
-                seen.refusal["retry_after"] = response.headers["Retry-After"]
-                return seen
+                answer.refusal = json.loads(response.read())["error"]
+                answer.refusal["retry_after"] = response.headers["Retry-After"]
+                return answer
             for line in response:
-                _take(seen, line)
+                _append_line(answer, line)
         except (OSError, http.client.HTTPException):
-            pass  # it broke off: `whole` is not set
-    return seen
+            pass  # the stream broke off: `complete` stays False
+    return answer
 
 
-def _take(seen: Seen, line: bytes) -> None:
-    """Add one line of the stream, which a server that was killed may have left unfinished."""
+def _append_line(answer: Answer, line: bytes) -> None:
+    """Add one line of the stream; a killed server may have left it incomplete."""
     if not line.endswith(b"\n") or not line.strip():
         return
-    told = line.decode("ascii").strip().removeprefix("data: ")
-    if told == "[DONE]":
-        seen.whole = True
+    data = line.decode("ascii").strip().removeprefix("data: ")
+    if data == "[DONE]":
+        answer.complete = True
         return
-    event = json.loads(told)
-    seen.refusal = event.get("error", {})
-    seen.text += "".join(choice["text"] for choice in event.get("choices", ()))
+    event = json.loads(data)
+    answer.refusal = event.get("error", {})
+    answer.text += "".join(choice["text"] for choice in event.get("choices", ()))
 
 
-class Crowd:
-    """Clients that ask again and again, each in a thread, until they are stopped or refused."""
+class Clients:
+    """Client threads that send requests until they are stopped or a stream is incomplete."""
 
     def __init__(self, port: int) -> None:
-        self.seen: list[Seen] = []
+        self.answers: list[Answer] = []
         self._port, self._stop = port, threading.Event()
         self._threads = [
-            threading.Thread(target=self._one, args=(number,)) for number in range(CLIENTS)
+            threading.Thread(target=self._run, args=(number,)) for number in range(CLIENTS)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _one(self, number: int) -> None:
+    def _run(self, number: int) -> None:
         while not self._stop.is_set():
-            seen = ask(self._port, PROMPTS[number % len(PROMPTS)])
-            self.seen.append(seen)
-            if not seen.whole:
+            answer = ask(self._port, PROMPTS[number % len(PROMPTS)])
+            self.answers.append(answer)
+            if not answer.complete:
                 return
             number += 1
 
-    def ended(self, *, stop: bool = False) -> list[Seen]:
-        """Everything that was seen, once all have ended; `stop` after the answers under way."""
+    def join(self, *, stop: bool = False) -> list[Answer]:
+        """Wait for all clients and return their answers; `stop` sends no further requests."""
         if stop:
             self._stop.set()
         for thread in self._threads:
             thread.join(PATIENCE_S)
             assert not thread.is_alive(), "a client still waits for its answer"
-        return self.seen
+        return self.answers
 
 
 def inputs(folder: Path) -> None:
-    """A bundle with a layer that slides over 8 tokens and one that does too, without end."""
+    """Write a bundle whose two layers have a window of 8 tokens, so generation has no limit."""
     write_checkpoint(folder / "checkpoint", tiny_spec(window=8))
     words = ("export", str(folder / "checkpoint"), "-o", str(folder / "bundle"), "--quiet")
     subprocess.run([sys.executable, "-m", "mistralc", *words], cwd=ROOT, check=True)
 
 
 def killed(folder: Path, draw: random.Random) -> str:
-    """`kill -9` while all clients stream; then the same port, the same clients."""
+    """SIGKILL while all clients stream; then restart on the same port with the same clients."""
     with serving(folder / "bundle", *PATIENT) as server:
-        alone = _alone(server)
-        with _crowd(server) as crowd:
+        expected = _expected_texts(server)
+        with _clients(server) as clients:
             time.sleep(draw.random())
             server.signal(signal.SIGKILL)
             assert server.wait() == -signal.SIGKILL
-        seen = crowd.ended()
-    _check_texts(seen, alone)
-    assert all(one.status in (200, None) for one in seen), "a status of a server that was dead"
-    assert sum(not one.whole for one in seen) == CLIENTS, "someone did not notice"
+        answers = clients.join()
+    check_texts(answers, expected)
+    assert all(one.status in (200, None) for one in answers), "a dead server sent a status"
+    assert sum(not one.complete for one in answers) == CLIENTS, "a client missed the kill"
     with serving(folder / "bundle", *PATIENT, "--port", server.port) as again:
         assert again.port == server.port
-        with _crowd(again) as crowd:
+        with _clients(again) as clients:
             pass
-        seen = crowd.ended(stop=True)
-        _check_texts(seen, alone)
-        assert all(one.whole for one in seen), "not everyone was answered after the restart"
+        answers = clients.join(stop=True)
+        check_texts(answers, expected)
+        assert all(one.complete for one in answers), "an answer after the restart is incomplete"
     return "completed"
 
 
-def told_to_end(folder: Path, draw: random.Random) -> str:
-    """SIGTERM while all clients stream: what had begun ends whole, what is new is refused."""
+def terminated(folder: Path, draw: random.Random) -> str:
+    """SIGTERM while all clients stream: started streams complete, new requests are refused."""
     with serving(folder / "bundle", *PATIENT) as server:
-        alone = _alone(server)
-        with _crowd(server) as crowd:
+        expected = _expected_texts(server)
+        with _clients(server) as clients:
             time.sleep(draw.random())
-            told = time.monotonic()
+            signaled = time.monotonic()
             server.signal()
-        seen = crowd.ended()
-        assert server.wait() == 0, "it cut something off"
-    _check_texts(seen, alone)
-    for one in seen:
+        answers = clients.join()
+        assert server.wait() == 0, "the server aborted a request"
+    check_texts(answers, expected)
+    for one in answers:
         if one.status == 200:
-            assert one.whole, "an answer that had begun broke off"
+            assert one.complete, "a started stream broke off"
         elif one.status is None:
-            assert one.began > told, "a request from before the signal was lost"
+            assert one.started > signaled, "a request from before the signal was lost"
         else:
             assert one.status == 503, one
             assert (one.refusal["code"], one.refusal["type"]) == ("draining", "server_error")
             assert int(one.refusal["retry_after"]) >= 1
-    assert any(one.status == 503 for one in seen), "nobody asked while it drained"
+    assert any(one.status == 503 for one in answers), "no request arrived during the drain"
     return "completed"
 
 
-def crowded(folder: Path, draw: random.Random) -> str:
-    """Clients that stall, vanish, dawdle and send too much, among others that notice nothing."""
+def misbehaving_clients(folder: Path, draw: random.Random) -> str:
+    """Clients stall, vanish, dawdle and send too much; well-behaved clients are unaffected."""
     options = ("--rows", 2 * CLIENTS, *FREE, *IMPATIENT)
     with serving(folder / "bundle", *options, program=SMALL_BUFFERS) as server:
-        alone = _alone(server)
-        with _crowd(server) as crowd:
-            bad = [_Thread(one, server, random.Random(draw.random())) for one in BAD]  # noqa: S311
+        expected = _expected_texts(server)
+        with _clients(server) as clients:
+            bad = [
+                _ClientThread(one, server, random.Random(draw.random()))  # noqa: S311
+                for one in MISBEHAVING
+            ]
             for one in bad:
                 one.join(PATIENCE_S)
-                assert not one.is_alive(), f"{one.name} was never got rid of"
-        seen = crowd.ended(stop=True)
+                assert not one.is_alive(), f"the server never disconnected {one.name}"
+        answers = clients.join(stop=True)
         faults = {one.name: one.fault for one in bad if one.fault is not None}
         assert not faults, faults
-        _check_texts(seen, alone)
-        assert all(one.whole for one in seen), "someone else's answer broke off"
+        check_texts(answers, expected)
+        assert all(one.complete for one in answers), "a well-behaved client's stream broke off"
         idle(server)
         assert server.ask("/ready").status == 200
     return "completed"
 
 
 @contextmanager
-def _crowd(server: Server) -> Iterator[Crowd]:
-    """Clients at work, all rows of the server in use."""
-    crowd = Crowd(server.port)
+def _clients(server: Server) -> Iterator[Clients]:
+    """Start clients and wait until they use all rows of the server."""
+    clients = Clients(server.port)
     until(lambda: server.metric("running_rows") >= ROWS, "rows in use")
-    yield crowd
+    yield clients
 
 
-def _alone(server: Server) -> dict[str, str]:
-    """Every prompt's answer while nobody else asks."""
+def _expected_texts(server: Server) -> dict[str, str]:
+    """The answer to every prompt, each requested from the idle server."""
     found = {}
     for prompt in PROMPTS:
-        seen = ask(server.port, prompt)
-        assert seen.whole, seen
-        found[prompt] = seen.text
+        answer = ask(server.port, prompt)
+        assert answer.complete, answer
+        found[prompt] = answer.text
     return found
 
 
-def _check_texts(seen: list[Seen], alone: dict[str, str]) -> None:
-    for one in seen:
+def check_texts(answers: list[Answer], expected: dict[str, str]) -> None:
+    """Assert that complete texts equal the expected ones and incomplete texts are prefixes."""
+    for one in answers:
         assert one.status != 200 or not one.refusal, f"an error in a stream: {one.refusal}"
-        right = alone[one.prompt]
-        good = one.text == right if one.whole else right.startswith(one.text)
-        assert good, f"{one.text!r} is not what the request gets alone, {right!r}"
+        whole = expected[one.prompt]
+        good = one.text == whole if one.complete else whole.startswith(one.text)
+        assert good, f"{one.text!r} differs from the text of the request alone, {whole!r}"
 
 
-# Clients of the worst kind: each asserts how it is got rid of
+# Misbehaving clients. Each asserts how the server gets rid of it.
 
 
 def leaves_a_stream(server: Server, draw: random.Random) -> None:
-    """Reads a little, then is gone, with a reset or without."""
+    """Read a little, then disconnect, with or without a reset."""
     with closing(server.connection(STREAM)) as connection:
         begun(connection)
         time.sleep(draw.random() / 4)
@@ -237,13 +241,13 @@ def leaves_a_stream(server: Server, draw: random.Random) -> None:
 
 
 def leaves_before_its_answer(server: Server, draw: random.Random) -> None:
-    """Is gone while its whole answer is made."""
+    """Disconnect while the server computes a non-streamed answer."""
     with closing(server.connection(ENDLESS)):
         time.sleep(draw.random() / 4)
 
 
 def stops_reading(server: Server, _draw: random.Random) -> None:
-    """Asks for much and takes none of it."""
+    """Request a long stream and read none of it."""
     with closing(server.connection(STREAM | {"logprobs": 20})) as connection:
         connection.settimeout(PATIENCE_S)
         time.sleep(2)
@@ -251,7 +255,7 @@ def stops_reading(server: Server, _draw: random.Random) -> None:
 
 
 def sends_half_a_head(server: Server, draw: random.Random) -> None:
-    """On a connection of its own or after a whole request, byte by byte or not."""
+    """Send an incomplete head byte by byte, on a new connection or after a complete request."""
     with _connected(server) as connection:
         if draw.random() < 0.5:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -262,14 +266,14 @@ def sends_half_a_head(server: Server, draw: random.Random) -> None:
 
 
 def sends_half_a_body(server: Server, _draw: random.Random) -> None:
-    """Announces more than comes."""
+    """Announce a longer body than is sent."""
     with _connected(server) as connection:
         connection.sendall(_head(1000) + b"{")
         assert rest(connection).startswith(b"HTTP/1.1 408")
 
 
 def sends_too_much(server: Server, draw: random.Random) -> None:
-    """A body of megabytes."""
+    """Send a body of up to 5 MB."""
     size = draw.randrange(100_000, 5_000_000)
     with _connected(server) as connection:
         connection.sendall(_head(size) + b" " * size)
@@ -277,21 +281,21 @@ def sends_too_much(server: Server, draw: random.Random) -> None:
 
 
 def sends_no_http(server: Server, draw: random.Random) -> None:
-    """Bytes of no meaning."""
+    """Send random bytes."""
     with _connected(server) as connection:
         connection.sendall(draw.randbytes(200) + b"\r\n\r\n")
         assert rest(connection).startswith(b"HTTP/1.1 400")
 
 
-BAD: tuple[Callable[[Server, random.Random], None], ...] = (
+MISBEHAVING: tuple[Callable[[Server, random.Random], None], ...] = (
     leaves_a_stream, leaves_a_stream, leaves_before_its_answer, leaves_before_its_answer,
     stops_reading, sends_half_a_head, sends_half_a_head, sends_half_a_body, sends_too_much,
     sends_no_http,
 )  # fmt: skip
 
 
-class _Thread(threading.Thread):
-    """One bad client at work. `fault` is what it met that it should not have."""
+class _ClientThread(threading.Thread):
+    """Runs one misbehaving client; `fault` is the exception that it raised, if any."""
 
     def __init__(
         self, client: Callable[[Server, random.Random], None], server: Server, draw: random.Random
@@ -322,20 +326,22 @@ def _head(length: int) -> bytes:
 
 
 def _drip(connection: socket.socket, data: bytes) -> None:
-    """Send a byte at a time until there are none, or the server has had enough."""
+    """Send one byte at a time until the server closes the connection."""
     try:
         for byte in data:
             connection.sendall(bytes([byte]))
             time.sleep(0.05)
     except OSError:
         return
-    raise AssertionError("the server waited for all of it")
+    raise AssertionError("the server waited for the whole head")
 
 
 TRIALS = (
-    Trial(name="server under load, killed and restarted", prepare=inputs, hurt=killed),
-    Trial(name="server under load, SIGTERM", prepare=inputs, hurt=told_to_end),
+    Trial(name="server under load, killed and restarted", prepare=inputs, run_once=killed),
+    Trial(name="server under load, SIGTERM", prepare=inputs, run_once=terminated),
     Trial(
-        name="server, clients that stall, vanish and send too much", prepare=inputs, hurt=crowded
+        name="server, clients that stall, vanish and send too much",
+        prepare=inputs,
+        run_once=misbehaving_clients,
     ),
 )

@@ -1,4 +1,4 @@
-"""Running many cases of one target and counting how they end. Knows no target."""
+"""Run many cases of one target and count the outcomes. Knows nothing about any target."""
 
 import traceback
 from collections import Counter
@@ -9,30 +9,30 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.reliability.guard import outcome_of
-from tests.reliability.target import Prepared, Target
+from tests.reliability.harness.guard import outcome_of
+from tests.reliability.harness.target import Prepared, Target
 
-ROOT = Path(__file__).resolve().parents[2]
-BATCH = 200  # cases with one seed
+ROOT = Path(__file__).resolve().parents[3]
+BATCH = 200  # cases per seed
 
 
 @dataclass(slots=True)
 class Counts:
-    """How the cases of one target ended. `faults` counts them by where they were raised."""
+    """Outcomes of the cases of one target; `faults` counts them by where they were raised."""
 
     cases: int = 0
     read: int = 0
     refused: int = 0
     faults: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)  # one case for each fault, cut short
+    examples: dict[str, str] = field(default_factory=dict)  # one case per fault, truncated
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, which `Counts(**data)` takes."""
+        """Plain data; `Counts(**data)` restores it."""
         return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
-def explore(target: Target, folder: Path, wanted: Callable[[int], bool]) -> Counts:
-    """Run cases, a batch with each seed, while `wanted(cases so far)`; faults are counted."""
+def fuzz(target: Target, folder: Path, wanted: Callable[[int], bool]) -> Counts:
+    """Run cases in batches while `wanted(cases so far)` holds; count faults, do not raise them."""
     prepared, counts, number = target.prepare(folder), Counts(), 0
     while wanted(counts.cases):
         options = settings(_OPTIONS, max_examples=BATCH, phases=(Phase.generate,))
@@ -42,7 +42,7 @@ def explore(target: Target, folder: Path, wanted: Callable[[int], bool]) -> Coun
 
 
 def check(target: Target, folder: Path) -> Counts:
-    """Run the same few cases every time; the first fault is shrunk and raised."""
+    """Run the same few cases on every call; shrink and raise the first fault."""
     prepared, counts = target.prepare(folder), Counts()
 
     def one(case: Any) -> None:
@@ -65,8 +65,8 @@ def _counting(prepared: Prepared, counts: Counts) -> Callable[[Any], None]:
             _count(counts, outcome_of(lambda: prepared.read(case), prepared.size(case)))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a hang, and a panic of Rust's, are no Exception
-            where = _where(error)
+        except BaseException as error:  # `Hang` and Rust panics are not of type Exception
+            where = location_of(error)
             counts.cases += 1
             counts.faults[where] += 1
             counts.examples.setdefault(where, f"{error!s:.300}: {case!r:.2000}")
@@ -80,8 +80,8 @@ def _count(counts: Counts, outcome: str) -> None:
     counts.refused += outcome == "refused"
 
 
-def _where(error: BaseException) -> str:
-    """The error's type, and the last place in this repository that it went through."""
+def location_of(error: BaseException) -> str:
+    """The error's type and the innermost frame of this repository, preferably not in tests."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
     inner = [frame for frame in own if "/tests/" not in frame.filename] or own

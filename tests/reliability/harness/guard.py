@@ -1,7 +1,7 @@
-"""What a reader may do with any input: answer, or refuse in words. Knows no reader.
+"""Run a reader on one input: it must succeed or raise a readable MistralcError.
 
-Every case runs under an alarm and a limit of address space, so that a hang or a bomb is a failure
-with a name and not the end of the machine.
+Every case runs under an alarm and an address space limit, so a hang or a decompression bomb fails
+that case instead of taking the machine down.
 """
 
 import resource
@@ -16,21 +16,21 @@ from graphs.errors import MistralcError
 
 Outcome = Literal["read", "refused"]
 
-SECONDS = 30  # of one case; the slowest takes a tenth of a second on two busy cores
-ADDRESS_SPACE = 1 << 30  # bytes on top of what the process has
-MEMORY_FLOOR, MEMORY_FACTOR = 128 << 20, 64  # a case may hold so much, and so many times its bytes
-LONGEST_MESSAGE = 1500  # characters; a value from the file is shown, not all of it
+SECONDS = 30  # per case; the slowest takes 0.1 s on two busy cores
+ADDRESS_SPACE = 1 << 30  # bytes beyond what the process already uses
+MEMORY_FLOOR, MEMORY_FACTOR = 128 << 20, 64  # a case may use FLOOR + FACTOR * its size, in bytes
+LONGEST_MESSAGE = 1500  # characters; long values from the file are truncated
 
 
 class Hang(BaseException):
-    """A case ran out of time. No `except Exception` of a reader may take it for its own."""
+    """A case exceeded SECONDS. A BaseException, so `except Exception` cannot swallow it."""
 
 
 def outcome_of(read: Callable[[], None], size: int) -> Outcome:
-    """Run `read` on an input of `size` bytes: "refused" where it raises MistralcError.
+    """Run `read` on an input of `size` bytes; "refused" means that it raised MistralcError.
 
-    Anything else that it raises comes through. Raises AssertionError where the message is no
-    message, or memory was out of proportion.
+    Any other exception propagates. Raises AssertionError if the error message is unreadable or if
+    the memory used was out of proportion to `size`.
     """
     before = _reset_peak()
     with _limits():
@@ -47,11 +47,11 @@ def outcome_of(read: Callable[[], None], size: int) -> Outcome:
 
 
 def check_message(message: str) -> None:
-    """Assert that an error is one paragraph that a person can read."""
+    """Assert that an error message is one readable paragraph."""
     assert len(message) >= 20, f"no explanation: {message!r}"
     assert len(message) <= LONGEST_MESSAGE, f"{len(message):,} characters: {message[:200]!r}…"
     assert "\n" not in message, f"more than one line: {message!r}"
-    assert message.rstrip().endswith((".", "`")), f"no sentence: {message!r}"
+    assert message.rstrip().endswith((".", "`")), f"does not end like a sentence: {message!r}"
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _stop(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _reset_peak() -> int:
-    """Begin a new high-water mark of resident memory (proc(5), clear_refs) and return it."""
+    """Reset peak resident memory (proc(5), clear_refs) and return it, in bytes."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return _status("VmHWM")
 

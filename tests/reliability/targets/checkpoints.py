@@ -1,4 +1,4 @@
-"""Fuzzing what `mistralc export` opens: configurations and weights. Knows no tokenizer."""
+"""Fuzz the configurations and weights that `mistralc export` opens, without tokenizers."""
 
 import json
 import math
@@ -15,15 +15,15 @@ from exporter.checkpoint.stored import FLOATS
 from exporter.estimate import plan
 from exporter.export import ExportOptions, ring_spec
 from graphs.spec import ModelSpec
-from tests.reliability.damage import Draw, Place, damaged_bytes, damaged_json
-from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.reliability.harness.damage import Draw, Place, damaged_bytes, damaged_json
+from tests.reliability.harness.target import Files, Folder, Prepared, Target
 from tests.support.make_checkpoint import Format, tiny_spec, write_checkpoint
 
-PREAMBLE = 8  # bytes before a safetensors header: its length
+PREAMBLE = 8  # bytes in front of a safetensors header, holding its length
 
 
 def small_spec(**overrides: Any) -> ModelSpec:
-    """A few kilobytes, without room for a tokenizer."""
+    """A spec of a few kilobytes; its vocabulary is too small for a tokenizer."""
     small = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
              "head_dim": 8, "window": 8}  # fmt: skip
     return tiny_spec(**(small | overrides))
@@ -40,13 +40,13 @@ def _configuration(name: str, kind: Format) -> Callable[[Path], Prepared]:
         richer = good | {"rope_scaling": scaling, "layer_types": ["sliding_attention"]}
         seeds = [good, richer] if kind == "huggingface" else [good]
         cases = st.sampled_from(seeds).flatmap(damaged_json).map(lambda data: {name: data})
-        return Prepared(cases=cases, read=Folder(path).reading(_read_spec))
+        return Prepared(cases=cases, read=Folder(path).reader(_read_spec))
 
     return prepare
 
 
 def _read_spec(path: Path) -> None:
-    """Read a configuration, and plan with it as `mistralc plan` does."""
+    """Read a configuration and plan with it, as `mistralc plan` does."""
     spec = read_spec(path)
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     needed = plan(spec, ring_spec(spec, ExportOptions()), "cpu", "fp32")
@@ -54,12 +54,12 @@ def _read_spec(path: Path) -> None:
 
 
 def _read_weights(path: Path) -> None:
-    """Open a checkpoint and every tensor in it, as an export does."""
+    """Open a checkpoint and read every tensor, as an export does."""
     opened = open_checkpoint(path)
     for name, shape in opened.spec.weight_shapes().items():
         stored = opened.stored[name]
         inside = stored.where.offset + stored.where.length <= stored.where.path.stat().st_size
-        assert inside, f"{name} reaches beyond its file"
+        assert inside, f"{name} extends beyond the end of its file"
         assert tuple(opened.tensor(name).shape) == shape, name
         if stored.where.dtype in FLOATS:
             assert stored.where.length == math.prod(shape) * FLOATS[stored.where.dtype].itemsize
@@ -83,7 +83,7 @@ def _safetensors(folder: Path) -> Prepared:
         rest = draw(st.sampled_from((body, body, body, b"", body * 2, body[:-1])))
         return {name: (said % 2**64).to_bytes(PREAMBLE, "little") + text + rest}
 
-    return Prepared(cases=cases(), read=Folder(path).reading(_read_weights))
+    return Prepared(cases=cases(), read=Folder(path).reader(_read_weights))
 
 
 def _sharded(folder: Path) -> Prepared:
@@ -94,11 +94,11 @@ def _sharded(folder: Path) -> Prepared:
     shard = st.sampled_from(sorted(shards)).flatmap(
         lambda one: damaged_bytes(shards[one], [(0, PREAMBLE)]).map(lambda data: {one: data})
     )
-    return Prepared(cases=index | shard, read=Folder(path).reading(_read_weights))
+    return Prepared(cases=index | shard, read=Folder(path).reader(_read_weights))
 
 
 class _Recording(gguf_file._Cursor):
-    """A cursor that notes where the numbers of a header lie."""
+    """A cursor that records the offset and width of every number in a header."""
 
     places: list[Place]
 
@@ -109,8 +109,8 @@ class _Recording(gguf_file._Cursor):
 
 
 def gguf_places(path: Path) -> list[Place]:
-    """Where a GGUF's header has counts, lengths, types, offsets and single values."""
-    cursor = _Recording(path, path.read_bytes())  # type: ignore[arg-type]  # a map is bytes enough
+    """The places of counts, lengths, types, offsets and scalar values in a GGUF header."""
+    cursor = _Recording(path, path.read_bytes())  # type: ignore[arg-type]  # bytes work like a memory map here
     cursor.places = []
     tensors, keys = gguf_file._preamble(cursor)
     for _ in range(keys):
@@ -132,12 +132,12 @@ def _gguf(folder: Path) -> Prepared:
         return {path.name: draw(damaged_bytes(data[:header], places)) + data[header:]}
 
     return Prepared(
-        cases=cases(), read=Folder(folder).reading(lambda it: _read_weights(it / path.name))
+        cases=cases(), read=Folder(folder).reader(lambda it: _read_weights(it / path.name))
     )
 
 
 def gguf_bytes(metadata: Mapping[str, Any]) -> bytes:
-    """A GGUF of metadata alone; values that the format cannot hold are left out."""
+    """A GGUF file with metadata only; values that the format cannot represent are left out."""
     entries = [
         _text(key) + value for key, value in ((k, _value(v)) for k, v in metadata.items()) if value
     ]

@@ -1,7 +1,7 @@
-"""Commands that are killed, or whose disk is full: export, calibrate. Counts what is left behind.
+"""Kill export and calibrate, or fill their disk, and check what they leave behind.
 
-Each run is a fork of this process, which has imported everything already: a kill may then come at
-any moment of the work itself, and a run takes a second or two instead of ten.
+Each run is a fork of this process, which has already imported everything. A kill therefore hits the
+work itself, not the imports, and a run takes one to two seconds instead of ten.
 """
 
 import contextlib
@@ -20,61 +20,62 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-import calib.layers.calibrate  # noqa: F401  (what the commands would import when they run)
+import calib.layers.calibrate  # noqa: F401  (the commands import it when they run)
 import exporter.export
 import runtime.backends.onnxruntime_cpu  # noqa: F401
 from exporter.bundle.staging import PARTIAL
 from exporter.quantization.calibration_table import CalibrationTable
 from runtime.bundle.open import open_bundle
-from tests.reliability.guard import check_message
-from tests.reliability.trial import Trial
+from tests.reliability.harness.guard import check_message
+from tests.reliability.harness.trial import Trial
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
-LIMIT = 120  # seconds of one run
+LIMIT = 120  # seconds per run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A command that makes a directory called `out`, and what opens that directory."""
+    """A command that creates the directory `out`; `open` validates that directory."""
 
     words: tuple[str, ...]
     open: Callable[[Path], object]
-    kept: Callable[[str], bool]  # names that a killed or failed run may leave beside it
+    may_remain: Callable[[str], bool]  # names that a killed or failed run may leave beside `out`
 
 
 def inputs(folder: Path) -> None:
-    """A checkpoint and a text for the commands, named as in their words."""
+    """Write the checkpoint and the text that the commands read."""
     write_checkpoint(folder / "checkpoint", tiny_spec(window=8))
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
 
 
 def run(command: Command, folder: Path, out: Path) -> "Run":
-    """Start a command in a fork, its standard error in a file."""
+    """Start a command in a fork; its standard error goes to a file."""
     sys.stdout.flush()
     errors = folder / "errors"
     errors.write_bytes(b"")
     words = ["mistralc", *(word.format(folder=folder, out=out) for word in command.words)]
     child = os.fork()
     if child == 0:
-        _be_the_command(words, errors)
+        _run_command(words, errors)
     return Run(child, errors, time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A fork at work."""
+    """A running fork."""
 
     pid: int
     errors: Path
-    began: float
+    started: float
 
-    def ended(self) -> tuple[int, str]:
-        """Wait for the end; exit status (negative: the signal) and standard error."""
-        while time.monotonic() < self.began + LIMIT:
+    def wait(self) -> tuple[int, str]:
+        """Wait for the end; return exit status (negative: the signal) and standard error."""
+        while time.monotonic() < self.started + LIMIT:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
@@ -85,8 +86,8 @@ class Run:
         raise AssertionError(f"a run took more than {LIMIT} seconds")
 
 
-def _be_the_command(words: list[str], errors: Path) -> None:
-    """Never returns: this process is the command now."""
+def _run_command(words: list[str], errors: Path) -> NoReturn:
+    """Run the command in this process, then exit."""
     import mistralc
 
     code: object = 1
@@ -102,32 +103,36 @@ def _be_the_command(words: list[str], errors: Path) -> None:
                 code = 0
             except SystemExit as ended:
                 code = ended.code
-            except BaseException as error:  # a traceback is what the trial looks for
+            except BaseException as error:  # the trial looks for tracebacks
                 print(f"Traceback: {error!r}", file=file)
     finally:
         os._exit(code if isinstance(code, int) else 1)
 
 
 def killed(command: Command, folder: Path, draw: random.Random) -> str:
-    """Kill a run at a random moment, look at what is there, run it again to the end."""
+    """Kill a run at a random moment, check what it left, then run it again to completion."""
     place = folder / "place"
     place.mkdir()
     out = place / "out"
     try:
-        whole = _whole(command, folder)
+        duration = _undisturbed_seconds(command, folder)
         running = run(command, folder, out)
-        time.sleep(draw.random() * whole)
+        time.sleep(draw.random() * duration)
         with contextlib.suppress(ProcessLookupError):
             os.kill(running.pid, signal.SIGKILL)
-        code, errors = running.ended()
+        code, errors = running.wait()
         assert code in (0, -signal.SIGKILL), f"status {code}: {errors}"
-        _check_left(command, place, out)
+        _check_leftovers(command, place, out)
         if not out.exists():
-            code, errors = run(command, folder, out).ended()
+            code, errors = run(command, folder, out).wait()
             assert code == 0, f"the run after the kill failed: {errors}"
         command.open(out)
-        assert [path.name for path in place.iterdir()] == ["out"], "something was left behind"
-        assert _digest(out) == _digests[command.words], "after a kill other bytes came out"
+        assert [path.name for path in place.iterdir()] == ["out"], (
+            "the completed run left other files behind"
+        )
+        assert _digest(out) == _digests[command.words], (
+            "the result differs from that of an undisturbed run"
+        )
     finally:
         shutil.rmtree(place)
     return "completed"
@@ -137,41 +142,41 @@ _durations: dict[tuple[str, ...], float] = {}
 _digests: dict[tuple[str, ...], str] = {}
 
 
-def _whole(command: Command, folder: Path) -> float:
-    """Seconds of a run that nobody disturbs, measured once; its result is what others must be."""
+def _undisturbed_seconds(command: Command, folder: Path) -> float:
+    """Duration of an undisturbed run, measured once; its result is the reference for the others."""
     if command.words not in _durations:
         out = folder / "undisturbed"
-        began = time.monotonic()
-        code, errors = run(command, folder, out).ended()
+        started = time.monotonic()
+        code, errors = run(command, folder, out).wait()
         assert code == 0, errors
-        _durations[command.words] = time.monotonic() - began
+        _durations[command.words] = time.monotonic() - started
         _digests[command.words] = _digest(out)
     return _durations[command.words]
 
 
 def full_disk(command: Command, folder: Path, draw: random.Random) -> str:
-    """Run a command on a disk of a random size: it completes, or says that there is no room."""
+    """Run a command on a disk of random size: it completes or reports that the disk is full."""
     with small_disk(folder / "disk", draw) as place:
         out = place / "out"
-        with pytest.MonkeyPatch.context() as patch:  # as if the space went after it was looked at
+        with pytest.MonkeyPatch.context() as patch:  # as if the disk filled up after the check
             patch.setattr(exporter.export, "require_host", lambda _plan, _destination: None)
-            code, errors = run(command, folder, out).ended()
+            code, errors = run(command, folder, out).wait()
         if code == 0:
             command.open(out)
             return "completed"
         assert code == 1, f"status {code}: {errors}"
         assert errors.startswith("mistralc: "), errors
         check_message(errors.removesuffix("\n"))
-        assert not out.exists(), "half of it was left"
-        _check_left(command, place, out)
+        assert not out.exists(), "an incomplete result has the final name"
+        _check_leftovers(command, place, out)
     return "refused"
 
 
 @contextmanager
 def small_disk(place: Path, draw: random.Random) -> Iterator[Path]:
-    """A file system of 4 kB to 1.5 MB; without the right to mount one, a limit on files' sizes."""
+    """Mount a file system of 4 kB to 1.5 MB; without permission, limit file sizes instead."""
     place.mkdir(exist_ok=True)
-    size = 4 * int(4 ** (draw.random() * 4.25))  # kB: as many small ones as large ones
+    size = 4 * int(4 ** (draw.random() * 4.25))  # kB, log-uniform
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(place)]
     if (
         os.geteuid() == 0
@@ -191,12 +196,13 @@ def small_disk(place: Path, draw: random.Random) -> Iterator[Path]:
         shutil.rmtree(place)
 
 
-def _check_left(command: Command, place: Path, out: Path) -> None:
-    """What has the result's name is a whole result; what else there is, is known by its name."""
+def _check_leftovers(command: Command, place: Path, out: Path) -> None:
+    """Assert that `out` is absent or complete, and that only permitted names lie beside it."""
     if out.exists():
         command.open(out)
-    strange = [path.name for path in place.iterdir() if path != out and not command.kept(path.name)]
-    assert not strange, f"left behind: {strange}"
+    others = (path.name for path in place.iterdir() if path != out)
+    unexpected = [name for name in others if not command.may_remain(name)]
+    assert not unexpected, f"left behind: {unexpected}"
 
 
 def _digest(folder: Path) -> str:
@@ -209,18 +215,18 @@ def _digest(folder: Path) -> str:
 EXPORT = Command(
     words=("export", "{folder}/checkpoint", "-o", "{out}", "--quiet"),
     open=open_bundle,
-    kept=lambda name: name.startswith(PARTIAL),
+    may_remain=lambda name: name.startswith(PARTIAL),
 )
 CALIBRATE = Command(
     words=("calibrate", "{folder}/checkpoint", "-o", "{out}", "--precision", "int4wo", "--text",
            "{folder}/text.txt", "--length", "32", "--samples", "8", "--quiet"),
     open=CalibrationTable.read,
-    kept=lambda name: name.startswith(PARTIAL) or name == "out.partial",
+    may_remain=lambda name: name.startswith(PARTIAL) or name == "out.partial",
 )  # fmt: skip
 
 TRIALS = (
-    Trial(name="export, killed", prepare=inputs, hurt=partial(killed, EXPORT)),
-    Trial(name="calibrate, killed", prepare=inputs, hurt=partial(killed, CALIBRATE)),
-    Trial(name="export, disk full", prepare=inputs, hurt=partial(full_disk, EXPORT)),
-    Trial(name="calibrate, disk full", prepare=inputs, hurt=partial(full_disk, CALIBRATE)),
+    Trial(name="export, killed", prepare=inputs, run_once=partial(killed, EXPORT)),
+    Trial(name="calibrate, killed", prepare=inputs, run_once=partial(killed, CALIBRATE)),
+    Trial(name="export, disk full", prepare=inputs, run_once=partial(full_disk, EXPORT)),
+    Trial(name="calibrate, disk full", prepare=inputs, run_once=partial(full_disk, CALIBRATE)),
 )

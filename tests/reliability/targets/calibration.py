@@ -1,4 +1,4 @@
-"""Fuzzing what people write: text, JSON lines, questions, and the tables of calibration."""
+"""Fuzz the inputs of calibration and evaluation: texts, questions, tables, work directories."""
 
 import json
 from collections.abc import Callable
@@ -22,9 +22,9 @@ from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING
 from exporter.tokenizer.read import read_tokenizer
 from graphs.quant_scheme import SCALE, groups
 from graphs.spec import ModelSpec
-from tests.reliability.checkpoints import PREAMBLE, small_spec
-from tests.reliability.damage import Draw, damaged_bytes, damaged_json
-from tests.reliability.target import Files, Folder, Prepared, Target
+from tests.reliability.harness.damage import Draw, damaged_bytes, damaged_json
+from tests.reliability.harness.target import Files, Folder, Prepared, Target
+from tests.reliability.targets.checkpoints import PREAMBLE, small_spec
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 LINES: tuple[dict[str, Any], ...] = (
@@ -37,7 +37,7 @@ QUESTIONS = ({"question": "Two and two?", "choices": ["four", "five"], "answer":
 def _lines(
     name: str, good: tuple[Any, ...], read: Callable[[Path], None]
 ) -> Callable[[Path], Prepared]:
-    """A file of JSON lines, one of them damaged as a tree, or all of them as bytes."""
+    """A JSON lines file with one line edited as a tree, or the whole file edited as bytes."""
 
     @st.composite
     def cases(draw: Draw) -> Files:
@@ -50,7 +50,7 @@ def _lines(
         (folder / name).touch()
         return Prepared(
             cases=cases(),
-            read=Folder(folder).reading(lambda it: read(it / name)),
+            read=Folder(folder).reader(lambda it: read(it / name)),
             good={name: json.dumps(good[0]).encode()},
         )
 
@@ -72,7 +72,7 @@ def _corpus(folder: Path) -> Prepared:
     folder_of_texts = Folder(folder)
 
     def read_one(case: Files) -> None:
-        folder_of_texts.put(case)
+        folder_of_texts.write(case)
         read(folder / next(iter(case)))
 
     return Prepared(cases=lines.cases | plain, read=read_one, good={"text.txt": b"It was cold."})
@@ -85,7 +85,7 @@ def _questions(path: Path) -> None:
 
 
 def tensors_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """What SmoothQuant leaves in a table: smoothing, a scale for every row and for every input."""
+    """The tensors of a SmoothQuant table: smoothing factors, row scales and input scales."""
     shapes, found = spec.weight_shapes(), {}
     for group in groups(spec):
         found[group.name + SMOOTHING] = torch.ones(shapes[group.readers[0]][1])
@@ -95,7 +95,7 @@ def tensors_of(spec: ModelSpec) -> dict[str, torch.Tensor]:
 
 
 def _table(folder: Path) -> Prepared:
-    """A table with damage that its sums tell, and with forgeries that they do not."""
+    """Damage that the table's checksums detect, and changes with recomputed checksums."""
     spec = small_spec()
     checkpoint = open_checkpoint(write_checkpoint(folder / "model", spec))
     table = CalibrationTable(
@@ -107,7 +107,10 @@ def _table(folder: Path) -> Prepared:
     path = folder / "table"
     path.mkdir()
     table.write(path)
-    said, numbers = json.loads((path / JSON_NAME).read_bytes()), (path / TENSORS_NAME).read_bytes()
+    table_json, numbers = (
+        json.loads((path / JSON_NAME).read_bytes()),
+        (path / TENSORS_NAME).read_bytes(),
+    )
     length = int.from_bytes(numbers[:PREAMBLE], "little")
     header, body = json.loads(numbers[8 : 8 + length]), numbers[8 + length :]
 
@@ -119,7 +122,11 @@ def _table(folder: Path) -> Prepared:
             tensors = len(text).to_bytes(PREAMBLE, "little") + text + body
         elif draw(st.booleans()):
             tensors = draw(damaged_bytes(numbers, [(0, PREAMBLE)]))
-        data = draw(damaged_json(said)) if draw(st.booleans()) else json.dumps(said).encode()
+        data = (
+            draw(damaged_json(table_json))
+            if draw(st.booleans())
+            else json.dumps(table_json).encode()
+        )
         if draw(st.booleans()):
             data = _restamped(data, tensors)
         return {JSON_NAME: data, TENSORS_NAME: tensors}
@@ -136,11 +143,11 @@ def _table(folder: Path) -> Prepared:
                 if name in recipe.schemes:
                     recipe.quantized(name, weight)
 
-    return Prepared(cases=cases(), read=Folder(path).reading(read))
+    return Prepared(cases=cases(), read=Folder(path).reader(read))
 
 
 def _restamped(data: bytes, tensors: bytes) -> bytes:
-    """The table's JSON with the sums of what is there now, where they can be made."""
+    """The table's JSON with recomputed checksums, if they can be computed."""
     try:
         value = json.loads(data)
         value.pop("sha256", None)
@@ -150,8 +157,8 @@ def _restamped(data: bytes, tensors: bytes) -> bytes:
         return data
 
 
-def _working(folder: Path) -> Prepared:
-    """The decisions of a layer, from which a stopped calibration goes on."""
+def _work_directory(folder: Path) -> Prepared:
+    """The decisions of a layer, from which an interrupted calibration resumes."""
     work = Work(directory=folder)
     work.finish(0, Layer(tensors=tensors_of(small_spec()), facts={"kl": 0.5}), {})
     (file,) = folder.glob("layer-*")
@@ -161,12 +168,12 @@ def _working(folder: Path) -> Prepared:
         layer = Work(directory=it).layer(0)
         assert isinstance(layer.facts, dict)
 
-    return Prepared(cases=cases, read=Folder(folder).reading(read))
+    return Prepared(cases=cases, read=Folder(folder).reader(read))
 
 
 TARGETS = (
     Target(name="text and JSON lines", prepare=_corpus, examples=150),
     Target(name="questions", prepare=_lines("questions.jsonl", QUESTIONS, _questions), examples=60),
     Target(name="calibration table", prepare=_table, examples=120),
-    Target(name="work of a stopped calibration", prepare=_working, examples=60),
+    Target(name="work directory of a stopped calibration", prepare=_work_directory, examples=60),
 )

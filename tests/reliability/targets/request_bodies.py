@@ -1,14 +1,11 @@
-"""Bodies of requests that a server should survive: right ones, odd ones, damaged ones.
-
-Knows the names of the API's fields, and nothing about who reads them.
-"""
+"""Request bodies for fuzzing the server: valid ones, odd field values, damaged JSON."""
 
 import copy
 from typing import Any
 
 from hypothesis import strategies as st
 
-from tests.reliability.damage import DEEP, NUMBERS, Draw, Raw, damaged_json, write
+from tests.reliability.harness.damage import DEEP, NUMBERS, Draw, Raw, damaged_json, write
 
 NUMBER_NAMES = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
                 "frequency_penalty")  # fmt: skip
@@ -25,13 +22,13 @@ PATTERNS = (
 
 
 def _chain(links: int) -> str:
-    """A grammar in which a rule names the next: a recursion in whoever reads it."""
+    """A grammar whose rules form a chain of references; makes a recursive reader recurse."""
     rules = "".join(f"r{i}: r{i + 1}\n" for i in range(links))
     return f'start: r0\n{rules}r{links}: "a"'
 
 
 def _chain_of_schemas(links: int) -> dict[str, Any]:
-    """The same as a JSON schema."""
+    """A JSON schema whose definitions form a chain of references."""
     rules: dict[str, Any] = {f"r{i}": {"$ref": f"#/$defs/r{i + 1}"} for i in range(links)}
     return {"$ref": "#/$defs/r0", "$defs": rules | {f"r{links}": {"type": "null"}}}
 
@@ -63,7 +60,7 @@ KEYWORDS: dict[str, tuple[Any, ...]] = {
 
 
 def _schemas() -> st.SearchStrategy[Any]:
-    """JSON schemas of all kinds, many of which mean nothing or cannot be met."""
+    """JSON schemas of all kinds, many of them meaningless or unsatisfiable."""
     leaf = st.sampled_from(sorted(KEYWORDS)).flatmap(
         lambda name: st.sampled_from(KEYWORDS[name]).map(lambda value: {name: value})
     )
@@ -108,7 +105,7 @@ def _formats() -> st.SearchStrategy[Any]:
 
 
 def _odd(name: str) -> st.SearchStrategy[Any]:
-    """A value for one field: allowed, at an edge, or of another type."""
+    """A value for one field: valid, at a limit, or of the wrong type."""
     texts, some = st.sampled_from(TEXTS), st.lists(st.sampled_from(TEXTS), max_size=3)
     ids = st.lists(st.sampled_from((0, 1, 2, 5, 319, 320, -1, *NUMBERS)), max_size=4)
     match name:
@@ -155,7 +152,7 @@ def _messages() -> st.SearchStrategy[Any]:
     )
 
 
-# What is set beside the prompt in a body that is answered; few tokens, or cases would be slow.
+# Parameters of valid bodies besides the prompt. Few tokens, to keep cases fast.
 COMMON: dict[str, Any] = {
     "model": "tiny", "max_tokens": 4, "temperature": 0.8, "top_p": 0.9, "top_k": 9, "min_p": 0.01,
     "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5,
@@ -168,7 +165,7 @@ STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def seeds(path: str) -> list[dict[str, Any]]:
-    """Bodies that are answered, which have every parameter between them."""
+    """Valid bodies; together they set every parameter."""
     if path == "/v1/completions":
         own: dict[str, Any] = {"prompt": "The ring é", "logprobs": 2}
         others: list[dict[str, Any]] = [{"prompt": ["a", "b"]}, {"prompt": [[1, 5], [7]]}]
@@ -192,7 +189,7 @@ def seeds(path: str) -> list[dict[str, Any]]:
 
 
 def bodies(path: str) -> st.SearchStrategy[bytes]:
-    """Damaged as trees; with odd values for some fields; or both."""
+    """Bodies edited as trees, with odd values for some fields, or both."""
     good = seeds(path)
     names = sorted({name for seed in good for name in seed} | {"regex", "grammar", "best_of"})
 

@@ -1,0 +1,146 @@
+"""What a build will need where it runs, from its shape alone. Knows no file and no graph.
+
+Every figure is arithmetic on a `Build`. GB is 10^9 bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from exporter.estimate.host import HostNeeds, host_needs
+from graphs.build import Build
+from graphs.contract import GraphContract
+from graphs.dtypes import item_size
+from graphs.gpu_catalogue import Gpu, version
+from runtime.bundle.sizes import weight_bytes
+
+RUNTIME_RESERVE = 2**30
+"""Bytes kept free for CUDA's context, kernels and driver. An allowance, not a measurement."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What one build needs. Rings are full, for all rows."""
+
+    build: Build
+    weight_bytes: int
+    host: HostNeeds
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model."""
+        return self.build.spec.num_parameters
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one position in all layers."""
+        return self.build.contract.token_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Bytes of the full ring of all rows."""
+        return self.build.contract.ring_bytes
+
+    @property
+    def query_heads_per_group(self) -> int:
+        """How many times larger the cache would be without grouped-query attention."""
+        spec = self.build.spec
+        return spec.num_attention_heads // spec.num_key_value_heads
+
+    @property
+    def kv_bytes_unwindowed(self) -> int:
+        """Bytes of the cache of all rows without a window, at the longest trained length."""
+        build = self.build
+        tokens = build.ring.max_batch * build.spec.max_position_embeddings
+        return tokens * self.kv_bytes_per_token
+
+    @property
+    def ring_slots(self) -> Mapping[int | None, int]:
+        """Slots of the ring, by window."""
+        return {size: self.build.ring.capacity(size) for size in self.build.spec.windows}
+
+    @property
+    def activation_parts(self) -> Mapping[str, int]:
+        """Bytes of the candidates for the largest activation."""
+        return activation_parts(self.build.contract)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The largest activation: the others are freed by then, or not yet allocated."""
+        return max(self.activation_parts.values())
+
+    @property
+    def run_bytes(self) -> int:
+        """Memory that running takes, apart from the runtime's own."""
+        return self.weight_bytes + self.ring_bytes + self.activation_bytes
+
+    @property
+    def read_bytes_per_step(self) -> int:
+        """Bytes of memory that are read to decode one token in every row."""
+        spec = self.build.spec
+        # A decode step reads one row of the embedding, unless the output layer is the embedding.
+        embedding = spec.vocab_size * spec.hidden_size * item_size(self.build.activation)
+        unread = 0 if spec.tie_word_embeddings else embedding
+        return self.weight_bytes - unread + self.ring_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a build does on one GPU. `refusal` says why it cannot run there at any size."""
+
+    estimate: Estimate
+    gpu: Gpu
+    left_bytes: int  # negative: so many are missing
+    tokens_per_s: float  # of all rows together: the limit that memory bandwidth sets
+    refusal: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether it runs there."""
+        return self.left_bytes >= 0 and self.refusal is None
+
+
+def estimate(build: Build) -> Estimate:
+    """Work out what a build needs to be made and to run."""
+    weights = sum(weight_bytes(build.spec, build.storage, build.activation).values())
+    return Estimate(build=build, weight_bytes=weights, host=host_needs(build))
+
+
+def activation_parts(contract: GraphContract) -> dict[str, int]:
+    """Bytes of the candidates for the largest activation, for S = chunk tokens in B rows.
+
+    The scores are an upper bound: a fused attention, such as TensorRT's, never stores them.
+    """
+    spec, ring, item = contract.spec, contract.ring, item_size(contract.activation)
+    rows, tokens = ring.max_batch, ring.max_batch * ring.chunk
+    slots = list(contract.capacities.values())
+    return {
+        "logits": rows * spec.vocab_size * item,  # [B, 1, V]
+        "mlp": 2 * tokens * spec.intermediate_size * item,  # gate and up, [B, S, F] each
+        "attention": tokens * sum(slots)  # a mask for each window, [B, 1, S, C], one byte each
+        + tokens * spec.num_attention_heads * max(slots) * item,  # scores [B, H, S, C]
+    }
+
+
+def fit(needed: Estimate, gpu: Gpu) -> Fit:
+    """Compare an estimate with a GPU's memory and bandwidth."""
+    build = needed.build
+    target, least = build.target, build.precision.min_compute_capability
+    refusal = None
+    if not target.supports(gpu.compute_capability):
+        refusal = (
+            f"{target.title} does not support compute capability {gpu.compute_capability}; use "
+            f"--target {target.alternative}"
+        )
+    elif least is not None and version(gpu.compute_capability) < least:
+        refusal = (
+            f"{build.precision.name.upper()} needs compute capability "
+            f"{'.'.join(map(str, least))} or later; use --precision int8"
+        )
+    steps_per_s = gpu.bandwidth_bytes_per_s / needed.read_bytes_per_step
+    return Fit(
+        estimate=needed,
+        gpu=gpu,
+        left_bytes=gpu.memory_bytes - RUNTIME_RESERVE - needed.run_bytes,
+        tokens_per_s=build.ring.max_batch * steps_per_s,
+        refusal=refusal,
+    )
