@@ -93,7 +93,7 @@ def evaluate(
         report.append(evaluation.to_markdown())
     if questions is not None:
         with stage("Answering", len(questions)) as advance:
-            session, tokenizer = loaded.generator.session, loaded.tokenizer
+            session, tokenizer = loaded.session, loaded.tokenizer
             accuracy = measure(session, manifest, tokenizer, questions, advance)
         result["choices"] = accuracy.to_json()
         report.append(accuracy.to_markdown())
@@ -112,6 +112,4 @@ def _evaluate(loaded: "Loaded", windows: "Ids", against: str | None, stage: Stag
             reference = load_decoder(manifest.model, same_checkpoint(against, manifest).tensor)
     total = evaluation.steps(windows, compared=reference is not None)
     with stage("Measuring", total) as advance:
-        return evaluation.evaluate(
-            loaded.generator.session, manifest.build, windows, reference, advance
-        )
+        return evaluation.evaluate(loaded.session, manifest.build, windows, reference, advance)

@@ -168,7 +168,7 @@ def _measure(
             reference = load_decoder(manifest.model, same_checkpoint(against, manifest).tensor)
     total = steps(windows, compared=reference is not None)
     with stage(f"Measuring {bundle.path.name}", total) as advance:
-        found = evaluate(loaded.generator.session, manifest.build, windows, reference, advance)
+        found = evaluate(loaded.session, manifest.build, windows, reference, advance)
     return Measured(
         name=name_of(manifest),
         precision=manifest.precision,

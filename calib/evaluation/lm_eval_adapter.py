@@ -60,7 +60,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         super().__init__()
         loaded = load(Path(bundle), threads=threads, check=check)
         self._manifest, self._tokenizer = loaded.bundle.manifest, loaded.tokenizer
-        self._session = loaded.generator.session
+        self._session = loaded.session
         self._chats: dict[str, list[int]] = {}  # by rendered text, whose control tokens are lost
 
     @property

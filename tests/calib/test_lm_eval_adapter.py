@@ -170,7 +170,7 @@ def test_a_task_has_the_accuracy_that_eval_reports(
     found = simple_evaluate(sliding, tasks=[task], bootstrap_iters=0)["results"]["tiny"]
     loaded = load(sliding_bundle, threads=1)
     expected = measure(
-        loaded.generator.session, loaded.bundle.manifest, loaded.tokenizer, read_questions(file)
+        loaded.session, loaded.bundle.manifest, loaded.tokenizer, read_questions(file)
     )
     assert found["acc,none"] == expected.accuracy
     assert found["acc_norm,none"] == expected.normalized
