@@ -62,9 +62,8 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         self._manifest, self._build = loaded.bundle.manifest, loaded.bundle.manifest.build
         self._tokenizer = loaded.tokenizer
         self._session = loaded.session
-        self._chats: dict[
-            str, list[int]
-        ] = {}  # token ids by rendered text, which has no control tokens
+        # Token ids by rendered text, because control tokens cannot be told from that text.
+        self._chats: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:

@@ -92,7 +92,7 @@ def measure_batch(
     loaded: Loaded, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
 ) -> dict[str, Any]:
     """Decode a sequence in each loaded row: tokens per second of all of them, medians."""
-    manifest, session = loaded.bundle.manifest, loaded.generator.session
+    manifest, session = loaded.bundle.manifest, loaded.session
     rows = session.batch
     seconds = []
     with stage("Measuring", repeat + 1) as advance:

@@ -16,7 +16,8 @@ from runtime.backends.session import Session
 from runtime.decoding.generator import Generator
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import SamplingParams
-from runtime.scheduling.scheduler import End, Request, Scheduler
+from runtime.scheduling.request import End, Request
+from runtime.scheduling.scheduler import Scheduler
 from runtime.system import host
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
@@ -108,7 +109,7 @@ def check_scheduler(session: Session, spec: ModelSpec, ring: RingSpec) -> None:
     """Requests side by side get what the generator says on ONNX Runtime CPU, each alone."""
     prompts = [tiny.tokens(spec, count, seed=count).tolist() for count in (2, 19, 9, 31, 5, 21)]
     where = Ring(spec, ring, session.batch, grows=False)
-    subject = Scheduler(session, where, spec.vocab_size)
+    subject = Scheduler(session, where)
     got: list[list[int]] = [[] for _ in prompts]
     for prompt, tokens in zip((*prompts, prompts[3]), (*got, again := []), strict=True):
         request = Request(ids=tuple(prompt), params=GREEDY, max_new_tokens=long(spec, ring))
