@@ -27,7 +27,8 @@ from exporter.decide import decide, decide_precision
 from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from exporter.engine import audit
-from exporter.engine.build import BuildRequest, build_engine
+from exporter.engine.process import build_engine
+from exporter.engine.request import BuildRequest
 from exporter.estimate.host import host_needs, require_host
 from exporter.options import ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable

@@ -15,7 +15,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from exporter.engine.build import BuildRequest, build_engine, capacities
+from exporter.engine.process import build_engine
+from exporter.engine.request import BuildRequest
+from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
 from graphs.passes.fix_dimensions import fix_dimensions
@@ -435,13 +437,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if (target, activation) not in made:
             folder = tmp_path_factory.mktemp("engine")
             model = tiny.traced(ENGINE_SPEC, activation)
-            fix_dimensions(model, capacities(ENGINE_SPEC, ENGINE_RING))
+            contract = GraphContract(spec=ENGINE_SPEC, ring=ENGINE_RING, activation=activation)
+            fix_dimensions(model, contract.capacities)
             lower(model, ENGINE_SPEC, target)
             ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"
             build_engine(BuildRequest(
-                graph=folder / "model.onnx", plan=path, spec=ENGINE_SPEC, ring=ENGINE_RING,
-                activation=activation, target=target,
+                graph=folder / "model.onnx", plan=path, contract=contract, target=target,
             ))  # fmt: skip
             made[target, activation] = path
         return made[target, activation]
