@@ -1,4 +1,4 @@
-"""From a checked bundle to something that generates: session, ring, tokenizer. Knows no command.
+"""Load a checked bundle: session, ring and tokenizer. Knows nothing about commands.
 
 The backend is imported here, when it is needed, and nowhere else.
 """
@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
@@ -107,19 +108,26 @@ def make_ring(build: Build, rows: int = 1) -> Ring:
     return Ring(build.spec, build.ring, rows, grows=build.target.ring_grows)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: `generator` is cached in the instance
 class Loaded:
-    """A bundle ready to generate. `defaults` is the checkpoint's `generation_config`.
+    """A bundle ready to run: the session, the ring it starts with, and the tokenizer.
 
-    `threads` is what was asked for; None leaves it to the backend.
+    `defaults` is the checkpoint's `generation_config`. `threads` is the number asked for; None
+    leaves it to the backend. The session has one user: either `generator` or one `Scheduler`.
     """
 
     bundle: Bundle
-    generator: Generator
+    session: Session
+    ring: Ring
     tokenizer: Tokenizer
     defaults: dict[str, Any]
-    seconds: float  # it took to check and load
+    seconds: float  # spent checking and loading
     threads: int | None = None
+
+    @cached_property
+    def generator(self) -> Generator:
+        """The generator of one sequence, in the first row; made on first use."""
+        return Generator(self.session, self.ring, self.bundle.manifest.model.vocab_size)
 
 
 def load(
@@ -133,12 +141,11 @@ def load(
 ) -> Loaded:
     """Check the bundle at `source`, unless it is open already, and load it with `rows` rows.
 
-    More than one are for a scheduler, which takes the generator's session and ring over; the
-    generator itself is one sequence, in the first row.
+    A generator uses the first row only; a scheduler (`Scheduler.of`) uses all of them.
 
-    `check` replays a known text first, and raises MistralcError where the answers are not those
-    that the checkpoint gives, or depend on what is computed beside a token and should not.
-    `require_signature` is that of `open_bundle`.
+    `check` replays a known text first. It raises MistralcError if the tokens differ from those
+    recorded from the checkpoint, or if a batch-invariant bundle is not invariant on this processor.
+    `require_signature` is passed to `open_bundle`.
     """
     began = perf_counter()
     if isinstance(source, Bundle):
@@ -153,14 +160,15 @@ def load(
         session = load_session(path, build, manifest.files, batch=rows, threads=threads)
         tokenizer = Tokenizer.load(path)
         ring = make_ring(build, rows)
-        generator = Generator(session, ring, manifest.model.vocab_size)
+        session.resize(ring.capacities)
         if check:
             replay(session, ring, manifest.golden[:1], manifest.target)
             if manifest.batch_invariant:
                 require_invariance(session, ring, manifest.golden[:1])
     return Loaded(
         bundle=bundle,
-        generator=generator,
+        session=session,
+        ring=ring,
         tokenizer=tokenizer,
         defaults=json.loads((path / "generation_config.json").read_text(encoding="utf-8")),
         seconds=perf_counter() - began,

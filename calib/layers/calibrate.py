@@ -13,17 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from calib.layers import work_directory
-from calib.layers.layer_pass import Passage, bare_decoder, float_layer, install, mapped
+from calib.layers.layer_pass import (
+    FROM_FILE,
+    LayerPass,
+    float_layer,
+    install_weights,
+    tensor_in_file,
+)
 from calib.layers.mixed_precision import Budget, keep_worst
 from calib.layers.samples import Samples
 from calib.methods.decide import Task, decide, methods
 from calib.methods.input_ranges import CALIBRATORS
 from calib.methods.observation import Observer
 from exporter.checkpoint.open import Checkpoint
+from exporter.decoder.model import load_decoder
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.recipe import SMOOTHING, Recipe
 from graphs.errors import UsageError
@@ -33,7 +39,6 @@ from runtime.system.progress import Advance, Stage, silent
 
 PRECISIONS = ("int8", "int8wo", "int4wo", "fp8")
 QUANTIZED, FLOAT = "quantized", "float"  # the streams of samples
-WAITING = (1, 3)  # stages whose input is kept, because it is not made by a norm
 STAGES = 5  # passes of the samples through a layer: before each of four groups, and out
 
 
@@ -144,14 +149,14 @@ def _calibrate_layer(
     spec, (count, length) = checkpoint.spec, samples.ids.shape
     method, used = methods(options.precision)[options.method_or_default], streams(options)
     weights = {name: checkpoint.tensor(name) for name in _layer_weights(spec, index)}
-    decoder = bare_decoder(spec, device)
-    passages = {}
+    decoder = load_decoder(spec, checkpoint.tensor, only=(), device=device)
+    passes = {}
     for stream in used:
         before, after = state.samples(stream, index), state.scratch(f"{stream}-residual")
         shutil.copyfile(before, after)
-        residual = mapped(after, count, length, spec.hidden_size)
-        passages[stream] = Passage(
-            decoder=decoder, residual=residual, scratch=state.scratch(f"{stream}-waiting"),
+        residual = tensor_in_file(after, count, length, spec.hidden_size)
+        passes[stream] = LayerPass(
+            decoder=decoder, residual=residual, pending=state.scratch(f"{stream}-pending"),
             device=device,
         )  # fmt: skip
     layers = {s: float_layer(spec, index, weights.__getitem__, device) for s in used}
@@ -159,24 +164,26 @@ def _calibrate_layer(
     facts = {}
     schemes = {name: options.scheme for group in layer_groups(index) for name in group.readers}
     recipe = Recipe(spec=spec, activation="float16", schemes=schemes)
-    for stage, group in enumerate(layer_groups(index)):
+    for number, group in enumerate(layer_groups(index)):
         width = weights[group.readers[0]].shape[1]
         observer = Observer(width, samples.ids.numel(), length, device)
-        for piece in passages[QUANTIZED].pieces():
-            inputs = {s: passages[s].enter(layers[s], stage, piece) for s in used}
+        for piece in passes[QUANTIZED].pieces():
+            inputs = {s: passes[s].group_input(layers[s], number, piece) for s in used}
             observer.add(inputs[QUANTIZED], inputs.get(FLOAT))
             advance(samples.ids[piece].numel())
         task = Task(spec=spec, group=group, scheme=options.scheme, method=method,
                     calibrator=options.calibrator, weight=weights.__getitem__)  # fmt: skip
         facts[group.name] = decide(task, observer.finish(), tensors)
         smoothing = tensors.get(group.name + SMOOTHING)
-        if smoothing is not None and stage in WAITING:
-            passages[QUANTIZED].divide(smoothing)
+        if smoothing is not None and number in FROM_FILE:
+            passes[QUANTIZED].divide_pending(smoothing)
         names = (*group.readers, group.producer)
-        install(layers[QUANTIZED], replace(recipe, tensors=tensors), names, weights.__getitem__)
-    for piece in passages[QUANTIZED].pieces():
+        install_weights(
+            layers[QUANTIZED], replace(recipe, tensors=tensors), names, weights.__getitem__
+        )
+    for piece in passes[QUANTIZED].pieces():
         for stream in used:
-            passages[stream].leave(layers[stream], piece)
+            passes[stream].finish(layers[stream], piece)
         advance(samples.ids[piece].numel())
     state.finish(index, work_directory.Layer(tensors=tensors, facts=facts),
                  {s: state.scratch(f"{s}-residual") for s in used})  # fmt: skip
@@ -197,13 +204,13 @@ def _embed(
     checkpoint: Checkpoint, samples: Samples, used: tuple[str, ...], state: work_directory.Work
 ) -> None:
     """Write the streams as they enter the first layer."""
-    table = checkpoint.tensor("model.embed_tokens.weight")
+    decoder = load_decoder(checkpoint.spec, checkpoint.tensor, only={"model.embed_tokens"})
     for stream in used:
         path = state.scratch(stream)
         path.unlink(missing_ok=True)
-        values = mapped(path, *samples.ids.shape, checkpoint.spec.hidden_size)
+        values = tensor_in_file(path, *samples.ids.shape, checkpoint.spec.hidden_size)
         for row, ids in zip(values, samples.ids, strict=True):
-            row.copy_(F.embedding(ids, table))
+            row.copy_(decoder.embed(ids))
         path.rename(state.samples(stream, 0))
 
 

@@ -1,7 +1,8 @@
-"""One decoder layer and the samples that pass through it, group by group. Knows no method.
+"""Decoder layers in float32, and samples that pass through one group by group. Knows no method.
 
-Quantization goes from input to output: what a group reads is observed once the groups before it
-are quantized. So all samples wait before each group, in files, and go on with its new weights.
+Layers are quantized from input to output: the input of a group is observed after the groups before
+it are quantized. So all samples stop before each group, in files, and continue with its new
+weights. The arithmetic is that of the decoder's stages (`exporter/decoder/model.py`).
 """
 
 import os
@@ -12,12 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from exporter.decoder.model import Decoder, Layer, Step, inverse_frequencies
+from exporter.decoder.model import Decoder, Layer, Step, empty_caches
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import Kept
 from graphs.spec import ModelSpec
 
 PIECE = 2048  # tokens that run through a layer at once, or one sample if that is longer
+QKV, OUTPUT, GATE_UP, DOWN = range(4)  # groups of a layer, as `layer_groups` orders them
+FROM_FILE = (OUTPUT, DOWN)  # groups whose input is kept in a file: no norm of the residual gives it
 
 
 def float_layer(
@@ -36,17 +39,17 @@ def float_layer(
 def quantized_layer(
     recipe: Recipe, index: int, weight: Callable[[str], Tensor], device: torch.device
 ) -> Layer:
-    """Build the layer likewise as `recipe` has it, smoothing folded in."""
+    """Build decoder layer `index` with the weights of `recipe`, smoothing folded in."""
     layer = float_layer(recipe.spec, index, weight, device)
-    install(layer, recipe, [f"model.layers.{index}.{path}" for path, _ in
-                            list(layer.named_parameters())], weight)  # fmt: skip
+    install_weights(layer, recipe, [f"model.layers.{index}.{path}" for path, _ in
+                                    list(layer.named_parameters())], weight)  # fmt: skip
     return layer
 
 
-def install(
+def install_weights(
     layer: Layer, recipe: Recipe, names: Iterable[str], weight: Callable[[str], Tensor]
 ) -> None:
-    """Put the weights `names`, norms or linears, into the layer as the recipe has them."""
+    """Replace the norms and linears `names` of the layer by what the recipe stores for them."""
     device = layer.input_layernorm.weight.device
     for name in names:
         path = name.split(".", 3)[3].removesuffix(".weight")
@@ -60,11 +63,18 @@ def install(
             module.weight = nn.Parameter(value, requires_grad=False)
 
 
-def mapped(path: Path, *shape: int) -> Tensor:
-    """A float32 tensor whose memory is the file: the kernel writes it out when it needs room.
+def run_layer(decoder: Decoder, layer: Layer, x: Tensor) -> Tensor:
+    """Run whole texts x [B, S, E] through a layer, from position 0 on; returns [B, S, E]."""
+    step, past = _whole_text(decoder, x)
+    out: Tensor = layer(x, step, past)[0]  # [B, S, E]
+    return out
 
-    Raises OSError where the disk has no room: of a file with holes the kernel would tell only when
-    a page is touched, and by SIGBUS.
+
+def tensor_in_file(path: Path, *shape: int) -> Tensor:
+    """Map a float32 tensor onto a file, so that the kernel can write it out under memory pressure.
+
+    Creates or extends the file. Raises OSError if the disk is full: the space is allocated now,
+    because with a sparse file the kernel would report it by SIGBUS when a page is touched.
     """
     size = torch.Size(shape).numel()
     with path.open("ab") as file:
@@ -73,88 +83,71 @@ def mapped(path: Path, *shape: int) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Passage:
-    """Samples [n, S] on their way through one layer. `residual` [n, S, E] is changed in place.
+class LayerPass:
+    """One stream of samples [n, S] on its way through one layer.
 
-    `scratch` is a file for what waits before `o_proj` and `down_proj`.
+    `residual` [n, S, E] is updated in place. `pending` is a file for the inputs of `o_proj` and
+    `down_proj`, which are observed first and projected after their linear is quantized.
     """
 
     decoder: Decoder  # without weights: it computes masks and angles
     residual: Tensor
-    scratch: Path
+    pending: Path
     device: torch.device
 
     def pieces(self) -> Iterator[slice]:
-        """The samples, a few at a time."""
+        """Return slices of the samples, each of about `PIECE` tokens."""
         count, length = self.residual.shape[:2]
         step = max(1, PIECE // length)
         return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
-    def enter(self, layer: Layer, stage: int, piece: slice) -> Tensor:
-        """Bring some samples to group number `stage` of four; returns its input [b, S, K].
+    def group_input(self, layer: Layer, group: int, piece: slice) -> Tensor:
+        """Run some samples up to a group of the layer; returns the group's input [b, S, K].
 
-        Stages have to be passed in order, all samples through one before the next.
+        Groups have to be visited in order, all samples through one before the next.
         """
-        x = self.residual[piece].to(self.device)
-        if stage == 0:
-            normal: Tensor = layer.input_layernorm(x)
-            return normal
-        if stage == 1:
-            return self._keep(piece, self._heads(layer, x))
-        if stage == 2:
-            x = x + layer.self_attn.o_proj(self._kept(piece, layer.self_attn.o_proj.weight))
+        x = self.residual[piece].to(self.device)  # [b, S, E]
+        if group == QKV:
+            return layer.attention_input(x)
+        if group == OUTPUT:
+            step, past = _whole_text(self.decoder, x)
+            heads, _ = layer.self_attn(layer.attention_input(x), step, past)  # [b, S, H * D]
+            return self._store(piece, heads)
+        if group == GATE_UP:
+            x = layer.add_attention(
+                x, self._load(piece, layer.self_attn.o_proj.weight)
+            )  # [b, S, E]
             self.residual[piece] = x.cpu()
-        normal = layer.post_attention_layernorm(x)
-        return normal if stage == 2 else self._keep(piece, layer.mlp.gated(normal))
+            return layer.mlp_input(x)
+        return self._store(piece, layer.mlp(layer.mlp_input(x)))  # [b, S, F]
 
-    def leave(self, layer: Layer, piece: slice) -> None:
-        """Bring some samples to the layer's end."""
-        x = self.residual[piece].to(self.device)
-        x = x + layer.mlp.down_proj(self._kept(piece, layer.mlp.down_proj.weight))
+    def finish(self, layer: Layer, piece: slice) -> None:
+        """Run some samples from the input of `down_proj` to the end of the layer."""
+        x = self.residual[piece].to(self.device)  # [b, S, E]
+        x = layer.add_mlp(x, self._load(piece, layer.mlp.down_proj.weight))  # [b, S, E]
         self.residual[piece] = x.cpu()
 
-    def divide(self, smoothing: Tensor) -> None:
-        """Divide what waits before `o_proj` or `down_proj` by [K], as its producer does now."""
+    def divide_pending(self, smoothing: Tensor) -> None:
+        """Divide the stored input of `o_proj` or `down_proj` by [K], now that its producer does."""
         width, inverse = len(smoothing), smoothing.reciprocal().cpu()
-        waiting = mapped(self.scratch, *self.residual.shape[:2], width)
+        stored = tensor_in_file(self.pending, *self.residual.shape[:2], width)  # [n, S, K]
         for piece in self.pieces():
-            waiting[piece] *= inverse
+            stored[piece] *= inverse
 
-    def _heads(self, layer: Layer, x: Tensor) -> Tensor:
-        step, past = _step(self.decoder, x)
-        seen, _ = layer.self_attn.heads(layer.input_layernorm(x), step, past)
-        return seen
-
-    def _keep(self, piece: slice, values: Tensor) -> Tensor:
+    def _store(self, piece: slice, values: Tensor) -> Tensor:
         count, length = self.residual.shape[:2]
-        mapped(self.scratch, count, length, values.shape[-1])[piece] = values.cpu()
+        tensor_in_file(self.pending, count, length, values.shape[-1])[piece] = values.cpu()
         return values
 
-    def _kept(self, piece: slice, reader: Tensor) -> Tensor:
-        count, length = self.residual.shape[:2]
-        values = mapped(self.scratch, count, length, reader.shape[1])
-        return values[piece].to(self.device)
+    def _load(self, piece: slice, weight: Tensor) -> Tensor:
+        """Read back the input [b, S, K] of the linear whose weight is [N, K]."""
+        stored = tensor_in_file(self.pending, *self.residual.shape[:2], weight.shape[1])
+        return stored[piece].to(self.device)  # [b, S, K]
 
 
-def bare_decoder(spec: ModelSpec, device: torch.device) -> Decoder:
-    """Build a decoder that can prepare steps, and has no weights."""
-    with torch.device("meta"):
-        decoder = Decoder(spec)
-    decoder.inv_freq = inverse_frequencies(spec).to(device)
-    return decoder
-
-
-def run(decoder: Decoder, layer: Layer, x: Tensor) -> Tensor:
-    """Run texts x [B, S, E] through a layer, from position 0 on."""
-    step, past = _step(decoder, x)
-    out: Tensor = layer(x, step, past)[0]
-    return out
-
-
-def _step(decoder: Decoder, x: Tensor) -> tuple[Step, list[Tensor]]:
-    """What a layer needs to read all of x [B, S, E] in one step, into a ring that never wraps."""
-    spec, (count, length) = decoder.spec, x.shape[:2]
-    past = torch.zeros(count, spec.num_key_value_heads, length, spec.head_dim, device=x.device)
-    positions = torch.arange(length, device=x.device).expand(count, -1)
-    step = decoder.prepare(positions, [past] * (2 * spec.num_hidden_layers), x.dtype)
-    return step, [past, past]
+def _whole_text(decoder: Decoder, x: Tensor) -> tuple[Step, list[Tensor]]:
+    """Prepare one step over all of x [B, S, E], into two empty caches that never wrap."""
+    batch, length = x.shape[:2]
+    past = empty_caches(decoder.spec, batch, length, x.device)
+    positions = torch.arange(length, device=x.device).expand(batch, -1)  # [B, S]
+    return decoder.prepare(positions, past, x.dtype), past[:2]

@@ -12,18 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from calib.layers.layer_pass import bare_decoder, mapped, quantized_layer, run
-from exporter.decoder.operators import rms_norm
+from calib.layers.layer_pass import quantized_layer, run_layer, tensor_in_file
+from exporter.decoder.model import load_decoder
 from exporter.quantization.recipe import INPUT_SCALE, Recipe
 from graphs.quant_scheme import SCALE, ZERO_POINT, Scheme, groups
 from graphs.spec import ModelSpec
 
 Variants = Mapping[str, frozenset[str]]  # the quantized groups of each, by any name
 JUDGED = 256  # tokens whose predictions are compared
-HEAD_ROWS = 1 << 14  # of the vocabulary that are multiplied at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +50,9 @@ def measure(
     """
     spec, names = recipe.spec, [None, *variants]
     scratch.unlink(missing_ok=True)
-    states = mapped(scratch, len(names), *ids.shape, spec.hidden_size)
-    states[0] = F.embedding(ids, weight("model.embed_tokens.weight"))
-    decoder = bare_decoder(spec, device)
+    states = tensor_in_file(scratch, len(names), *ids.shape, spec.hidden_size)
+    states[0] = load_decoder(spec, weight, only={"model.embed_tokens"}).embed(ids)
+    decoder = load_decoder(spec, weight, only=(), device=device)
     begun = 1  # variants are sorted by where they begin to differ; the rest still equal the first
     first = {name: _first_layer(quantized) if rest is None else 0
              for name, quantized in variants.items()}  # fmt: skip
@@ -73,7 +71,7 @@ def measure(
             layer = quantized_layer(as_stored, index, weights.__getitem__, device)
             for number, mine in enumerate(chosen):
                 if mine == subset:
-                    states[number] = run(decoder, layer, states[number].to(device)).cpu()
+                    states[number] = run_layer(decoder, layer, states[number].to(device)).cpu()
         advance(1)
     distances = _compare(recipe, weight, ids, states, device)
     scratch.unlink()
@@ -103,9 +101,7 @@ def _compare(
     recipe: Recipe, weight: Callable[[str], Tensor], ids: Tensor, states: Tensor,
     device: torch.device,
 ) -> list[Distance]:  # fmt: skip
-    spec = recipe.spec
-    head = weight("model.embed_tokens.weight" if spec.tie_word_embeddings else "lm_head.weight")
-    gain = weight("model.norm.weight").to(device).float()
+    decoder = load_decoder(recipe.spec, weight, only={"model.norm", "lm_head"}, device=device)
     count, length = ids.shape
     step = max(1, count * (length - 1) // JUDGED)
     rows = torch.arange(0, count * length, step)
@@ -114,9 +110,7 @@ def _compare(
 
     def log_probabilities(state: Tensor) -> Tensor:
         chosen = state.flatten(0, 1)[rows].to(device)  # [T, E]
-        normal = rms_norm(chosen, gain, spec.rms_norm_eps)
-        parts = [F.linear(normal, part.to(device).float()) for part in head.split(HEAD_ROWS)]
-        return torch.cat(parts, dim=-1).log_softmax(-1)  # [T, V]
+        return decoder.logits(chosen).log_softmax(-1)  # [T, V]
 
     ideal = log_probabilities(states[0])
     likely = ideal.exp()

@@ -1,16 +1,24 @@
 """The Mistral decoder in PyTorch, from token ids to logits. Knows nothing about checkpoints.
 
-It is written to be traced: the ring, the window and the rotary angles are arithmetic on
-`position_ids`, so the graph needs nothing from its host but the next position. Run eagerly it is
-the reference that `mistralc verify` compares a bundle with. Module names are Hugging Face's, so
-that `state_dict()` keys are checkpoint names.
+The decoder is written to be traced: ring slots, masks and rotary angles are arithmetic on
+`position_ids`, so the host supplies nothing but the next position. Run eagerly, it is the reference
+that `mistralc verify` compares a bundle with. Module names are those of Hugging Face, so that
+`state_dict()` keys are checkpoint names.
+
+All decoder mathematics is in this file. Calibration, which observes and replaces weights between
+two linears, calls the stages by name instead of repeating them:
+
+    x = embed(ids)
+    each layer: heads, present = self_attn(attention_input(x));  x = add_attention(x, heads)
+                gated = mlp(mlp_input(x));                       x = add_mlp(x, gated)
+    logits(x)
 
 Letters: B batch, S tokens, T logits wanted, C capacity, H query heads, K key/value heads,
 D head size, E hidden, F feed-forward, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 import torch
@@ -30,15 +38,17 @@ from graphs import window
 from graphs.spec import ModelSpec, RopeScaling
 
 Caches = list[Tensor]  # past_key.0, past_value.0, past_key.1, … each [B, K, C, D]
+CPU = torch.device("cpu")
+STORED_BLOCK = 1 << 24  # weights converted at once: 64 MiB in float32
 
 
 class Step(NamedTuple):
-    """What every layer needs of the step, computed once."""
+    """Rotary angles, ring slots and masks of one step, computed once for all layers."""
 
     cos: Tensor  # [B, S, D/2]
     sin: Tensor  # [B, S, D/2]
     write_indices: dict[int | None, Tensor]  # by window: the step's first slot, [B]
-    masks: dict[int | None, Tensor]  # by window: which slots each token sees, [B, 1, S, C]
+    masks: dict[int | None, Tensor]  # by window: the slots each token attends to, [B, 1, S, C]
 
 
 class RMSNorm(nn.Module):
@@ -50,13 +60,13 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last axis of x [B, S, E]."""
-        normal: Tensor = rms_norm(x, self.weight, self.epsilon)
+        """Normalize the last axis of x [B, S, E]; returns the same shape."""
+        normal: Tensor = rms_norm(x, self.weight, self.epsilon)  # [B, S, E]
         return normal
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over the ring: written first, then attended."""
+    """Grouped-query attention over the ring, up to the input of `o_proj`."""
 
     def __init__(self, spec: ModelSpec, window_size: int | None) -> None:
         super().__init__()
@@ -69,26 +79,25 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=False)
 
     def forward(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
-        """Attend from x [B, S, E]; returns the same shape and the two caches as written."""
-        seen, present = self.heads(x, step, past)
-        return self.o_proj(seen), present
+        """Write the keys and values of x [B, S, E] into the ring, then attend to the ring.
 
-    def heads(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
-        """Attend from x [B, S, E]; returns what the heads saw, [B, S, H * D], and the caches."""
+        Returns the heads' output [B, S, H * D], which `Layer.add_attention` projects, and the two
+        updated caches.
+        """
         q = split_heads(self.q_proj(x), self.head_dim)  # [B, H, S, D]
         k = split_heads(self.k_proj(x), self.head_dim)  # [B, K, S, D]
         v = split_heads(self.v_proj(x), self.head_dim)  # [B, K, S, D]
-        q = rotary_embedding(q, step.cos, step.sin)
-        k = rotary_embedding(k, step.cos, step.sin)
+        q = rotary_embedding(q, step.cos, step.sin)  # [B, H, S, D]
+        k = rotary_embedding(k, step.cos, step.sin)  # [B, K, S, D]
         slot = step.write_indices[self.window]  # [B]
         key = tensor_scatter(past[0], k, slot)  # [B, K, C, D]
         value = tensor_scatter(past[1], v, slot)  # [B, K, C, D]
-        seen = attention(q, key, value, step.masks[self.window])  # [B, H, S, D]
-        return merge_heads(seen), [key, value]
+        heads = attention(q, key, value, step.masks[self.window])  # [B, H, S, D]
+        return merge_heads(heads), [key, value]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), up to the input of `down_proj`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -97,18 +106,13 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, S, E] through F and back."""
-        out: Tensor = self.down_proj(self.gated(x))
-        return out
-
-    def gated(self, x: Tensor) -> Tensor:
-        """Map x [B, S, E] to what `down_proj` reads, [B, S, F]."""
-        product: Tensor = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        return product
+        """Map x [B, S, E] to the gated product [B, S, F], which `Layer.add_mlp` projects."""
+        gated: Tensor = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, S, F]
+        return gated
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and feed-forward, each normalized before and added after."""
+    """One decoder layer, pre-norm: attention, then feed-forward, each added to its input."""
 
     def __init__(self, spec: ModelSpec, window_size: int | None) -> None:
         super().__init__()
@@ -118,14 +122,35 @@ class Layer(nn.Module):
         self.mlp = FeedForward(spec)
 
     def forward(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
-        """Run x [B, S, E] through the layer; returns the same shape and the two caches."""
-        attended, present = self.self_attn(self.input_layernorm(x), step, past)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), present
+        """Run x [B, S, E] through the layer; returns the same shape and the two updated caches."""
+        heads, present = self.self_attn(self.attention_input(x), step, past)  # [B, S, H * D]
+        x = self.add_attention(x, heads)  # [B, S, E]
+        gated = self.mlp(self.mlp_input(x))  # [B, S, F]
+        return self.add_mlp(x, gated), present
+
+    def attention_input(self, x: Tensor) -> Tensor:
+        """Return what q_proj, k_proj and v_proj read, from the residual x; both [B, S, E]."""
+        normal: Tensor = self.input_layernorm(x)  # [B, S, E]
+        return normal
+
+    def add_attention(self, x: Tensor, heads: Tensor) -> Tensor:
+        """Project the heads' output [B, S, H * D] and add it to the residual x [B, S, E]."""
+        added: Tensor = x + self.self_attn.o_proj(heads)  # [B, S, E]
+        return added
+
+    def mlp_input(self, x: Tensor) -> Tensor:
+        """Return what gate_proj and up_proj read, from the residual x; both [B, S, E]."""
+        normal: Tensor = self.post_attention_layernorm(x)  # [B, S, E]
+        return normal
+
+    def add_mlp(self, x: Tensor, gated: Tensor) -> Tensor:
+        """Project the gated product [B, S, F] and add it to the residual x [B, S, E]."""
+        added: Tensor = x + self.mlp.down_proj(gated)  # [B, S, E]
+        return added
 
 
 class Backbone(nn.Module):
-    """The part that Hugging Face calls `model`: embedding, layers, last norm."""
+    """Embedding, layers and final norm: the module that Hugging Face calls `model`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -149,22 +174,35 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, logits_indices: Tensor, past: Caches
     ) -> tuple[Tensor, Caches]:
-        """Take one step: ids and positions [B, S], wanted rows [B, T]; logits [B, T, V]."""
-        x = self.model.embed_tokens(input_ids)  # [B, S, E]
+        """Run one step over ids and positions [B, S].
+
+        Returns the logits [B, T, V] of the rows `logits_indices` [B, T] and the updated caches.
+        """
+        x = self.embed(input_ids)  # [B, S, E]
         step = self.prepare(position_ids, past, x.dtype)
         present: Caches = []
         for i, layer in enumerate(self.model.layers):
             x, written = layer(x, step, past[2 * i : 2 * i + 2])
             present += written
         wanted = gather_rows(x, logits_indices)  # [B, T, E]
-        return self.lm_head(self.model.norm(wanted)), present
+        return self.logits(wanted), present
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the residual stream [B, S, E] that enters the first layer, from ids [B, S]."""
+        x: Tensor = self.model.embed_tokens(input_ids)  # [B, S, E]
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits [..., V] of rows of the last layer's output, x [..., E]."""
+        scores: Tensor = self.lm_head(self.model.norm(x))  # [..., V]
+        return scores
 
     def prepare(self, position_ids: Tensor, past: Caches, dtype: torch.dtype) -> Step:
-        """Rotary angles, ring slots and masks from position_ids [B, S], consecutive in a row."""
+        """Compute angles, slots and masks from position_ids [B, S], consecutive in each row."""
         first, last = position_ids.select(1, 0), position_ids.select(1, -1)  # [B]
         angles = position_ids.unsqueeze(-1).float() * self.inv_freq  # [B, S, D/2]
-        # Positions take the mask's four axes before they are compared: TensorRT-RTX 1.7 fails to
-        # compile (a duplicate "iota") when several layers share a mask that got its axes later.
+        # Positions get the mask's four axes before the comparison: TensorRT-RTX 1.7 fails to
+        # compile (a duplicate "iota") if several layers share a mask that gets its axes later.
         queries = position_ids.unsqueeze(1).unsqueeze(-1)  # [B, 1, S, 1]
         write_indices, masks = {}, {}
         for size in self.spec.windows:
@@ -177,14 +215,14 @@ class Decoder(nn.Module):
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """How far each pair of a head turns per position, in radians: [D/2], float32.
+    """Return the rotation of each pair of features per position, in radians: [D/2], float32.
 
-    theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864), stretched as the checkpoint says. Computed
-    in float32 as Hugging Face does: one unit in the last place is a visible angle at position
-    20,000.
+    theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864), with the checkpoint's scaling. Computed in
+    float32 as in Hugging Face transformers: a difference of one unit in the last place grows to a
+    measurable angle at position 20,000.
     """
-    exponents = torch.arange(0, spec.head_dim, 2).float() / spec.head_dim
-    frequencies = 1.0 / spec.rope_theta**exponents
+    exponents = torch.arange(0, spec.head_dim, 2).float() / spec.head_dim  # [D/2]
+    frequencies = 1.0 / spec.rope_theta**exponents  # [D/2]
     scaling = spec.rope_scaling
     if scaling is None:
         return frequencies
@@ -194,68 +232,85 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3.1's blend: long wavelengths divided by `factor`, short ones kept."""
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    """Divide low frequencies by `factor`, keep high ones, blend in between (Llama 3.1)."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # [D/2]
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # [D/2]
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
 class StoredLinear(nn.Module):
-    """A linear layer in float32 whose weight stays as it is stored, mapped from a file, say."""
+    """A float32 linear that converts its weight on every call; the weight may be a mapped file."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight  # [N, K] of any float type
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., K], converting a block of the weight's rows at a time."""
+        """Multiply x [..., K], converting some rows of the weight at a time; returns [..., N]."""
         blocks = self.weight.split(max(1, STORED_BLOCK // self.weight.shape[1]))
-        return torch.cat([F.linear(x, rows.float()) for rows in blocks], dim=-1)
+        parts = [F.linear(x, rows.to(x.device, torch.float32)) for rows in blocks]
+        return torch.cat(parts, dim=-1)
 
 
 class StoredEmbedding(StoredLinear):
-    """An embedding that is stored likewise."""
+    """An embedding whose weight is kept like that of `StoredLinear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Look up x [B, S]; returns float32."""
+        """Look up x [B, S]; returns [B, S, E] in float32."""
         return F.embedding(x, self.weight).float()
 
 
-STORED_BLOCK = 1 << 24  # numbers converted at once: 64 MiB in float32
+def load_decoder(
+    spec: ModelSpec,
+    weight: Callable[[str], Tensor],
+    *,
+    only: Container[str] | None = None,
+    device: torch.device = CPU,
+) -> Decoder:
+    """Build the reference decoder: float32 arithmetic on the weights `weight(canonical name)`.
 
-
-def load_decoder(spec: ModelSpec, weight: Callable[[str], Tensor]) -> Decoder:
-    """Build the reference: float32 arithmetic on the weights that `weight(name)` returns.
-
-    Weights that are mapped from a checkpoint stay in it, so a 7B runs in a few hundred megabytes.
+    Weights mapped from a checkpoint stay mapped, so a 7B runs in a few hundred megabytes. With
+    `only`, just the modules of these names, such as `lm_head`, get their weights, for callers that
+    use single stages; `prepare` needs none. Norms and rotary frequencies are on `device`.
     """
     with torch.device("meta"):
         decoder = Decoder(spec)
     head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
     for name, module in list(decoder.named_modules()):
+        if only is not None and name not in only:
+            continue
         if isinstance(module, nn.Linear):
             stored = weight(f"{head if name == 'lm_head' else name}.weight")
             decoder.set_submodule(name, StoredLinear(stored))
         elif isinstance(module, nn.Embedding):
             decoder.set_submodule(name, StoredEmbedding(weight(f"{name}.weight")))
         elif isinstance(module, RMSNorm):
-            module.weight = nn.Parameter(weight(f"{name}.weight").float(), requires_grad=False)
-    decoder.inv_freq = inverse_frequencies(spec)
+            gain = weight(f"{name}.weight").to(device, torch.float32)
+            module.weight = nn.Parameter(gain, requires_grad=False)
+    decoder.inv_freq = inverse_frequencies(spec).to(device)
     return decoder.eval()
 
 
-def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
-    """Run texts `ids` [..., n] in one pass, with a ring that never wraps.
+def empty_caches(spec: ModelSpec, batch: int, capacity: int, device: torch.device = CPU) -> Caches:
+    """Return caches [B, K, C, D] of zeros for every layer, all of the same capacity.
 
-    Returns the logits [..., T, V] at the positions `rows` [T] of each.
+    They share one tensor: writing to a ring returns a copy. A ring as long as the text never wraps.
     """
-    spec, count = decoder.spec, ids.shape[-1]
+    shape = (batch, spec.num_key_value_heads, capacity, spec.head_dim)
+    return [torch.zeros(shape, device=device)] * (2 * spec.num_hidden_layers)
+
+
+def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
+    """Return the logits [..., T, V] at the positions `rows` [T] of the texts `ids` [..., n].
+
+    All tokens run in one pass over a ring that never wraps.
+    """
+    count = ids.shape[-1]
     batch = ids.reshape(-1, count)  # [B, n]
-    shape = (len(batch), spec.num_key_value_heads, count, spec.head_dim)
-    past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
+    past = empty_caches(decoder.spec, len(batch), count)
     positions, wanted = (part.expand(len(batch), -1) for part in (torch.arange(count), rows))
     with torch.inference_mode():
-        logits, _ = decoder(batch, positions, wanted, past)
+        logits, _ = decoder(batch, positions, wanted, past)  # [B, T, V]
     found: Tensor = logits.view(*ids.shape[:-1], *logits.shape[1:])
     return found

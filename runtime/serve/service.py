@@ -94,8 +94,8 @@ class Service:
             manifest = loaded.bundle.manifest
             vocab_size = manifest.model.vocab_size
             scheduler = Scheduler(
-                loaded.generator.session,
-                loaded.generator.ring,
+                loaded.session,
+                loaded.ring,
                 vocab_size,
                 max_waiting=settings.limits.max_waiting,
                 prefix_bytes=settings.prefix_bytes,

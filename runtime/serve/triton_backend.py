@@ -112,7 +112,7 @@ class Model:
             raise TritonModelException(str(error)) from error
         self._tokenizer, self._defaults = loaded.tokenizer, loaded.defaults
         self._scheduler = Scheduler(
-            loaded.generator.session, loaded.generator.ring,
+            loaded.session, loaded.ring,
             loaded.bundle.manifest.model.vocab_size, max_waiting=numbers["max_waiting"],
         )  # fmt: skip
         self._queue: SimpleQueue[Delivery | None] = SimpleQueue()

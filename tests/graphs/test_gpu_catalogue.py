@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from graphs.errors import UsageError
-from graphs.gpu_catalogue import ALIASES, GPUS, find_gpu, runs_rtx, version
+from graphs.gpu_catalogue import ALIASES, GPUS, find_gpu, version
+from graphs.precisions import PRECISIONS
+from graphs.targets import TARGETS
 
 
 def test_every_gpu_names_a_document_of_its_vendor_and_has_plausible_figures() -> None:
@@ -52,13 +54,21 @@ def test_bandwidth_of_geforce_is_bus_width_times_data_rate() -> None:
 def test_tensorrt_rtx_supports_turing_to_ada_and_blackwell_but_not_hopper(
     capability: str, *, supported: bool
 ) -> None:
-    assert runs_rtx(capability) is supported
+    assert TARGETS["rtx"].supports(capability) is supported
 
 
 def test_hopper_runs_fp8_and_no_tensorrt_rtx() -> None:
-    assert (GPUS["h100"].runs_fp8, GPUS["h100"].runs_rtx) == (True, False)
-    assert (GPUS["a100-80gb"].runs_fp8, GPUS["a100-80gb"].runs_rtx) == (False, True)
-    assert GPUS["rtx5090"].runs_fp8
+    least = PRECISIONS["fp8"].min_compute_capability
+    assert least is not None
+    found = {
+        name: (
+            version(gpu.compute_capability) >= least,
+            TARGETS["rtx"].supports(gpu.compute_capability),
+        )
+        for name, gpu in GPUS.items()
+    }
+    assert (found["h100"], found["a100-80gb"]) == ((True, False), (False, True))
+    assert found["rtx5090"] == (True, True)
 
 
 def test_compute_capabilities_compare_as_numbers() -> None:

@@ -326,13 +326,13 @@ load = service.load
 
 def broken(*args, **options):
     loaded = load(*args, **options)
-    step, left = loaded.generator.session.step, [20]
+    step, left = loaded.session.step, [20]
     def fail(*args, **options):
         left[0] -= 1
         if left[0] < 0:
             raise RuntimeError("the device is lost")
         return step(*args, **options)
-    loaded.generator.session.step = fail
+    loaded.session.step = fail
     return loaded
 
 service.load = broken
