@@ -54,7 +54,7 @@ def test_an_export_that_fills_the_disk_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(exporting, "trace", traced)
     # As if another program took the space after the check.
-    monkeypatch.setattr(exporting, "require_host", lambda _plan, _destination: None)
+    monkeypatch.setattr(exporting, "require_host", lambda *_arguments: None)
     written: list[set[str]] = []
     explained = writing._explained
 
@@ -103,16 +103,12 @@ mistralc.main()
     os.kill(child.pid, signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
-    assert [path.name for path in out.iterdir()] == [staging.name], (
-        "only the hidden staging directory may remain"
-    )
+    assert [path.name for path in out.iterdir()] == [staging.name], "no bundle may remain"
 
     monkeypatch.setattr(exporting, "trace", traced)
     ended = mistralc("export", sliding_checkpoint, "-o", out / "another")
     assert ended.code == 0, ended.err
-    assert [path.name for path in out.iterdir()] == ["another"], (
-        "the next export did not remove the staging directory"
-    )
+    assert [path.name for path in out.iterdir()] == ["another"], "leftover not removed"
     open_bundle(out / "another")
 
 
@@ -140,9 +136,7 @@ def test_an_export_stopped_by_ctrl_c_leaves_nothing(
 
     def interrupted(*arguments: Any) -> None:
         real(*arguments)
-        signal.pthread_kill(
-            threading.main_thread().ident or 0, signal.SIGINT
-        )  # as a terminal sends it
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # like Ctrl-C
         time.sleep(0.5)  # this thread writes weights; the main thread gets the signal
 
     monkeypatch.setattr(exporting, "stream_weights", interrupted)

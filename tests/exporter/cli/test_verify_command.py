@@ -129,9 +129,7 @@ def test_verify_against_another_checkpoint_is_refused(
     bundle = copy_of(sliding_bundle)
     ended = mistralc("verify", bundle, "--against", plain_checkpoint)
     refused(ended, str(plain_checkpoint), "another checkpoint", "leave --against out")
-    assert open_bundle(bundle).manifest == read_manifest(sliding_bundle), (
-        "a refused verification must record nothing"
-    )
+    assert open_bundle(bundle).manifest == read_manifest(sliding_bundle), "nothing is recorded"
 
 
 def test_a_full_disk_during_verify_leaves_the_bundle_whole(

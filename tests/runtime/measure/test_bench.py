@@ -39,7 +39,7 @@ def test_bench_reports_the_machine_and_its_measurements(
     share = rate / one["read_bandwidth_bytes_per_s"]
     assert one["bandwidth_share"] == pytest.approx(share)
     assert one["bytes_per_token"] < one["peak_memory_bytes"] < BYTES, (
-        "the buffer of the bandwidth measurement must not count"
+        "the test buffer must not count"
     )
     assert 0 <= one["huge_page_bytes"] <= one["peak_memory_bytes"]
     lines = succeeded(mistralc(*bench, "--repeat", "1")).splitlines()

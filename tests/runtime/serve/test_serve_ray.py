@@ -1,7 +1,7 @@
 """Two replicas behind Ray's proxy: the same answers, and what others see when one is killed.
 
-A real Ray in a process of its own (tests/support/cluster/ray_host.py), on tiny bundles. Skipped where
-the extra `ray` is not installed; CI's `dev` does not have it.
+A real Ray in a process of its own (tests/support/cluster/ray_host.py), on tiny bundles. Skipped
+where the extra `ray` is not installed; CI's `dev` does not have it.
 """
 
 import contextlib

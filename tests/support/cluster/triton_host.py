@@ -145,9 +145,7 @@ def main(model_directory: Path) -> None:
             assert request.sender.ended.wait(PATIENCE_S), "no final response"
     model.finalize()
     assert all(request.sender.ended.is_set() for request in requests)
-    assert not any(request.sender.misused for request in requests), (
-        "a sender was used after its final response"
-    )
+    assert not any(request.sender.misused for request in requests), "a closed sender was used"
     import runtime.load
 
     responses = [request.sender.responses for request in requests]
