@@ -165,7 +165,7 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(
         (("--target", "tpu"), ("--target", "'tpu'", "cpu")),
         (("--precision", "int3"), ("--precision", "'int3'", "fp32")),
         (("--window", "8", "--context", "9"), ("--window and --context exclude each other",)),
-        (("--context", "64"), ("--context is 64", "slides", "Leave it out")),
+        (("--context", "64"), ("--context is 64", "has a window of 8", "Leave it out")),
     ],
     ids=["target", "precision", "window and context", "context of a sliding model"],
 )
