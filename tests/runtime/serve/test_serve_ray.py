@@ -110,7 +110,13 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(sliding_bundle: Path) -> Iterator[Cluster]:
     port = free_port()
-    command = [sys.executable, "-m", "tests.support.ray_host", str(sliding_bundle), str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.cluster.ray_host",
+        str(sliding_bundle),
+        str(port),
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
