@@ -6,7 +6,7 @@ as the model is to see it: nothing but a space is added.
 """
 
 import math
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from exporter.checks.corpus import objects, read_text
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from runtime.backends.session import Session
+from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
-from runtime.measure.perplexity import Progress, check_ids, feed, log_likelihoods
+from runtime.measure.perplexity import Progress, check_ids, log_likelihoods
 from runtime.text.tokenizer import Tokenizer
 
 EXPECTED = (
@@ -96,9 +97,9 @@ class Scorer:
     """
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
-        self.session, self.manifest, self.ring = session, manifest, make_ring(manifest.build)
+        self.manifest, self.ring = manifest, make_ring(manifest.build)
+        self._sequence = Sequence(session, self.ring)
         self._seen: list[int] = []  # what the ring holds
-        session.resize(self.ring.capacities)
 
     @property
     def longest(self) -> int | None:
@@ -106,7 +107,7 @@ class Scorer:
         spec, context = self.manifest.model, self.manifest.ring.context
         return None if spec.slides else context + 1  # the last one is never fed
 
-    def score(self, ids: Sequence[int], start: int) -> Likelihood:
+    def score(self, ids: abc.Sequence[int], start: int) -> Likelihood:
         """Score the tokens of `ids` from index `start` (at least 1) on, given those before it.
 
         Raises ContextFullError where the bundle has no room for them.
@@ -120,11 +121,12 @@ class Scorer:
         # The context first and by itself, so that every choice of a question meets the same keys,
         # whichever of them was scored first.
         context, continuation = array[common : start - 1], array[start - 1 :]
-        for _ in feed(self.session, self.ring, context, len(context)):
+        for _ in self._sequence.feed(context):
             pass
         log, greedy = 0.0, True
-        for at, logits in feed(self.session, self.ring, continuation[:-1], 0):
-            targets = continuation[at + 1 : at + 1 + len(logits)]
+        fed = continuation[:-1]
+        for start, count, logits in self._sequence.feed(fed, np.arange(len(fed))):
+            targets = continuation[start + 1 : start + 1 + count]
             log += float(log_likelihoods(logits, targets).sum())
             greedy &= bool((logits.argmax(-1) == targets).all())
         self._seen += ids[common:-1]
@@ -135,7 +137,7 @@ class Scorer:
             )
         return Likelihood(log=log, greedy=greedy)
 
-    def _common(self, ids: Sequence[int]) -> int:
+    def _common(self, ids: abc.Sequence[int]) -> int:
         """How many of `ids` the ring holds already and can go back to."""
         common = shared(self._seen, ids)
         return common if common >= self.ring.oldest_rewind() else 0
@@ -153,7 +155,7 @@ def measure(
     session: Session,
     manifest: Manifest,
     tokenizer: Tokenizer,
-    questions: Sequence[Question],
+    questions: abc.Sequence[Question],
     progress: Progress | None = None,
 ) -> Accuracy:
     """Answer all `questions`; `progress` counts them. Of equal choices the first is taken."""
@@ -202,7 +204,7 @@ def prefix_id(tokenizer: Tokenizer) -> int:
     )
 
 
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
+def shared(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
     """How many ids two texts have in common at the front."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
