@@ -1,4 +1,4 @@
-"""The stand-in for typer takes the arguments that typer takes, of every command of the runtime."""
+"""`plain_typer` accepts the same arguments as typer, for every command of the runtime."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ LINES = [
 
 STAND_IN = """
 import json, sys
-from runtime import plain_typer
+from runtime.cli import plain_typer
 sys.modules["typer"] = plain_typer
 import runtime.cli.commands
 app = plain_typer.Typer(name="run.pyz")

@@ -1,7 +1,7 @@
 """Two replicas behind Ray's proxy: the same answers, and what others see when one is killed.
 
-A real Ray in a process of its own (tests/support/ray_host.py), on tiny bundles. Skipped where
-the extra `ray` is not installed; CI's `dev` does not have it.
+A real Ray in a process of its own (tests/support/cluster/ray_host.py), on tiny bundles. Skipped
+where the extra `ray` is not installed; CI's `dev` does not have it.
 """
 
 import contextlib
@@ -110,7 +110,13 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(sliding_bundle: Path) -> Iterator[Cluster]:
     port = free_port()
-    command = [sys.executable, "-m", "tests.support.ray_host", str(sliding_bundle), str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.cluster.ray_host",
+        str(sliding_bundle),
+        str(port),
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:

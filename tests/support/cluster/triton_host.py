@@ -1,12 +1,13 @@
-"""A stand-in for Triton's Python backend: loads a model repository's model and sends it requests.
+"""A stand-in for Triton's Python backend: load a model of a repository and send it requests.
 
-    python tests/support/triton_host.py REPOSITORY/NAME < REQUESTS > RESPONSES
+    python tests/support/cluster/triton_host.py REPOSITORY/NAME < REQUESTS > RESPONSES
 
-Requests and responses are JSON. It stands alone: the model brings its own runtime, which no other
-may be mistaken for. A request's "cancel_after" is after how many responses its client leaves.
+Requests and responses are JSON. The program imports nothing of this repository, because the model
+brings its own runtime. A request's "cancel_after" is the number of responses after which its client
+disconnects.
 
-Names, arguments and what raises are those of the Python backend (its README and `src/pb_stub.cc`,
-Triton 26.07): errors are no exceptions, and a sender that was closed is not to be asked anything.
+Names, arguments and exceptions follow the Python backend (its README and `src/pb_stub.cc`, Triton
+26.07): errors are values, not exceptions, and a closed sender must not be used again.
 """
 
 import json
@@ -24,11 +25,11 @@ PATIENCE_S = 60.0
 
 
 class TritonModelException(Exception):  # noqa: N818
-    """What the backend raises."""
+    """The exception that the backend raises."""
 
 
 class TritonError:
-    """What a response says that is none."""
+    """The error of a response."""
 
     INTERNAL, INVALID_ARG = "INTERNAL", "INVALID_ARG"
     UNAVAILABLE, CANCELLED = "UNAVAILABLE", "CANCELLED"
@@ -44,7 +45,7 @@ class TritonError:
 
 
 class Tensor:
-    """A named array of numbers, or of objects that are bytes."""
+    """A named array of numbers, or of bytes objects."""
 
     def __init__(self, name: str, array: np.ndarray) -> None:
         self._name, self._array = name, array
@@ -57,19 +58,19 @@ class Tensor:
 
 
 class InferenceResponse:
-    """Output tensors, or an error."""
+    """Output tensors or an error."""
 
     def __init__(self, output_tensors: list[Tensor], error: TritonError | None = None) -> None:
         self._tensors, self._error = output_tensors, error
 
-    def told(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, str]:
         if self._error is not None:
             return {"error": self._error.message(), "code": self._error.code()}
         return {tensor.name(): tensor.as_numpy()[0].decode() for tensor in self._tensors}
 
 
 class Sender:
-    """Collects the responses of one request; `misused` once it was closed and asked again."""
+    """Collects the responses of one request; `misused` if it was used after it was closed."""
 
     def __init__(self, cancel_after: int | None) -> None:
         self.responses: list[dict[str, str]] = []
@@ -84,7 +85,7 @@ class Sender:
     def send(self, response: InferenceResponse | None = None, flags: int = 0) -> None:
         self._check()
         if response is not None:
-            self.responses.append(response.told())
+            self.responses.append(response.to_json())
         if flags == FINAL:
             self.ended.set()
 
@@ -95,7 +96,7 @@ class Sender:
 
 
 class Request:
-    """Inputs, and their sender."""
+    """The inputs of a request and its response sender."""
 
     def __init__(self, inputs: dict[str, Any], cancel_after: int | None) -> None:
         self._inputs = [Tensor(name, array(value)) for name, value in inputs.items()]
@@ -109,7 +110,7 @@ class Request:
 
 
 def array(value: Any) -> np.ndarray:
-    """A value, or several, as the backend gives them: strings as bytes."""
+    """One or more values as an array; strings become bytes, as in the backend."""
     values = value if isinstance(value, list) else [value]
     if all(isinstance(one, str) for one in values):
         return np.array([one.encode() for one in values], dtype=np.object_)
@@ -121,7 +122,7 @@ def input_by_name(request: Request, name: str) -> Tensor | None:
 
 
 def backend_utils() -> ModuleType:
-    """The module that models import."""
+    """The `triton_python_backend_utils` module that models import."""
     module = ModuleType("triton_python_backend_utils")
     module.TRITONSERVER_RESPONSE_COMPLETE_FINAL = FINAL
     module.get_input_tensor_by_name = input_by_name
@@ -131,24 +132,24 @@ def backend_utils() -> ModuleType:
 
 
 def main(model_directory: Path) -> None:
-    """All requests at once, as Triton would hand them over one after the other."""
-    asked = json.load(sys.stdin)
+    """Execute all requests, one call each, as Triton does."""
+    job = json.load(sys.stdin)
     sys.modules["triton_python_backend_utils"] = backend_utils()
     model = runpy.run_path(str(model_directory / "1" / "model.py"))["TritonPythonModel"]()
-    model.initialize({"model_config": json.dumps(asked["config"])})
-    requests = [Request(one["inputs"], one.get("cancel_after")) for one in asked["requests"]]
+    model.initialize({"model_config": json.dumps(job["config"])})
+    requests = [Request(one["inputs"], one.get("cancel_after")) for one in job["requests"]]
     for request in requests:
         model.execute([request])
-    if not asked.get("unload_at_once"):
+    if not job.get("unload_at_once"):
         for request in requests:
-            assert request.sender.ended.wait(PATIENCE_S), "no last response"
+            assert request.sender.ended.wait(PATIENCE_S), "no final response"
     model.finalize()
     assert all(request.sender.ended.is_set() for request in requests)
-    assert not any(request.sender.misused for request in requests), "asked after the last response"
+    assert not any(request.sender.misused for request in requests), "a closed sender was used"
     import runtime.load
 
-    told = [request.sender.responses for request in requests]
-    print(json.dumps({"responses": told, "runtime": runtime.load.__file__}))
+    responses = [request.sender.responses for request in requests]
+    print(json.dumps({"responses": responses, "runtime": runtime.load.__file__}))
 
 
 if __name__ == "__main__":

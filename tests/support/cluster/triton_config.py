@@ -1,7 +1,7 @@
-"""`config.pbtxt` as Triton reads it: with protobuf, and no field that Triton does not have.
+"""Parse `config.pbtxt` with protobuf, as Triton does; a field unknown to Triton is an error.
 
-The fields are those of `model_config.proto` (triton-inference-server/common) that we write, with
-their names and types; a text format has no numbers, so those here are of no meaning.
+Names and types are those of `model_config.proto` (triton-inference-server/common), for the fields
+that we write. The text format does not contain field numbers, so those here are arbitrary.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ MESSAGES = {
     "ModelInstanceGroup": "string name, Kind kind, int32 count, int32* gpus",
     "ModelTransactionPolicy": "bool decoupled",
     "ModelParameter": "string string_value",
-    "Parameter": "string key, ModelParameter value",  # the entry of a map
+    "Parameter": "string key, ModelParameter value",  # a map entry
     "ModelConfig": "string name, string backend, int32 max_batch_size, ModelInput* input, "
     "ModelOutput* output, ModelInstanceGroup* instance_group, Parameter* parameters, "
     "ModelTransactionPolicy model_transaction_policy",
@@ -54,7 +54,7 @@ def _model_config() -> Any:
 
 
 def parse(text: str) -> dict[str, Any]:
-    """The configuration as the JSON that Triton hands to a model; raises what protobuf raises."""
+    """The configuration as the JSON that Triton passes to a model. Raises protobuf's ParseError."""
     message = text_format.Parse(text, _model_config()())
     config: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
     config["parameters"] = {one["key"]: one["value"] for one in config["parameters"]}

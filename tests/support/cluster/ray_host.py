@@ -1,9 +1,8 @@
-"""A Ray of one node with two replicas, for `test_serve_ray.py`. Asserts nothing.
+"""Run Ray on one node with two replicas, for `test_serve_ray.py`. Asserts nothing.
 
-    python -m tests.support.ray_host BUNDLE PORT
+    python -m tests.support.cluster.ray_host BUNDLE PORT
 
-Prints "serving" and Ray's address when the replicas serve. The end of standard input ends
-everything.
+Prints "serving" and Ray's address once the replicas are ready. Runs until standard input ends.
 """
 
 import sys
@@ -15,8 +14,8 @@ from ray import serve
 from runtime.serve.ray_app import Arguments, app
 from runtime.serve.settings import Limits
 
-OBJECTS = 100 << 20  # bytes of Ray's object store, which nothing here fills
-DRAIN_S = 120.0  # more than any stream takes that a test waits for
+OBJECTS = 100 << 20  # bytes of Ray's object store, which stays almost empty here
+DRAIN_S = 120.0  # longer than any stream that a test waits for
 
 
 def main(bundle: Path, port: int) -> None:
