@@ -5,7 +5,8 @@ feeds only what is new, and going back a little costs nothing.
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from runtime.backends.session import Ids, Logits, Session, check_prompt
 from runtime.decoding.prompt_lookup import Draft, PromptLookup
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import Floats, Sampled, Sampler, SamplingParams
+from runtime.decoding.sequence import Sequence
 
 FinishReason = Literal["stop", "length"]
 Progress = Callable[[int], None]  # called with the number of prompt tokens just taken
@@ -23,37 +25,38 @@ class Generator:
     """One sequence: its tokens, its place in the ring, and the logits after its last token."""
 
     def __init__(self, session: Session, ring: Ring, vocab_size: int) -> None:
-        self.session, self.ring, self.vocab_size = session, ring, vocab_size
+        self.sequence, self.ring, self.vocab_size = Sequence(session, ring), ring, vocab_size
         self.tokens = array("i")  # what the ring has seen; four bytes a token
         self.finish_reason: FinishReason | None = None
         self.fed_from = 0  # how many tokens the last `feed_from_common_prefix` found in the ring
-        self._ids, self._positions, self._index = np.zeros((3, 1, 1), np.int64)
-        session.resize(ring.capacities)
+
+    @property
+    def session(self) -> Session:
+        """The session that the sequence is read through."""
+        return self.sequence.session
 
     @property
     def position(self) -> int:
         """The position of the next token."""
         return self.ring.positions[0]
 
-    def feed(self, ids: Sequence[int], progress: Progress | None = None) -> Floats:
+    def feed(self, ids: abc.Sequence[int], progress: Progress | None = None) -> Floats:
         """Write `ids` into the ring; returns the logits [V] after the last of them.
 
         The row is the session's buffer, valid until the next step. Raises ContextFullError before
         anything is written when they do not fit.
         """
         check_prompt(ids, self.vocab_size)
-        row = np.asarray(ids, np.int64)[None]  # [1, n]
-        done = 0
-        for piece in self.ring.pieces(len(ids)):
-            rows = self._step(row[:, done : done + piece])
-            done += piece
+        row = np.asarray(ids, np.int64)  # [n]
+        for piece in self.sequence.feed(row):
+            self.tokens.extend(row[piece.start : piece.start + piece.length].tolist())
             if progress is not None:
-                progress(piece)
-        last: Floats = rows[-1]
+                progress(piece.length)
+        last: Floats = piece.logits[-1]
         return last
 
     def feed_from_common_prefix(
-        self, ids: Sequence[int], progress: Progress | None = None
+        self, ids: abc.Sequence[int], progress: Progress | None = None
     ) -> Floats:
         """Make the sequence be `ids`, keeping what the ring already holds of them.
 
@@ -134,7 +137,7 @@ class Generator:
             logits = draft.logits[draft.right]
 
     def _verified(self, token: int, lookup: PromptLookup | None, left: int | None) -> Draft:
-        """Run a step for `token` and what may follow it, of which at most `left` is of use.
+        """Run a step for `token` and a draft of what follows it, of which `left` tokens are useful.
 
         The sequence then ends with `token`, and the ring holds the draft beyond it.
         """
@@ -143,30 +146,14 @@ class Generator:
             room = self.ring.room_of_a_piece() - 1
             ids = lookup.draft(token, room if left is None else min(room, left))
         if not ids:
-            self._ids[0, 0] = token
-            return Draft(ids, self._step(self._ids))
-        rows = self._step(np.array([[token, *ids]], np.int64), len(ids) + 1)
-        self.rewind(self.position - len(ids))
+            rows = self._step([token])
+        else:
+            rows = self._step([token, *ids], np.arange(len(ids) + 1))
+            self.rewind(self.position - len(ids))
         return Draft(ids, rows)
 
-    def _step(self, ids: Ids, wanted: int = 1) -> Logits:
-        """Write ids [1, S] and return the logits [T, V] after the last `wanted` of them."""
-        count = ids.shape[1]
-        if self.ring.grow(count):
-            self.session.resize(self.ring.capacities)
-        here = self.position
-        if count == 1:
-            self._positions[0, 0] = here
-            positions = self._positions
-        else:
-            positions = np.arange(here, here + count, dtype=np.int64)[None]
-        if wanted == 1:
-            self._index[0, 0] = count - 1
-            indices = self._index
-        else:
-            indices = np.arange(count - wanted, count, dtype=np.int64)[None]
-        logits = self.session.step(np.ascontiguousarray(ids), positions, indices)
-        self.ring.advance(count)
-        self.tokens.extend(ids[0].tolist())
-        rows: Logits = logits[0]
+    def _step(self, ids: list[int], wanted: Ids | None = None) -> Logits:
+        """Run one step, and keep its tokens; arguments and result are those of `Sequence.step`."""
+        rows = self.sequence.step(ids, wanted)
+        self.tokens.extend(ids)
         return rows

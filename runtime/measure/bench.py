@@ -6,7 +6,6 @@ import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat as repeat_value
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,10 +16,12 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
-from runtime.backends.session import Ids, Logits, Session
+from runtime.backends.session import Session
 from runtime.bundle.sizes import step_bytes
 from runtime.decoding.sampling import SamplingParams
+from runtime.decoding.sequence import Sequence
 from runtime.load import Loaded, make_ring
+from runtime.measure.clocked_session import ClockedSession
 from runtime.system.host import BACKENDS, huge_page_bytes, peak_memory_bytes
 from runtime.system.memory_bandwidth import Memory
 from runtime.system.progress import Stage
@@ -209,31 +210,13 @@ class Round:
     latencies: NDArray[np.float64]
 
 
-class _Clocked:
-    """A session that adds up the time spent in it."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.batch, self.partial = session.batch, session.partial
-        self.resize, self.read_row = session.resize, session.read_row
-        self.write_row = session.write_row
-        self.seconds = 0.0
-
-    def step(
-        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
-    ) -> Logits:
-        began = perf_counter()
-        logits = self._session.step(input_ids, position_ids, logits_indices, first)
-        self.seconds += perf_counter() - began
-        return logits
-
-
 def _round(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> Round:
     """Answer once, as `generate` does: sampled, detokenized, searched for the end."""
     generator, text = loaded.generator, loaded.tokenizer.stream()
     generator.rewind(0)
-    session = generator.session
-    clocked = generator.session = _Clocked(session)
+    sequence = generator.sequence
+    session = sequence.session
+    clocked = sequence.session = ClockedSession(session)
     try:
         began = perf_counter()
         logits = generator.feed(_prompt(generator.vocab_size, prompt_tokens))
@@ -245,7 +228,7 @@ def _round(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> Round:
             text.push(step.token_id)
             times.append(perf_counter())
     finally:
-        generator.session = session
+        sequence.session = session
     if len(times) < new_tokens:
         raise _ended(len(times), new_tokens)
     decode = times[-1] - times[0]
@@ -259,23 +242,16 @@ def _batch_round(
     session: Session, manifest: Manifest, rows: int, prompt_tokens: int, new_tokens: int
 ) -> tuple[float, float]:
     """Seconds for the prompts and for the answers of `rows` equal sequences, without sampling."""
-    ring = make_ring(manifest.build, rows)
-    session.resize(ring.capacities)
-    ring.check_room(prompt_tokens + new_tokens)
-    prompt = np.tile(_prompt(manifest.model.vocab_size, prompt_tokens), (rows, 1))
-    done, marks = 0, [perf_counter()]
-    for steps in (ring.pieces(prompt_tokens), repeat_value(1, new_tokens - 1)):
-        for count in steps:
-            if ring.grow(count):
-                session.resize(ring.capacities)
-            ids = prompt[:, done : done + count] if done < prompt_tokens else prompt[:, :1]
-            positions = np.tile(np.arange(done, done + count), (rows, 1))
-            last = np.full((rows, 1), count - 1)
-            session.step(np.ascontiguousarray(ids), positions, last)
-            for row in range(rows):
-                ring.advance(count, row)
-            done += count
-        marks.append(perf_counter())
+    sequence = Sequence(session, make_ring(manifest.build, rows), rows)
+    sequence.ring.check_room(prompt_tokens + new_tokens)
+    prompt = np.array(_prompt(manifest.model.vocab_size, prompt_tokens))
+    marks = [perf_counter()]
+    for _ in sequence.feed(prompt):
+        pass
+    marks.append(perf_counter())
+    for _ in range(new_tokens - 1):
+        sequence.step(prompt[:1])
+    marks.append(perf_counter())
     return marks[1] - marks[0], marks[2] - marks[1]
 
 

@@ -4,22 +4,23 @@ What they compute is compared on the golden texts of both, so that no text need 
 timed in turns, so that a machine that is busy for a while is busy for both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
-from runtime.backends.session import Ids, Logits, Session
+from runtime.backends.session import Ids, Logits
 from runtime.bundle.open import Bundle
-from runtime.decoding.ring import Ring
+from runtime.decoding.sequence import Sequence
 from runtime.load import import_backend, load_session, make_ring
 from runtime.measure.bench import machine, resident_bytes
-from runtime.measure.perplexity import divergences, feed
+from runtime.measure.clocked_session import ClockedSession
+from runtime.measure.perplexity import divergences
 from runtime.system.progress import Stage, silent
 
 WARM_UP, STEPS = 8, 64  # one-token steps of each bundle: not counted, and counted
@@ -197,26 +198,26 @@ class _Side:
     """A loaded bundle."""
 
     manifest: Manifest
-    session: Session
-    ring: Ring
+    session: ClockedSession
+    sequence: Sequence
     resident: int
 
     def restart(self) -> None:
-        self.ring.rewind(0)
-        self.session.resize(self.ring.capacities)
+        """Forget the text; the ring keeps its size."""
+        self.sequence.ring.rewind(0)
 
 
 def _load(bundle: Bundle, threads: int | None) -> _Side:
     build = bundle.manifest.build
     import_backend(build.target)  # the library's own memory is neither bundle's
     before = resident_bytes()
-    session = load_session(bundle.path, build, bundle.manifest.files, threads=threads)
-    ring = make_ring(build)
-    session.resize(ring.capacities)
-    for _ in feed(session, ring, np.zeros(1, np.int64), 0):
-        pass  # the first step allocates what all others use
+    session = ClockedSession(
+        load_session(bundle.path, build, bundle.manifest.files, threads=threads)
+    )
+    sequence = Sequence(session, make_ring(build))
+    sequence.step([0])  # the first step allocates what all others use
     grown = resident_bytes() - before
-    return _Side(manifest=bundle.manifest, session=session, ring=ring, resident=grown)
+    return _Side(manifest=bundle.manifest, session=session, sequence=sequence, resident=grown)
 
 
 def _logits(sides: tuple[_Side, _Side], left_out: list[str]) -> LogitsDifference | None:
@@ -241,7 +242,7 @@ def _logits(sides: tuple[_Side, _Side], left_out: list[str]) -> LogitsDifference
     )  # fmt: skip
 
 
-def golden_texts(manifests: Sequence[Manifest]) -> list[Ids]:
+def golden_texts(manifests: abc.Sequence[Manifest]) -> list[Ids]:
     """The golden texts of the bundles, ids [n] each and each once, that all of them can hold."""
     found = dict.fromkeys(tuple(text["ids"]) for one in manifests for text in one.golden)
     room = [one.ring.context for one in manifests if not one.model.slides]
@@ -251,7 +252,8 @@ def golden_texts(manifests: Sequence[Manifest]) -> list[Ids]:
 def _read(side: _Side, ids: Ids) -> Logits:
     """Logits [n, V] of a text [n], read from an empty ring."""
     side.restart()
-    return np.concatenate([logits.copy() for _, logits in feed(side.session, side.ring, ids, 0)])
+    pieces = side.sequence.feed(ids, np.arange(len(ids)))
+    return np.concatenate([piece.logits.copy() for piece in pieces])
 
 
 def _latency(sides: tuple[_Side, _Side], left_out: list[str]) -> Latency | None:
@@ -272,13 +274,7 @@ def _latency(sides: tuple[_Side, _Side], left_out: list[str]) -> Latency | None:
 
 
 def _timed_step(side: _Side) -> float:
-    """Seconds of one step, without the growing of a ring, which is once in a while."""
-    if side.ring.grow(1):
-        side.session.resize(side.ring.capacities)
-    token, index = np.zeros((2, 1, 1), np.int64)
-    position = np.full((1, 1), side.ring.positions[0], np.int64)
-    began = perf_counter()
-    side.session.step(token, position, index)
-    took = perf_counter() - began
-    side.ring.advance(1)
-    return took
+    """Seconds that the session took for one step; growing the ring is not counted."""
+    side.session.seconds = 0.0
+    side.sequence.step([0])
+    return side.session.seconds

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
 from runtime.backends.session import Ids, Logits, Session
-from runtime.decoding.ring import Ring
+from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
 
 Progress = Callable[[int], None]  # called with the number of tokens just read
@@ -74,37 +74,13 @@ def predictions(
     """
     check_windows(build, windows)
     for number, window in enumerate(windows):
-        ring = make_ring(build)
-        session.resize(ring.capacities)
-        for start, logits in feed(session, ring, window[:-1], 0):
-            targets = window[start + 1 : start + 1 + len(logits)]
+        sequence = Sequence(session, make_ring(build))
+        fed = window[:-1]
+        for start, count, logits in sequence.feed(fed, np.arange(len(fed))):
+            targets = window[start + 1 : start + 1 + count]
             yield Predictions(window=number, start=start, logits=logits, targets=targets)
             if progress is not None:
-                progress(len(logits))
-
-
-def feed(session: Session, ring: Ring, ids: Ids, first: int) -> Iterator[tuple[int, Logits]]:
-    """Write `ids` [n] into row 0 of the ring; yield the logits [m, V] of the rows from `first` on.
-
-    Each comes with the index in `ids` of its first row, and is valid until the next step. Raises
-    ContextFullError before anything is written when the ids do not fit.
-    """
-    done = 0
-    for count in list(ring.pieces(len(ids))):
-        if ring.grow(count):
-            session.resize(ring.capacities)
-        here = ring.positions[0]
-        wanted = np.arange(max(first - done, 0), count)
-        asked = wanted if len(wanted) else np.array([count - 1])  # a step has to return something
-        logits = session.step(
-            np.ascontiguousarray(ids[None, done : done + count]),
-            np.arange(here, here + count)[None],
-            asked[None],
-        )
-        ring.advance(count)
-        if len(wanted):
-            yield done + int(wanted[0]), logits[0]
-        done += count
+                progress(count)
 
 
 def log_likelihoods(logits: Logits, targets: Ids) -> NDArray[np.float64]:

@@ -149,7 +149,7 @@ def test_a_row_that_was_rewound_keeps_how_far_it_can_go_back():
 def test_a_snapshot_is_as_large_as_what_the_row_holds_and_no_larger_than_its_ring():
     spec = SPECS["windowed"]
     subject, of = text(spec), manifest(spec)
-    per_slot = spec.kv_bytes_per_token("float32")
+    per_slot = of.contract.token_bytes
     subject.feed(10)
     assert subject.take(of).nbytes == 10 * (per_slot + 4)
     subject.feed(36)

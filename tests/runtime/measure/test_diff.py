@@ -15,6 +15,7 @@ from runtime.bundle.open import open_bundle
 from runtime.measure import diff
 from runtime.measure.diff import ABSENT, Change, compare
 from tests.conftest import Command
+from tests.support import tiny
 
 Copy = Callable[[Path], Path]
 
@@ -80,7 +81,6 @@ def test_logits_are_compared_with_those_that_each_bundle_computes_alone(
 ) -> None:
     # By another way: all positions of each text from a fresh session, in one piece after another.
     from runtime.load import load_session, make_ring
-    from runtime.measure.perplexity import feed
 
     found = compare(open_bundle(plain_bundle), open_bundle(rounded_bundle)).logits
     assert found is not None
@@ -89,10 +89,9 @@ def test_logits_are_compared_with_those_that_each_bundle_computes_alone(
         both = []
         for bundle in (plain_bundle, rounded_bundle):
             manifest = read_manifest(bundle)
-            session, ring = load_session(bundle, manifest), make_ring(manifest)
-            session.resize(ring.capacities)
-            steps = feed(session, ring, np.array(text["ids"]), 0)
-            both.append(np.concatenate([logits.copy() for _, logits in steps]))
+            session, ring = load_session(bundle, manifest.build), make_ring(manifest.build)
+            ids = np.array(text["ids"])
+            both.append(tiny.in_turns(session, ring, ids, (len(ids),)))
         worst = max(worst, float(np.abs(both[0] - both[1]).max()))
         equal += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
         count += len(both[0])

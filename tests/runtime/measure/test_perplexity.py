@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.spec import ModelSpec, RingSpec
@@ -20,12 +21,13 @@ SLIDING, PLAIN = tiny_spec(window=WINDOW), tiny_spec()
 MIXED = tiny_spec(layer_windows=(None, WINDOW))
 
 
-def manifest_of(spec: ModelSpec, context: int = 64, chunk: int = CHUNK) -> Manifest:
-    return Manifest(
+def build_of(spec: ModelSpec, context: int = 64, chunk: int = CHUNK) -> Build:
+    manifest = Manifest(
         target="cpu", precision="fp32", activation="float32", model=spec,
         ring=RingSpec(chunk=chunk, context=context), window_source="checkpoint", checkpoint={},
         versions={}, files={},
     )  # fmt: skip
+    return manifest.build
 
 
 def texts(spec: ModelSpec, count: int, length: int) -> Ids:
@@ -58,7 +60,7 @@ class Scripted:
 
 def test_a_model_that_knows_nothing_is_as_perplexed_as_it_has_tokens():
     session = Scripted(np.full(PLAIN.vocab_size, 7, np.float32))
-    scores = score(session, manifest_of(PLAIN), texts(PLAIN, 3, 20))
+    scores = score(session, build_of(PLAIN), texts(PLAIN, 3, 20))
     assert scores.tokens == 3 * 19
     # Equal logits make equal shares exactly; the logarithm of 320 is rounded, and 57 of it added.
     assert scores.perplexity == pytest.approx(PLAIN.vocab_size, rel=1e-12)
@@ -67,9 +69,9 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_it_has_tokens():
 def test_a_model_that_is_sure_and_right_is_not_perplexed_and_one_that_is_wrong_has_a_number():
     logits = np.zeros(PLAIN.vocab_size, np.float32)
     logits[5] = 1000
-    session, manifest = Scripted(logits), manifest_of(PLAIN)
-    assert score(session, manifest, np.full((2, 9), 5)).perplexity == 1
-    assert score(session, manifest, np.full((2, 9), 6)).nll == 2 * 8 * 1000
+    session, build = Scripted(logits), build_of(PLAIN)
+    assert score(session, build, np.full((2, 9), 5)).perplexity == 1
+    assert score(session, build, np.full((2, 9), 6)).nll == 2 * 8 * 1000
     assert Scores(nll=1e6, tokens=1).perplexity == math.inf
 
 
@@ -102,7 +104,7 @@ def test_scoring_holds_a_block_of_rows_and_not_all_of_them():
 @pytest.mark.parametrize("length", [2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3, 40])
 def test_in_pieces_the_scores_are_those_of_one_pass(spec: ModelSpec, length: int):
     cut = texts(spec, 3, length)
-    got = score(tiny.session(spec), manifest_of(spec), cut)
+    got = score(tiny.session(spec), build_of(spec), cut)
     logits = [tiny.at_once(tiny.decoder(spec), ids)[:-1] for ids in cut]
     expected = -sum(exact(row, ids[1:]).sum() for row, ids in zip(logits, cut, strict=True))
     assert got.tokens == 3 * (length - 1)
@@ -112,17 +114,17 @@ def test_in_pieces_the_scores_are_those_of_one_pass(spec: ModelSpec, length: int
 
 def test_the_window_has_its_say_in_the_perplexity():
     cut = texts(SLIDING, 2, 40)
-    session, manifest = tiny.session(SLIDING), manifest_of(SLIDING)
-    plain = score(tiny.session(PLAIN), manifest_of(PLAIN), cut)
+    session, build = tiny.session(SLIDING), build_of(SLIDING)
+    plain = score(tiny.session(PLAIN), build_of(PLAIN), cut)
     # A thousand times the tolerance above.
-    assert abs(score(session, manifest, cut).nll - plain.nll) / plain.tokens > 1e-2
+    assert abs(score(session, build, cut).nll - plain.nll) / plain.tokens > 1e-2
 
 
 def test_a_window_is_read_from_an_empty_ring_whatever_was_read_before():
     cut = texts(SLIDING, 3, 30)
-    session, manifest = tiny.session(SLIDING), manifest_of(SLIDING)
-    together = score(session, manifest, cut).nll
-    alone = [score(session, manifest, cut[i : i + 1]).nll for i in (2, 0, 1)]
+    session, build = tiny.session(SLIDING), build_of(SLIDING)
+    together = score(session, build, cut).nll
+    alone = [score(session, build, cut[i : i + 1]).nll for i in (2, 0, 1)]
     assert together == pytest.approx(sum(alone), rel=1e-12)  # the same numbers, added otherwise
 
 
@@ -130,7 +132,7 @@ def test_pieces_come_in_order_with_the_tokens_that_came_true_and_are_counted():
     cut = texts(SLIDING, 2, 20)
     session, counted = tiny.session(SLIDING), []
     found: list[list[Logits]] = [[], []]
-    for piece in predictions(session, manifest_of(SLIDING), cut, counted.append):
+    for piece in predictions(session, build_of(SLIDING), cut, counted.append):
         assert piece.start == sum(len(logits) for logits in found[piece.window])
         assert len(piece.logits) <= CHUNK
         after = piece.start + 1
@@ -146,7 +148,7 @@ def test_pieces_come_in_order_with_the_tokens_that_came_true_and_are_counted():
 
 def test_the_last_token_of_a_window_is_predicted_and_never_read():
     session = Scripted(np.zeros(PLAIN.vocab_size, np.float32))
-    score(session, manifest_of(PLAIN), np.arange(20).reshape(2, 10))
+    score(session, build_of(PLAIN), np.arange(20).reshape(2, 10))
     assert session.fed == [*range(9), *range(10, 19)]
 
 
@@ -156,13 +158,13 @@ def test_the_last_token_of_a_window_is_predicted_and_never_read():
 def test_a_window_longer_than_the_context_is_refused_unless_the_model_slides():
     for spec in (PLAIN, MIXED):
         session = Scripted(np.zeros(spec.vocab_size, np.float32))
-        assert score(session, manifest_of(spec, context=20), texts(spec, 1, 20)).tokens == 19
+        assert score(session, build_of(spec, context=20), texts(spec, 1, 20)).tokens == 19
         session.fed.clear()
         with pytest.raises(UsageError, match=r"Windows of 21 tokens .* holds 20 .*--length 20"):
-            score(session, manifest_of(spec, context=20), texts(spec, 1, 21))
+            score(session, build_of(spec, context=20), texts(spec, 1, 21))
         assert session.fed == [], "it is refused before anything is run"
     sliding = Scripted(np.zeros(SLIDING.vocab_size, np.float32))
-    assert score(sliding, manifest_of(SLIDING, context=20), texts(SLIDING, 1, 90)).tokens == 89
+    assert score(sliding, build_of(SLIDING, context=20), texts(SLIDING, 1, 90)).tokens == 89
 
 
 @pytest.mark.parametrize("token", [-1, PLAIN.vocab_size])
@@ -170,7 +172,7 @@ def test_a_token_that_is_none_of_the_models_is_refused(token: int):
     cut = texts(PLAIN, 1, 9)
     cut[0, 4] = token
     with pytest.raises(MistralcError, match=rf"holds token {token}; .* tokens are 0 to 319"):
-        score(tiny.session(PLAIN), manifest_of(PLAIN), cut)
+        score(tiny.session(PLAIN), build_of(PLAIN), cut)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -178,4 +180,4 @@ def test_broken_logits_are_an_error_and_not_a_perplexity(broken: float):
     logits = np.zeros(PLAIN.vocab_size, np.float32)
     logits[3] = broken
     with pytest.raises(MistralcError, match="NaN or infinity after token 0 of window 0"):
-        score(Scripted(logits), manifest_of(PLAIN), texts(PLAIN, 1, 9))
+        score(Scripted(logits), build_of(PLAIN), texts(PLAIN, 1, 9))
