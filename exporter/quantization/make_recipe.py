@@ -17,7 +17,7 @@ from exporter.quantization.policy import WeightFacts
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, Recipe, touched
 from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
-from graphs.passes.quantize_linears import Quantization
+from graphs.passes.quantized_weights import Quantization
 from graphs.precisions import Precision
 from graphs.quant_scheme import SCALE, ZERO_POINT, groups
 from graphs.spec import ModelSpec

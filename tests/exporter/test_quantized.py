@@ -28,7 +28,7 @@ from exporter.quantization.rounding import blocked, quantize
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest, read_manifest
 from graphs.passes.pipeline import lower
-from graphs.passes.quantize_linears import Quantization
+from graphs.passes.quantized_weights import Quantization
 from graphs.passes.rule import PassError
 from graphs.quant_scheme import Layout, Scheme, default_scheme, groups, stored_parts
 from runtime.load import load_session, make_ring
