@@ -46,7 +46,7 @@ def _open_cuda(
 ) -> Session:
     from runtime.backends.onnxruntime_cuda import CudaOrtSession
 
-    return CudaOrtSession(directory / "model.onnx", build.contract, batch=batch)
+    return CudaOrtSession(directory / "model.onnx", build.contract, build.target, batch=batch)
 
 
 def _open_tensorrt(
@@ -56,7 +56,7 @@ def _open_tensorrt(
     from runtime.backends.tensorrt import TrtSession
 
     entry = files.get("engine.plan")
-    cache = None if entry is None else kernel_cache.cache_file(entry.sha256)
+    cache = None if entry is None else kernel_cache.kernels_file(entry.sha256)
     return TrtSession(
         directory / "engine.plan", build.contract, build.target,
         batch=batch, cache=cache,

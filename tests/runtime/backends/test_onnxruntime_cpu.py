@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError
 from graphs.spec import RingSpec
-from runtime.backends.onnxruntime_cpu import KEPT, NO_FLASH, OrtSession
+from runtime.backends.onnxruntime_cpu import KEPT_BINDINGS, NO_FLASH, OrtSession
 from runtime.decoding.ring import Ring
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
@@ -199,9 +199,9 @@ def test_bindings_of_rows_that_ran_long_ago_are_not_kept_and_run_again_all_the_s
         return session.step(ids, np.zeros_like(ids), np.zeros_like(ids), first).copy()
 
     spans = [(first, end) for first in rows for end in range(first + 1, 9)]
-    assert len(spans) > 2 * KEPT
+    assert len(spans) > 2 * KEPT_BINDINGS
     once = [logits(*span) for span in spans]
-    assert len(session._decode) == KEPT
+    assert len(session._decode_steps) == KEPT_BINDINGS
     for span, expected in zip(spans, once, strict=True):
         assert np.array_equal(logits(*span), expected), span
 
