@@ -1,6 +1,6 @@
 """Load a checked bundle: session, ring and tokenizer. Knows nothing about commands.
 
-The backend is imported here, when it is needed, and nowhere else.
+Backends are imported here and nowhere else, and only when they are needed.
 """
 
 import importlib
@@ -84,8 +84,9 @@ def load_session(
 ) -> Session:
     """Load the graph or plan in `directory` on the backend of the build's target.
 
-    `files` are those that the manifest lists, none while the bundle is being made. A session has
-    `batch` rows; `threads` is for a CPU, None leaves the number to the backend.
+    `files` are those that the manifest lists; there are none while the bundle is being made. The
+    session has `batch` rows. `threads` is for CPUs; None leaves the number to the backend. Raises
+    MistralcError if the backend is not installed.
     """
     target = build.target
     try:

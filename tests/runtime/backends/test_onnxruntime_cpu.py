@@ -57,7 +57,7 @@ import onnxruntime as ort
 session.resize(ring.full)
 for name, cache in session._caches.items():
     other = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(cache))
-    session._decoding(slice(0, 1)).binding.bind_ortvalue_output("present_" + name, other)
+    session._decode_step(slice(0, 1)).binding.bind_ortvalue_output("present_" + name, other)
 one = np.zeros((1, 1), np.int64)
 session.step(one, one, one)
 """
@@ -125,7 +125,7 @@ def test_every_present_cache_is_the_memory_of_its_past():
     session.resize({4: 6, 16: 18})
     one = np.zeros((1, 1), np.int64)
     session.step(one, one, one)
-    bound = {value.data_ptr() for value in session._decoding(slice(0, 1)).binding.get_outputs()}
+    bound = {value.data_ptr() for value in session._decode_step(slice(0, 1)).binding.get_outputs()}
     caches = session._caches
     assert len(caches) == 2 * SPEC.num_hidden_layers
     for name, cache in caches.items():
