@@ -62,7 +62,9 @@ def _read_weights(path: Path) -> None:
         assert inside, f"{name} extends beyond the end of its file"
         assert tuple(opened.tensor(name).shape) == shape, name
         if stored.where.dtype in TORCH_FLOATS:
-            assert stored.where.length == math.prod(shape) * TORCH_FLOATS[stored.where.dtype].itemsize
+            assert (
+                stored.where.length == math.prod(shape) * TORCH_FLOATS[stored.where.dtype].itemsize
+            )
     assert len(opened.fingerprint()) == 64
 
 

@@ -9,7 +9,14 @@ import pytest
 from graphs.spec import ModelSpec, RingSpec
 from runtime.backends.session import Ids, Logits
 from runtime.decoding.generator import Generator
-from runtime.decoding.prompt_lookup import COST, LIKELY, LONGEST_PAUSE, PROBE, SIZE, PromptLookup
+from runtime.decoding.prompt_lookup import (
+    COST,
+    FIRST_SHARE,
+    LONGEST_PAUSE,
+    NGRAM,
+    PROBE_TOKENS,
+    PromptLookup,
+)
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import SamplingParams
 from tests.support import tiny
@@ -182,7 +189,7 @@ def test_drafts_grow_when_right_and_pause_when_wrong() -> None:
         wait, draft = next((i, draft) for i, draft in found if draft)
         waits.append(wait)
         lengths.append(len(draft))
-    assert lengths == [8, 4, 3, 2, 1, 1, 1, 1, 1, *[PROBE] * 7]
+    assert lengths == [8, 4, 3, 2, 1, 1, 1, 1, 1, *[PROBE_TOKENS] * 7]
     assert waits == [*[1] * 9, 2, 4, 8, 16, 32, 64, 64]
     assert LONGEST_PAUSE == 64
 
@@ -193,14 +200,18 @@ def test_after_a_long_uniform_text_drafts_are_still_made(right: int) -> None:
     for _ in range(5000):
         lookup.learn(8, right)
     lengths = [len(lookup.draft(3, 10)) for _ in range(LONGEST_PAUSE)]
-    assert max(lengths) == (8 if right else PROBE)
+    assert max(lengths) == (8 if right else PROBE_TOKENS)
 
 
 def test_only_tokens_worth_their_cost_are_drafted() -> None:
     lookup = PromptLookup(array("i", [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]), 50)
-    assert LIKELY ** len(lookup.draft(3, 50)) > COST > LIKELY ** (len(lookup.draft(3, 50)) + 1)
+    assert (
+        FIRST_SHARE ** len(lookup.draft(3, 50))
+        > COST
+        > FIRST_SHARE ** (len(lookup.draft(3, 50)) + 1)
+    )
 
 
-@pytest.mark.parametrize("count", range(SIZE + 1))
-def test_a_text_that_is_too_short_gives_no_draft(count: int) -> None:
+@pytest.mark.parametrize("count", range(NGRAM + 1))
+def test_too_short_a_text_gives_no_draft(count: int) -> None:
     assert PromptLookup(array("i", [1] * count), 4).draft(2, 10) == []
