@@ -60,8 +60,8 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last axis of x [B, S, E]; returns the same shape."""
-        normal: Tensor = rms_norm(x, self.weight, self.epsilon)  # [B, S, E]
+        """Normalize the last axis of x [..., E]; returns the same shape."""
+        normal: Tensor = rms_norm(x, self.weight, self.epsilon)  # [..., E]
         return normal
 
 
@@ -182,7 +182,7 @@ class Decoder(nn.Module):
         step = self.prepare(position_ids, past, x.dtype)
         present: Caches = []
         for i, layer in enumerate(self.model.layers):
-            x, written = layer(x, step, past[2 * i : 2 * i + 2])
+            x, written = layer(x, step, past[2 * i : 2 * i + 2])  # [B, S, E]
             present += written
         wanted = gather_rows(x, logits_indices)  # [B, T, E]
         return self.logits(wanted), present
@@ -312,5 +312,5 @@ def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
     positions, wanted = (part.expand(len(batch), -1) for part in (torch.arange(count), rows))
     with torch.inference_mode():
         logits, _ = decoder(batch, positions, wanted, past)  # [B, T, V]
-    found: Tensor = logits.view(*ids.shape[:-1], *logits.shape[1:])
+    found: Tensor = logits.view(*ids.shape[:-1], *logits.shape[1:])  # [..., T, V]
     return found
