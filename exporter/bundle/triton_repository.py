@@ -43,7 +43,7 @@ def check_repository(destination: Path) -> None:
         return
     if destination.exists() or destination.is_symlink():
         raise UsageError(
-            f"{destination} exists and is not an empty directory; expected a new directory, because "
+            f"{destination} exists and is not an empty directory; expected a new one, because "
             "nothing is replaced. Choose another name, or remove it."
         )
 

@@ -108,7 +108,7 @@ def test_the_audit_finds_attention_fused_caches_in_place_and_weights_once(
     assert (facts["attention_fused"], facts["attention"]) == (layers, layers)
     assert (facts["caches_in_place"], facts["caches"]) == (2 * layers, 2 * layers)
     assert facts["caches_repeated"] == 0, "the whole ring would be written out at every token"
-    assert facts["interface"] == "as the contract"
+    assert facts["interface"] == "matches the contract"
     assert facts["faults"] == []
     plan = (bundle / "engine.plan").read_bytes()
     assert facts["plan_sha256"] == hashlib.sha256(plan).hexdigest()
@@ -301,7 +301,7 @@ def test_a_line_of_the_layer_list_is_read() -> None:
 
 SOUND = Audit(
     layers={"kgen": 1}, attention=2, attention_fused=2, caches=4, caches_in_place=4,
-    caches_repeated=0, interface="as the contract", plan_bytes=101_000_000,
+    caches_repeated=0, interface="matches the contract", plan_bytes=101_000_000,
     weight_bytes=100_000_000, plan_sha256="", tensorrt="1", warnings=(),
 )  # fmt: skip
 
@@ -312,7 +312,7 @@ SOUND = Audit(
         ({"attention_fused": 1}, "only 1 of 2 attention layers are fused"),
         ({"caches_in_place": 3}, "only 3 of 4 caches are in place"),
         ({"plan_bytes": 190_000_000}, "1.90 times the bytes"),
-        ({"interface": "the input x is not as the contract has it"}, "the input x"),
+        ({"interface": "the input x does not match the contract"}, "the input x"),
     ],
 )
 def test_an_engine_with_a_fault_is_not_published_unless_allowed(

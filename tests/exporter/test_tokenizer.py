@@ -177,7 +177,7 @@ def test_smollm2_ids_equal_transformers_reading_of_the_same_gguf() -> None:
 
 
 def test_a_llama_kind_of_gguf_has_the_ids_of_its_sentencepiece_model(tmp_path: Path) -> None:
-    path = tmp_path / "mistral"  # told by its first bytes
+    path = tmp_path / "mistral"  # recognized by its first bytes
     _write_gguf(path, SENTENCEPIECE["v3"])
     reference = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE["v3"]))
     converted = convert_file(path)
@@ -284,7 +284,7 @@ def test_settings_beside_the_tokenizer_are_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}[INST]hi[/INST]")
     converted = read_tokenizer(tmp_path)
-    assert converted.tokenizer_config["tokenizer_version"] == "v3"  # told by its pieces
+    assert converted.tokenizer_config["tokenizer_version"] == "v3"  # recognized by its pieces
     assert converted.tokenizer_config["chat_template"] == "{{ bos_token }}[INST]hi[/INST]"
     assert converted.generation_config == {"eos_token_id": [2]}
 
@@ -335,7 +335,7 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
         ("tokenizer.model.v3", b"version https://git-lfs", "cannot be read as a SentencePiece"),
         ("tokenizer.model.v3", b"", "has no pieces"),
         ("model.gguf", b"GGUF" + bytes(20), "model.gguf"),
-        ("vocab.txt", b"a", "told by its name"),
+        ("vocab.txt", b"a", "does not have the name of a tokenizer file"),
     ],
 )
 def test_a_damaged_file_is_one_clear_paragraph(
