@@ -70,7 +70,7 @@ def test_a_bundle_does_not_say_where_when_or_on_which_machine_it_was_made(
 def test_exports_of_one_checkpoint_are_equal_byte_for_byte_across_processes(
     sliding_bundle: Path, sliding_checkpoint: Path, tmp_path: Path
 ) -> None:
-    # Another process, hash seed, time zone and working directory: what sneaks into files.
+    # Another process, hash seed, time zone and working directory: what might leak into files.
     again = tmp_path / "elsewhere" / "another-name"
     environment = {**os.environ, "PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu"}
     command = [sys.executable, "-m", "mistralc", "export", sliding_checkpoint, "-o", again]
@@ -90,7 +90,7 @@ def test_the_weights_are_a_safetensors_file_of_the_checkpoints_tensors(
     checkpoint = open_checkpoint(source)
     with safetensors.safe_open(bundle / "weights.safetensors", framework="pt") as file:
         assert set(file.keys()) == checkpoint.spec.weight_shapes().keys()
-        for name in file.keys():  # noqa: SIM118  (it is no mapping)
+        for name in file.keys():  # noqa: SIM118  (not a mapping)
             assert torch.equal(file.get_tensor(name), checkpoint.tensor(name)), name
 
 
@@ -126,7 +126,7 @@ def test_the_graphs_external_data_are_byte_ranges_of_the_weights_file(
 
 
 def parts_of(name: str) -> list[str]:
-    """The checkpoint's tensors that one of the graph's is made of."""
+    """Return the checkpoint's tensors that a tensor of the graph consists of."""
     for merged, parts in {
         "qkv_proj": "q_proj k_proj v_proj",
         "gate_up_proj": "gate_proj up_proj",
@@ -170,7 +170,7 @@ def test_an_older_bundle_is_exchanged_for_the_new_one_in_one_step(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_a_leftover_is_swept_and_an_export_at_work_is_not(tmp_path: Path) -> None:
+def test_a_leftover_is_removed_and_a_running_export_is_not(tmp_path: Path) -> None:
     leftover = tmp_path / f"{writing.PARTIAL}killed-1"
     leftover.mkdir()
     (leftover / "weights.safetensors").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""Checkpoints in every format: the same canonical weights, or an error that names the culprit."""
+"""Checkpoints in every format: the same canonical weights, or an error that says where."""
 
 import shutil
 import subprocess
@@ -49,7 +49,7 @@ def test_smollm2_is_the_published_model(smollm2: Checkpoint) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("heads", [(4, 4, 16), (4, 1, 24)], ids=["mha", "mqa"])
-def test_every_layout_gives_the_same_canonical_weights(
+def test_every_format_gives_the_same_canonical_weights(
     tmp_path: Path, kind: Format, dtype: str, heads: tuple[int, int, int]
 ) -> None:
     query, kv, size = heads
@@ -91,7 +91,7 @@ def test_bytes_of_is_the_tensor_verbatim_or_none(tmp_path: Path, kind: Format) -
         assert data == bytes(opened.tensor(name).view(torch.uint8).numpy())
 
 
-def test_hugging_face_wins_where_both_layouts_lie(directory: Path) -> None:
+def test_hugging_face_wins_in_a_directory_of_both_formats(directory: Path) -> None:
     write_checkpoint(directory, tiny_spec(), format="mistral", seed=1)
     opened = open_checkpoint(directory)
     assert opened.format == "huggingface"
@@ -118,7 +118,7 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(directory: Path) -> None:
     assert open_checkpoint(directory).spec == tiny_spec()
 
 
-def test_a_kept_head_has_to_equal_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
+def test_a_stored_head_has_to_equal_the_embedding_it_is_tied_to(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, tiny_spec(tie_word_embeddings=True))
     embedding = "model.embed_tokens.weight"
     edit_weights(path, lambda weights: weights.update({"lm_head.weight": weights[embedding] * 1}))
@@ -145,7 +145,7 @@ def test_the_fingerprint_covers_every_byte_of_the_weights(sharded: Path) -> None
     assert len(seen) == 1 + len(list(sharded.glob("*.safetensors")))
 
 
-def test_the_fingerprint_covers_the_spec_and_not_the_place(directory: Path) -> None:
+def test_the_fingerprint_covers_the_spec_and_not_the_path(directory: Path) -> None:
     first = open_checkpoint(directory).fingerprint()
     moved = directory.rename(directory.with_name("elsewhere"))
     (moved / "tokenizer.json").unlink()
@@ -198,11 +198,11 @@ def test_a_directory_around_a_gguf_names_the_file_to_give(tmp_path: Path) -> Non
     assert str(path) in refusal(tmp_path)
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(directory: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused(directory: Path) -> None:
     assert "not a GGUF file" in refusal(directory / "model.safetensors")
 
 
-def test_what_the_file_system_refuses_is_a_clear_error(
+def test_an_error_of_the_file_system_is_a_clear_error(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path) -> None:
@@ -235,7 +235,7 @@ def test_smollm2_is_found_without_running_its_code() -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000])
-def test_a_configuration_that_is_no_json_object_is_refused(directory: Path, text: bytes) -> None:
+def test_a_configuration_that_is_not_a_json_object_is_refused(directory: Path, text: bytes) -> None:
     (directory / "config.json").write_bytes(text)
     assert str(directory / "config.json") in refusal(directory)
 

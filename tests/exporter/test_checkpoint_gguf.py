@@ -1,4 +1,4 @@
-"""GGUF checkpoints: what is read as the gguf package reads it, and what is refused."""
+"""GGUF checkpoints: read as the gguf package reads them, and refused if damaged or unsupported."""
 
 from pathlib import Path
 
@@ -49,10 +49,10 @@ def test_quantized_tensors_have_no_verbatim_bytes(smollm2: Checkpoint) -> None:
     assert smollm2.bytes_of("model.norm.weight") is not None
 
 
-# What is refused: GGUF
+# What is refused
 
 
-def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\3\4" + b"\0" * 100)
     assert "does not begin with the letters GGUF" in refusal(path)

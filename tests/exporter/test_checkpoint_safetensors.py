@@ -50,7 +50,7 @@ def test_shards_hold_the_same_weights_as_one_file(directory: Path, sharded: Path
 
 
 def test_opening_reads_no_weights(directory: Path) -> None:
-    # A sparse file of 100 GB of zeros, which nobody could read in the time a test has.
+    # A sparse file of 100 GB of zeros: reading it would take minutes.
     spec = tiny_spec(hidden_size=65_536, intermediate_size=65_536, num_hidden_layers=2)
     assert 4 * spec.num_parameters > 10**11
     header = safetensors_header(spec.weight_shapes(), "float32")
@@ -103,7 +103,7 @@ def test_a_misshaped_tensor_is_refused_with_both_shapes(directory: Path) -> None
     ("dtype", "shown"),
     [(torch.int8, "I8"), (torch.float64, "F64"), (torch.float8_e4m3fn, "F8_E4M3")],
 )
-def test_a_dtype_that_is_no_weights_is_refused(
+def test_a_dtype_that_weights_cannot_have_is_refused(
     directory: Path, dtype: torch.dtype, shown: str
 ) -> None:
     edit_weights(
@@ -201,7 +201,7 @@ def test_a_tensor_that_only_the_index_or_only_a_shard_has_is_refused(sharded: Pa
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/hostname", "", "a\0b", "."])
-def test_an_index_pointing_outside_its_folder_is_refused(sharded: Path, name: str) -> None:
+def test_an_index_pointing_outside_its_directory_is_refused(sharded: Path, name: str) -> None:
     index = sharded / "model.safetensors.index.json"
     edit_json(index, lambda data: data["weight_map"].update({Q_PROJ: name}))
     assert Q_PROJ in refusal(sharded)

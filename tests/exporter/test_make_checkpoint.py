@@ -25,7 +25,7 @@ def test_a_made_checkpoint_loads_in_transformers(tmp_path: Path) -> None:
     assert model.config.sliding_window == 8
     with torch.no_grad():
         logits = model(torch.arange(256)[None]).logits
-    assert 0.5 < logits.std() < 2  # spread enough that greedy choices are no near ties
+    assert 0.5 < logits.std() < 2  # spread enough that greedy choices are not near ties
 
 
 def test_a_made_tokenizer_reads_and_writes_any_text(tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def test_packages_of_our_names_in_the_current_directory_and_on_the_path_are_not_
     archive = copy_of(sliding_bundle) / "run.pyz"
     for module in ("runtime.py", "graphs.py"):
         (tmp_path / module).write_text(DECOY, encoding="utf-8")
-    # A module that is imported from nowhere else shows that these directories are looked at.
+    # Importing a decoy shows that Python searches these directories.
     probe = run(host, "-c", "import runtime.cli.run_pyz", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert probe.stderr == "the decoy ran\n"
     for command in (("inspect", archive.parent), ("chat", archive.parent), ("--version",), ("-h",)):
@@ -247,7 +247,7 @@ def test_packages_of_our_names_in_the_current_directory_and_on_the_path_are_not_
 def test_the_archive_finds_its_modules_after_the_directory_was_changed(
     host: Path, sliding_bundle: Path, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    # Commands import what they need when they run; a relative path would then lead nowhere.
+    # Commands import what they need when they run; a relative path would then be wrong.
     code = f"""
 import os, runpy, sys
 sys.argv = ["run.pyz", "-h"]

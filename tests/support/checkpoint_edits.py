@@ -21,7 +21,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
 def small_spec(**overrides: Any) -> ModelSpec:
-    """A few kilobytes, without room for a tokenizer."""
+    """A model of a few kilobytes, with a vocabulary too small for a tokenizer."""
     small = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
              "head_dim": 8}  # fmt: skip
     return tiny_spec(**(small | overrides))
@@ -58,7 +58,7 @@ def write_gguf(
     extra: dict[str, np.ndarray[Any, Any]] | None = None,
     **metadata: int,
 ) -> Path:
-    """A GGUF by the gguf package's plain way, with chosen block types by canonical name."""
+    """Write a GGUF file with the gguf package; `kinds` are block types by canonical name."""
     writer = gguf.GGUFWriter(path, "llama")
     numbers = {
         "block_count": spec.num_hidden_layers, "context_length": 512,
