@@ -19,6 +19,7 @@ NAME = "run.pyz"
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip archive can say
 MODE = 0o100644  # a regular file that everyone may read
+WITH_DOCSTRINGS = ("runtime/cli/", "runtime/serve/")
 UNIX = 3  # the system that the permissions are of
 
 
@@ -41,7 +42,27 @@ def contents() -> dict[str, bytes]:
         parts = path.relative_to(root).parts
         if path.is_file() and not any(_leftover(part) for part in parts):
             files["/".join(("runtime", *parts))] = path.read_bytes()
-    return files | _needed_graphs(files)
+    files |= _needed_graphs(files)
+    return {name: _stripped(name, data) for name, data in files.items()}
+
+
+def _stripped(name: str, source: bytes) -> bytes:
+    """A module without its docstrings, which nobody reads in an archive; other files as they are.
+
+    The command line shows its docstrings as help, and the server in its OpenAPI schema.
+    """
+    if not name.endswith(".py") or name.startswith(WITH_DOCSTRINGS):
+        return source
+    lines = source.splitlines(keepends=True)
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
+            continue
+        if isinstance(node.value.value, str) and node.end_lineno is not None:
+            first, last = node.lineno - 1, node.end_lineno - 1
+            begin, end = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
+            # Blank lines keep the line numbers that a traceback shows.
+            lines[first : last + 1] = [begin + b'""' + end, *[b"\n"] * (last - first)]
+    return b"".join(lines)
 
 
 def _leftover(name: str) -> bool:

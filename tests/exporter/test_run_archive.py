@@ -253,8 +253,25 @@ def test_errors_of_the_archive_are_a_paragraph_and_a_status(host: Path, tmp_path
 def test_the_archive_of_another_python_process_is_the_same(tmp_path: Path) -> None:
     run_archive.write_run_archive(tmp_path)
     (tmp_path / "other").mkdir()
-    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\nfrom exporter import run_archive"
-            f"\nrun_archive.write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
+    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\n"
+            "from exporter.bundle import run_archive\n"
+            f"run_archive.write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "run.pyz").read_bytes() == (tmp_path / "other" / "run.pyz").read_bytes()
+
+
+def test_modules_lose_their_docstrings_and_nothing_else() -> None:
+    contents = run_archive.contents()
+    for name, kept in (("runtime/decoding/ring.py", False), ("runtime/cli/commands.py", True)):
+        source, packed = (ROOT / name).read_bytes(), contents[name]
+        assert (source == packed) is kept, name
+        trees = [ast.parse(text) for text in (source, packed)]
+        lines = [
+            [(type(node), node.lineno) for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+            for tree in trees
+        ]
+        assert lines[0] == lines[1], "a traceback names the line in the source"
+        documented = [node for node in ast.walk(trees[1]) if isinstance(node, ast.FunctionDef)
+                      and ast.get_docstring(node)]  # fmt: skip
+        assert bool(documented) is kept, name
