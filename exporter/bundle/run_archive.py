@@ -28,12 +28,7 @@ ENTRY_POINTS = (  # by `run_main.py` and by `triton_model.py`
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time of the zip format
 MODE = 0o100644  # a regular file that everyone may read
-<<<<<<< HEAD
-WITH_DOCSTRINGS = ("runtime/cli/", "runtime/serve/")
-UNIX = 3  # the system that the permissions are of
-=======
 UNIX = 3  # the system whose permissions these are
->>>>>>> refs/heads/readers
 
 
 def write_run_archive(directory: Path) -> None:
@@ -48,41 +43,10 @@ def write_run_archive(directory: Path) -> None:
 def contents() -> dict[str, bytes]:
     """Return every file of the archive by its name there."""
     main = Path(str(run_main.__file__)).read_text(encoding="utf-8")
-<<<<<<< HEAD
-    found = {"__main__.py": main.replace('VERSION = "?"', f"VERSION = {version('mistralc')!r}")}
-    files: dict[str, bytes] = {name: text.encode() for name, text in found.items()}
-    root = Path(str(runtime.__file__)).parent
-    for path in sorted(root.rglob("*")):
-        parts = path.relative_to(root).parts
-        if path.is_file() and not any(_leftover(part) for part in parts):
-            files["/".join(("runtime", *parts))] = path.read_bytes()
-    files |= _needed_graphs(files)
-    return {name: _stripped(name, data) for name, data in files.items()}
-
-
-def _stripped(name: str, source: bytes) -> bytes:
-    """A module without its docstrings, which nobody reads in an archive; other files as they are.
-
-    The command line shows its docstrings as help, and the server in its OpenAPI schema.
-    """
-    if not name.endswith(".py") or name.startswith(WITH_DOCSTRINGS):
-        return source
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Constant):
-            continue
-        if isinstance(node.value.value, str) and node.end_lineno is not None:
-            first, last = node.lineno - 1, node.end_lineno - 1
-            begin, end = lines[first][: node.col_offset], lines[last][node.end_col_offset :]
-            # Blank lines keep the line numbers that a traceback shows.
-            lines[first : last + 1] = [begin + b'""' + end, *[b"\n"] * (last - first)]
-    return b"".join(lines)
-=======
     main = main.replace('VERSION = "?"', f"VERSION = {version('mistralc')!r}")
     sources = {"__main__.py": main, **_needed_modules()}
     files = {name: strip_remarks(source).encode() for name, source in sources.items()}
     return files | _data_files({name.rpartition("/")[0] for name in files})
->>>>>>> refs/heads/readers
 
 
 def strip_remarks(source: str) -> str:

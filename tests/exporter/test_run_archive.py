@@ -303,19 +303,3 @@ def test_the_archive_of_another_python_process_is_the_same(tmp_path: Path) -> No
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "run.pyz").read_bytes() == (tmp_path / "other" / "run.pyz").read_bytes()
-
-
-def test_modules_lose_their_docstrings_and_nothing_else() -> None:
-    contents = run_archive.contents()
-    for name, kept in (("runtime/decoding/ring.py", False), ("runtime/cli/commands.py", True)):
-        source, packed = (ROOT / name).read_bytes(), contents[name]
-        assert (source == packed) is kept, name
-        trees = [ast.parse(text) for text in (source, packed)]
-        lines = [
-            [(type(node), node.lineno) for node in ast.walk(tree) if isinstance(node, ast.stmt)]
-            for tree in trees
-        ]
-        assert lines[0] == lines[1], "a traceback names the line in the source"
-        documented = [node for node in ast.walk(trees[1]) if isinstance(node, ast.FunctionDef)
-                      and ast.get_docstring(node)]  # fmt: skip
-        assert bool(documented) is kept, name
