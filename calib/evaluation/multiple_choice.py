@@ -6,7 +6,7 @@ exactly as the model reads it: at most one space is added.
 """
 
 import math
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from exporter.checks.corpus import objects, read_text
 from graphs.build import Build
 from graphs.errors import MistralcError
 from runtime.backends.session import Session
+from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
-from runtime.measure.perplexity import Progress, check_ids, feed, log_likelihoods
+from runtime.measure.perplexity import Progress, check_ids, log_likelihoods
 from runtime.text.tokenizer import Tokenizer
 
 EXPECTED = (
@@ -96,9 +97,9 @@ class Scorer:
     """
 
     def __init__(self, session: Session, build: Build) -> None:
-        self.session, self.build, self.ring = session, build, make_ring(build)
+        self.build, self.ring = build, make_ring(build)
+        self._sequence = Sequence(session, self.ring)
         self._seen: list[int] = []  # ids in the ring
-        session.resize(self.ring.capacities)
 
     @property
     def longest(self) -> int | None:
@@ -106,7 +107,7 @@ class Scorer:
         spec, context = self.build.spec, self.build.ring.context
         return None if spec.slides else context + 1  # the last token is never fed
 
-    def score(self, ids: Sequence[int], start: int) -> Likelihood:
+    def score(self, ids: abc.Sequence[int], start: int) -> Likelihood:
         """Score the tokens of `ids` from index `start` (at least 1) on, given those before.
 
         Raises ContextFullError if the bundle has no room for them, and MistralcError if its logits
@@ -121,11 +122,12 @@ class Scorer:
         # The context is fed first and by itself, so that all choices of a question see the same
         # keys, whichever is scored first.
         context, continuation = array[common : start - 1], array[start - 1 :]
-        for _ in feed(self.session, self.ring, context, len(context)):
+        for _ in self._sequence.feed(context):
             pass
         log, greedy = 0.0, True
-        for at, logits in feed(self.session, self.ring, continuation[:-1], 0):
-            targets = continuation[at + 1 : at + 1 + len(logits)]
+        fed = continuation[:-1]
+        for start, count, logits in self._sequence.feed(fed, np.arange(len(fed))):
+            targets = continuation[start + 1 : start + 1 + count]
             log += float(log_likelihoods(logits, targets).sum())
             greedy &= bool((logits.argmax(-1) == targets).all())
         self._seen += ids[common:-1]
@@ -136,7 +138,7 @@ class Scorer:
             )
         return Likelihood(log=log, greedy=greedy)
 
-    def _common(self, ids: Sequence[int]) -> int:
+    def _common(self, ids: abc.Sequence[int]) -> int:
         """Count the leading `ids` that are in the ring and that it can rewind to."""
         common = common_prefix(self._seen, ids)
         return common if common >= self.ring.oldest_rewind() else 0
@@ -154,7 +156,7 @@ def measure_accuracy(
     session: Session,
     build: Build,
     tokenizer: Tokenizer,
-    questions: Sequence[Question],
+    questions: abc.Sequence[Question],
     progress: Progress | None = None,
 ) -> Accuracy:
     """Answer all `questions`, counted by `progress`. Of equally likely choices the first wins."""
@@ -203,7 +205,7 @@ def prefix_id(tokenizer: Tokenizer) -> int:
     )
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
     """Return the length of the common prefix of two texts, in tokens."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

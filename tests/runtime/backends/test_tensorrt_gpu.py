@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from exporter.engine.build import BuildRequest, build_engine
 
+from exporter.engine.process import build_engine
+from exporter.engine.request import BuildRequest
 from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from runtime.backends import kernel_cache
 from runtime.backends.tensorrt import TrtSession
@@ -47,7 +48,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
             folder = tmp_path_factory.mktemp("engine")
             model = tiny.traced(ENGINE_SPEC, activation)
             contract = GraphContract(spec=ENGINE_SPEC, ring=ENGINE_RING, activation=activation)
-            specialize(model, contract.capacities)
+            fix_dimensions(model, contract.capacities)
             lower(model, ENGINE_SPEC, target)
             ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"
