@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from graphs.precisions import PRECISIONS, Precision
 from graphs.targets import TARGETS, Target
-from tests.support.documents import DOCS, README, replace_between
+from tests.support.documents import DOCS, README, between, replace_between
 from tests.support.make_checkpoint import PRESETS, hf_config
 
 PLANS = {
@@ -26,6 +26,23 @@ PLANS = {
     "cpu": ("plan", "Mistral-7B-v0.1", "--target", "cpu", "--precision", "int4wo"),
 }
 """Commands whose output is shown. The directory has the config.json of Mistral-7B-v0.1 only."""
+
+
+PEERS_MARKS = "<!-- measured by benchmarks/peers/compare.py -->", "<!-- end of the peers -->"
+PEERS = {
+    "mistralc int4wo-gptq-128": "mistralc, 4 bits (GPTQ)",
+    "onnxruntime-genai int4": "ONNX Runtime GenAI, 4 bits",
+    "llama.cpp Q4_0": "llama.cpp, 4 bits (Q4_0)",
+    "OpenVINO GenAI, from Q4_0": "OpenVINO GenAI, 4 bits (from Q4_0)",
+    "mistralc int4wo-exact": "mistralc, 4 bits, the blocks of the Q4_1 file",
+    "llama.cpp Q4_1": "llama.cpp, 4 bits, the Q4_1 file itself",
+    "mistralc int8-smoothquant": "mistralc, 8 bits (weights and activations)",
+    "mistralc int8wo-awq-gptq-128": "mistralc, 8 bits (weights)",
+    "onnxruntime-genai int8": "ONNX Runtime GenAI, 8 bits",
+    "llama.cpp Q8_0": "llama.cpp, 8 bits (Q8_0)",
+    "OpenVINO GenAI, from Q8_0": "OpenVINO GenAI, 8 bits (from Q8_0)",
+}
+"""Rows of the table in docs/benchmarks.md that README shows, and what they are called there."""
 
 
 class Part(NamedTuple):
@@ -79,8 +96,21 @@ def _hardware(target: Target) -> str:
     return f"NVIDIA GPU of compute capability {', '.join(target.compute_capabilities)}"
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
+def peers() -> str:
+    """A row for each engine of `PEERS`, from the table that the benchmark writes."""
+    measured = between(DOCS / "benchmarks.md", *PEERS_MARKS)
+    found = {row[0]: row for row in (_cells(line) for line in measured.splitlines()) if len(row) == 6}
+    rows = [[label, *found[name][1:4]] for name, label in PEERS.items()]
+    heads = ["", "decode, tokens/s", "prefill, tokens/s", "perplexity"]
+    return _table(heads, rows, align="---:")
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def _table(heads: list[str], rows: list[list[str]], align: str = "---") -> str:
+    lines = [heads, ["---", *[align] * (len(heads) - 1)], *rows]
     return "\n".join(re.sub(r"  +", " ", f"| {' | '.join(line)} |") for line in lines)
 
 
@@ -123,6 +153,7 @@ PARTS: Mapping[str, Part] = {
     for one in (
         Part(README, "precisions by target", precisions_by_target),
         Part(README, "targets", facts_of_targets),
+        Part(README, "peers", peers),
         Part(DOCS / "planning.md", "plan for GPUs", lambda: _session(PLANS["gpus"])),
         Part(DOCS / "planning.md", "plan for a CPU", lambda: _session(PLANS["cpu"])),
     )
