@@ -23,18 +23,13 @@ TOOLS = ("pytest", "ruff", "mypy", "lint-imports")
 FOREIGN = {  # programs of others that documents name, and why we do not check their options
     ".": "the shell's",
     "cd": "the shell's",
-    "cp": "the system's",
     "scp": "the system's",
     "curl": "the system's; test_serve_openai.py makes such requests",
     "openssl": "the system's; test_signature.py runs it",
     "jq": "the system's",
-    "iconv": "the system's",
-    "git": "the system's",
     "podman": "needs a container engine, and images from a registry",
-    "docker": "the same",
     "serve": "Ray's; test_serve_ray.py runs it",
     "tritonserver": "needs Triton; test_triton.py calls the model as it would",
-    "llama-gguf-split": "llama.cpp's",
 }
 PROGRAMS = ("mistralc", "python", "make", "pip", *TOOLS, *FOREIGN)
 _NUMBER = "64"  # stands for the placeholder N: a number that every option with a range takes
@@ -46,7 +41,7 @@ def check(command: str, *, whole: bool = True) -> None:
     A command that is not `whole` is part of a sentence: required arguments may be missing, and
     brackets and ellipses are left out.
     """
-    words = shlex.split(command if whole else re.sub(r"[][…]", " ", command))
+    words = shlex.split(command if whole else re.sub(r"(?<=\s)\[|\](?=\s|$)|…", " ", command))
     words = [_NUMBER if word == "N" else word for word in words]
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     try:
