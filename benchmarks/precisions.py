@@ -96,7 +96,7 @@ def main() -> None:
         replace_between(DOCS / "calibration.md", *MARKS, table(found, arguments.windows))
 
 
-def measured(row: Row, folder: Path, count: int) -> BundleRow:
+def measure(row: Row, folder: Path, count: int) -> BundleRow:
     """Calibrate, export and evaluate one row on `count` windows."""
     table_path = calibrated(row, folder)
     bundle = folder / "bundle"
