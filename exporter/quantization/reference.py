@@ -1,7 +1,6 @@
-"""A quantized model in plain PyTorch: what a finished bundle is compared with.
+"""The reference for quantized bundles: a fake-quantized model in plain PyTorch.
 
-Every quantized weight is what its codes stand for, every rounded input what its codes stand for;
-the arithmetic between them is float32. Knows nothing about graphs or files.
+Weights and rounded inputs are dequantized; the arithmetic in between is float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ BLOCK = 1 << 24  # numbers dequantized at once: 64 MiB in float32
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer as its codes compute it, made anew from the stored weight in every pass."""
+    """Fake-quantized linear: dequantizes its weight on every forward pass."""
 
     def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class QuantizedLinear(nn.Module):
         return torch.cat([_nbits(x, rounded, rows) for rows in self.blocks()], dim=-1)
 
     def blocks(self) -> Iterator[Quantized]:
-        """The weight [N, K], some rows at a time."""
+        """Yield the quantized weight [N, K], some rows at a time."""
         exact = self.recipe.repacked.get(self.name)
         if exact is not None:
             yield exact()
@@ -51,7 +50,7 @@ class QuantizedLinear(nn.Module):
 def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
     """Round each block of the last axis of x [..., K] to int8 and back, as `MatMulNBits` does.
 
-    Its scale is the block's largest value / 127: `accuracy_level` 4 of ONNX Runtime's operator.
+    The scale is the block's largest absolute value / 127: `accuracy_level` 4 of ONNX Runtime.
     """
     blocks = blocked(x.reshape(-1, x.shape[-1]), scheme)  # [rows, J, block]
     scale = blocks.abs().amax(-1, keepdim=True) / 127
@@ -60,7 +59,7 @@ def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _nbits(x: Tensor, rounded: Tensor, weight: Quantized) -> Tensor:
-    """Multiply the rounded input with the codes, and the input as it is with the minimums."""
+    """Multiply the rounded input by the codes, and the unrounded input by the minimums."""
     result = F.linear(rounded, replace(weight, minimum=None).dequantized())
     if weight.minimum is None:
         return result
@@ -69,7 +68,7 @@ def _nbits(x: Tensor, rounded: Tensor, weight: Quantized) -> Tensor:
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """A tied embedding looked up among the codes of the output layer."""
+    """A tied embedding that looks rows up in the codes of the output layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up x [B, S]; returns float32 [B, S, E]."""
@@ -81,14 +80,14 @@ class QuantizedEmbedding(QuantizedLinear):
 
 
 class Kept(QuantizedLinear):
-    """The same with the dequantized weight kept: fast, and 4 bytes a weight."""
+    """Fake-quantized linear that keeps its dequantized weight: fast, 4 bytes per weight."""
 
     def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
         super().__init__(name, weight, recipe)
         self.kept = torch.cat([rows.dequantized() for rows in self.blocks()])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., K], rounding it only where the scheme says so."""
+        """Multiply x [..., K], rounding it if the scheme rounds inputs."""
         scheme = self.recipe.schemes[self.name]
         if scheme.activation is not None:
             x = round_activation(x, scheme, self.recipe.input_scale(self.name))
@@ -96,9 +95,9 @@ class Kept(QuantizedLinear):
 
 
 def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = False) -> Decoder:
-    """Build the decoder that computes as `recipe` stores, from the checkpoint's `weight(name)`.
+    """Build the fake-quantized decoder of `recipe` from the checkpoint's `weight(name)`.
 
-    `keep` holds all dequantized weights in memory; without it a 7B fits in a few hundred megabytes.
+    `keep` holds all dequantized weights in memory; without it, a 7B takes a few hundred megabytes.
     """
     spec = recipe.spec
     decoder = load_decoder(spec, weight)

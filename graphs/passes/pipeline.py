@@ -16,7 +16,8 @@ from graphs.passes.onnxruntime.fuse_transpose import FUSE_TRANSPOSE
 from graphs.passes.onnxruntime.group_query_attention import GROUP_QUERY_ATTENTION
 from graphs.passes.onnxruntime.pad_query import PAD_QUERY
 from graphs.passes.onnxruntime.skip_norm import SKIP_NORM
-from graphs.passes.quantize_linears import Quantization, QuantizeLinears
+from graphs.passes.quantize_linears import QuantizeLinears
+from graphs.passes.quantized_weights import Quantization
 from graphs.passes.rule import CONTRIB, Pass
 from graphs.passes.tie_embedding import TIE_EMBEDDING
 from graphs.passes.trt.fold_query_groups import FOLD_QUERY_GROUPS

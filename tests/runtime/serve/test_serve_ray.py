@@ -1,7 +1,7 @@
 """Two replicas behind Ray's proxy: the same answers, and a killed replica affects no other.
 
-A real Ray in a process of its own (tests/support/cluster/ray_host.py), on tiny bundles. Skipped where
-the extra `ray` is not installed, as in `dev`.
+A real Ray in a process of its own (tests/support/cluster/ray_host.py), on tiny bundles. Skipped
+where the extra `ray` is not installed, as in `dev`.
 """
 
 import contextlib
