@@ -29,7 +29,6 @@ def build_of(spec: ModelSpec, context: int = 64, chunk: int = CHUNK) -> Build:
         target=TARGETS["cpu"], precision=PRECISIONS["fp32"], storage=Storage(),
         contract=GraphContract(spec=spec, ring=ring, activation="float32"),
     )  # fmt: skip
-    return manifest.build
 
 
 def texts(spec: ModelSpec, count: int, length: int) -> Ids:
