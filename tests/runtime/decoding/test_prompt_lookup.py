@@ -213,5 +213,5 @@ def test_only_tokens_worth_their_cost_are_drafted() -> None:
 
 
 @pytest.mark.parametrize("count", range(NGRAM + 1))
-def test_a_text_that_is_too_short_gives_no_draft(count: int) -> None:
+def test_too_short_a_text_gives_no_draft(count: int) -> None:
     assert PromptLookup(array("i", [1] * count), 4).draft(2, 10) == []
