@@ -1,4 +1,4 @@
-"""The command `mistralc eval`, and the registration of calib's commands.
+"""The command `mistralc eval`.
 
 Heavy imports are inside the functions, and torch is imported only to compare a bundle with its
 checkpoint, so that a production host can measure what it serves.
@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calib.cli.calibrate import calibrate
-from calib.cli.report import report
 from calib.cli.text_windows import measure_text, read_windows
 from calib.options import TextOptions
 from runtime.cli import options as common
-from runtime.cli.option_fields import with_option_fields
 from runtime.system.progress import stage_for
 
 if TYPE_CHECKING:
     from runtime.backends.session import Ids
-
-
-def register(app: typer.Typer) -> None:
-    """Add this package's commands to `app`."""
-    app.command()(with_option_fields(calibrate))
-    app.command("eval")(with_option_fields(evaluate))
-    app.command()(with_option_fields(report))
 
 
 def evaluate(

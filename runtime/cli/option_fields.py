@@ -5,12 +5,14 @@ A field's name, type and default are those of the option; its `typer.Option` is 
     @dataclass(frozen=True, kw_only=True)
     class Limits:
         max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens.")] = 512
+        buffered_tokens: int = 1024
 
     @with_option_fields
     def generate(*, prompt: str, limits: Limits) -> None: ...
 
-`generate` then has the options `--prompt` and `--max-tokens`. Fields that are dataclasses are
-expanded too. Works with typer and with `plain_typer` alike: both read a command's signature.
+`generate` then has the options `--prompt` and `--max-tokens`. A field without `typer.Option`, such
+as `buffered_tokens`, keeps its default. Fields that are dataclasses are expanded too. Works with
+typer and with `plain_typer` alike: both read a command's signature.
 """
 
 import inspect
@@ -23,7 +25,7 @@ Command = Callable[..., None]
 
 
 def with_option_fields(command: Command) -> Command:
-    """Replace each parameter of `command` that is a dataclass by that dataclass's fields.
+    """Replace each parameter of `command` that is a dataclass by the options among its fields.
 
     Raises TypeError if two options would have one name.
     """
@@ -52,9 +54,9 @@ def with_option_fields(command: Command) -> Command:
 
 
 def build(kind: type[Any], given: Mapping[str, Any]) -> Any:
-    """Make a dataclass of the values given for its fields, however deep these are nested."""
+    """Make a dataclass of the values given for its options and those of nested dataclasses."""
     values = {}
-    for field, hint in _fields(kind):
+    for field, hint in _option_fields(kind):
         if _is_group(hint):
             values[field.name] = build(hint, given)
         elif _holds_many(_plain(hint)):
@@ -65,7 +67,7 @@ def build(kind: type[Any], given: Mapping[str, Any]) -> Any:
 
 
 def _options(kind: type[Any]) -> Iterator[inspect.Parameter]:
-    for field, hint in _fields(kind):
+    for field, hint in _option_fields(kind):
         if _is_group(hint):
             yield from _options(hint)
             continue
@@ -86,9 +88,13 @@ def _is_group(hint: Any) -> bool:
     return isinstance(hint, type) and is_dataclass(hint)
 
 
-def _fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+def _option_fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields that are options or groups of options, with their types."""
     hints = get_type_hints(kind, include_extras=True)
-    return ((field, hints[field.name]) for field in fields(kind))
+    for field in fields(kind):
+        hint = hints[field.name]
+        if get_origin(hint) is Annotated or _is_group(hint):
+            yield field, hint
 
 
 def _plain(hint: Any) -> Any:

@@ -153,7 +153,7 @@ def run(
 
 def test_the_decoys_are_in_the_way_and_typer_is_not_there(host: Path, tmp_path: Path) -> None:
     # Else the tests below would show nothing.
-    for module in ("runtime.cli.run_pyz", "graphs.errors"):
+    for module in ("runtime.run_pyz", "graphs.errors"):
         done = run(host, "-c", f"import {module}", cwd=tmp_path)
         assert done.stderr == "the decoy ran\n"
     for module in ("typer", "rich", "torch", "onnx_ir", "mistralc"):
@@ -192,7 +192,7 @@ def test_packages_of_our_names_in_the_current_directory_and_on_the_path_are_not_
     for module in ("runtime.py", "graphs.py"):
         (tmp_path / module).write_text(DECOY, encoding="utf-8")
     # A module that is imported from nowhere else shows that these directories are looked at.
-    probe = run(host, "-c", "import runtime.cli.run_pyz", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    probe = run(host, "-c", "import runtime.run_pyz", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert probe.stderr == "the decoy ran\n"
     for command in (("inspect", archive.parent), ("chat", archive.parent), ("--version",), ("-h",)):
         done = run(host, archive, *command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
