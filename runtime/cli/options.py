@@ -31,7 +31,7 @@ Threads = Annotated[
 ]
 NoCheck = Annotated[
     bool,
-    typer.Option("--no-check", help="Do not check the bundle's known answer when loading it."),
+    typer.Option("--no-check", help="Load without replaying the bundle's golden tokens."),
 ]
 RequireSignature = Annotated[
     Path | None,

@@ -91,7 +91,7 @@ def test_what_is_no_private_key_does_not_sign(
     key.write_bytes(public(keys).read_bytes() if content is None else content)
     ended = mistralc("sign", bundle, "--key", key)
     assert ended.code == 2
-    assert "is not the private key" in ended.err
+    assert "is not a private key" in ended.err
     assert not (bundle / "manifest.sig").exists()
 
 
@@ -219,7 +219,7 @@ def test_the_environment_requires_a_signature_of_every_command(
     monkeypatch.setenv(signature.VARIABLE, "wrong.pub")
     code, said = run(mistralc, name, signed)
     assert code == 1
-    assert "is no signature of manifest.json by the required key wrong.pub" in said
+    assert "is not a signature of manifest.json by the required key wrong.pub" in said
 
 
 def test_a_program_that_loads_a_bundle_by_itself_is_held_to_the_environment(
@@ -236,7 +236,7 @@ def test_an_empty_variable_does_not_switch_the_requirement_off(
     monkeypatch.setenv(signature.VARIABLE, "")
     ended = mistralc("inspect", signed)
     assert ended.code == 2
-    assert "is set and empty" in ended.err
+    assert "is set but empty" in ended.err
 
 
 @pytest.mark.parametrize("name", ["inspect", "generate", "doctor", "diff"])
@@ -274,7 +274,7 @@ def test_a_manifest_that_was_changed_and_is_whole_in_itself_is_refused_unparsed(
 def test_a_signature_of_another_length_is_refused(signed: Path, keys: Path, length: int) -> None:
     made = (signed / "manifest.sig").read_bytes()
     (signed / "manifest.sig").write_bytes((made + bytes(length))[:length])
-    with pytest.raises(MistralcError, match="is no signature of"):
+    with pytest.raises(MistralcError, match="is not a signature of"):
         open_bundle(signed, require_signature=public(keys))
 
 
