@@ -154,7 +154,8 @@ def _create(path: Path, data: bytes, mode: int) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError as error:
         raise UsageError(
-            f"{path} exists already, and a key that is overwritten is lost. Choose another name."
+            f"{path} exists and is left alone, because an overwritten key is lost. Choose another "
+            "name."
         ) from error
     except OSError as error:
         raise MistralcError(

@@ -135,7 +135,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("runtime", "graphs"):
         (site / package).mkdir()
         (site / package / "__init__.py").write_text("", encoding="utf-8")
-        for module in ("standalone", "cli", "load", "errors", "manifest", "plain_typer"):
+        for module in ("run_pyz", "cli", "load", "errors", "manifest", "plain_typer"):
             (site / package / f"{module}.py").write_text(DECOY, encoding="utf-8")
     (site / "decoys.py").write_text(FINDER.replace("{path!r}", repr(str(site))), encoding="utf-8")
     (site / "decoys.pth").write_text("import decoys\n", encoding="utf-8")
@@ -253,7 +253,7 @@ def test_errors_of_the_archive_are_a_paragraph_and_a_status(host: Path, tmp_path
 def test_the_archive_of_another_python_process_is_the_same(tmp_path: Path) -> None:
     run_archive.write_run_archive(tmp_path)
     (tmp_path / "other").mkdir()
-    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\nfrom exporter import run_archive"
+    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\nfrom exporter.bundle import run_archive"
             f"\nrun_archive.write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)

@@ -104,7 +104,7 @@ def test_a_key_of_another_kind_is_refused(signed: Path, tmp_path: Path) -> None:
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     (tmp_path / "key.pub").write_bytes(pem)
-    with pytest.raises(UsageError, match="an Ed25519 key in PEM is expected"):
+    with pytest.raises(UsageError, match="expected an Ed25519 key in PEM"):
         open_bundle(signed, require_signature=tmp_path / "key.pub")
 
 
@@ -256,7 +256,7 @@ def test_inspect_and_doctor_say_who_signed(mistralc: Command, signed: Path, keys
     assert json.loads(mistralc("inspect", signed, *required, "--json").out)["signed_by"] == (
         fingerprint
     )
-    assert "yes, and not checked" in mistralc("inspect", signed).out
+    assert "yes, but not checked" in mistralc("inspect", signed).out
 
 
 def test_a_manifest_that_was_changed_and_is_whole_in_itself_is_refused_unparsed(
