@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.stored import FLOATS
+from exporter.checkpoint.stored import TORCH_FLOATS
 from exporter.quantization.packing import unpack_int4
 from exporter.quantization.rounding import Quantized, quantize
 from graphs.dtypes import Dtype
@@ -92,7 +92,7 @@ class Recipe:
     @property
     def stored(self) -> torch.dtype:
         """The type of stored floats and scales."""
-        return FLOATS[self.activation]
+        return TORCH_FLOATS[self.activation]
 
     def layout(self, name: str) -> CodeLayout:
         """The layout of the codes of a quantized weight."""

@@ -1,7 +1,7 @@
-"""The loop: plan the pieces, run, sample. Knows token ids, not text, and no backend.
+"""The generation loop: plan the pieces, run, sample. Knows token ids, not text, and no backend.
 
-One generator is one sequence on a live ring. What was said stays in the ring, so the next turn
-feeds only what is new, and going back a little costs nothing.
+One generator is one sequence on a live ring. Earlier turns stay in the ring, so the next turn feeds
+only what is new, and going back by a few tokens costs nothing.
 """
 
 from array import array
@@ -22,11 +22,11 @@ Progress = Callable[[int], None]  # called with the number of prompt tokens just
 
 
 class Generator:
-    """One sequence: its tokens, its place in the ring, and the logits after its last token."""
+    """One sequence: its tokens, its place in the ring, and sampling from its logits."""
 
     def __init__(self, session: Session, ring: Ring, vocab_size: int) -> None:
         self.sequence, self.ring, self.vocab_size = Sequence(session, ring), ring, vocab_size
-        self.tokens = array("i")  # what the ring has seen; four bytes a token
+        self.tokens = array("i")  # those in the ring; four bytes each
         self.finish_reason: FinishReason | None = None
         self.fed_from = 0  # how many tokens the last `feed_from_common_prefix` found in the ring
 
@@ -43,8 +43,8 @@ class Generator:
     def feed(self, ids: abc.Sequence[int], progress: Progress | None = None) -> Floats:
         """Write `ids` into the ring; returns the logits [V] after the last of them.
 
-        The row is the session's buffer, valid until the next step. Raises ContextFullError before
-        anything is written when they do not fit.
+        The logits are the session's buffer, valid until the next step. Raises ContextFullError
+        before anything is written if the ids do not fit.
         """
         check_prompt(ids, self.vocab_size)
         row = np.asarray(ids, np.int64)  # [n]
@@ -58,9 +58,10 @@ class Generator:
     def feed_from_common_prefix(
         self, ids: abc.Sequence[int], progress: Progress | None = None
     ) -> Floats:
-        """Make the sequence be `ids`, keeping what the ring already holds of them.
+        """Make the sequence equal to `ids`, reusing their common prefix with the ring.
 
-        Goes back to where the two part, or starts over where the ring has forgotten too much.
+        Rewinds to where the two differ, or starts over if the ring cannot go back that far. Returns
+        what `feed` returns, for the ids that were not in the ring.
         """
         self.drop_interrupted()
         common = 0
@@ -77,11 +78,11 @@ class Generator:
         return self.feed(ids[common:], progress)
 
     def drop_interrupted(self) -> None:
-        """Make tokens and ring agree again, which an interrupted step may part."""
+        """Cut tokens and ring to the same length; an interrupted step may leave them different."""
         self.rewind(min(len(self.tokens), self.position))
 
     def rewind(self, position: int) -> None:
-        """Forget everything from `position` on; raises MistralcError beyond the ring's slack."""
+        """Forget everything from `position` on; raises MistralcError as `Ring.rewind` does."""
         self.ring.rewind(position)
         del self.tokens[position:]
 
@@ -97,18 +98,18 @@ class Generator:
         """Sample tokens, beginning with the `logits` that `feed` returned.
 
         With `speculate` N, up to N tokens are guessed from the text so far and verified in one
-        step. Every token is drawn as it would be without, so this changes the speed alone (as far
-        as a backend computes the same logits for a token alone and among others).
+        step. Each token is sampled as it would be without, so only the speed changes, as far as a
+        backend computes the same logits for a token alone and among others.
 
-        Ends with `finish_reason` "stop" at one of `stop_ids`, which is yielded too, and "length"
-        after `max_new_tokens` or at the end of the context.
-        The last token is yielded before it is written to the ring: `feed` it to go on from it.
+        Ends with `finish_reason` "stop" at one of `stop_ids`, which is yielded too, or "length"
+        after `max_new_tokens` or at the end of the context. The last token is yielded but not
+        written to the ring: `feed` it to continue after it.
         """
         sampler = Sampler(params, self.vocab_size, self.tokens)
         lookup = PromptLookup(self.tokens, speculate) if speculate else None
         room = self.ring.room()
         limit = max_new_tokens
-        if room is not None:  # the token after the last position needs no place of its own
+        if room is not None:  # the last token is never written, so it needs no slot
             limit = room + 1 if limit is None else min(limit, room + 1)
         self.finish_reason = None
         if limit is not None and limit < 1:
@@ -126,20 +127,20 @@ class Generator:
             if self.finish_reason is not None:
                 return
             token = sampled.token_id
-            if draft.confirms(token):  # it is in the ring, written by the draft's step
+            if draft.confirms(token):  # the draft's step has written it to the ring
                 self.ring.advance(1)
                 self.tokens.append(token)
             else:
                 if lookup is not None and draft.ids:
-                    lookup.learn(len(draft.ids), draft.right)
+                    lookup.learn(len(draft.ids), draft.accepted)
                 left = None if limit is None else limit - count - 1
-                draft = self._verified(token, lookup, left)
-            logits = draft.logits[draft.right]
+                draft = self._draft_step(token, lookup, left)
+            logits = draft.logits[draft.accepted]
 
-    def _verified(self, token: int, lookup: PromptLookup | None, left: int | None) -> Draft:
-        """Run a step for `token` and a draft of what follows it, of which `left` tokens are useful.
+    def _draft_step(self, token: int, lookup: PromptLookup | None, left: int | None) -> Draft:
+        """Run a step for `token` and a draft of at most `left` tokens that may follow it.
 
-        The sequence then ends with `token`, and the ring holds the draft beyond it.
+        Afterwards the sequence ends with `token`, and the ring holds the draft beyond it.
         """
         ids: list[int] = []
         if lookup is not None:
@@ -153,7 +154,7 @@ class Generator:
         return Draft(ids, rows)
 
     def _step(self, ids: list[int], wanted: Ids | None = None) -> Logits:
-        """Run one step, and keep its tokens; arguments and result are those of `Sequence.step`."""
+        """Run one step and record its tokens; arguments and result as in `Sequence.step`."""
         rows = self.sequence.step(ids, wanted)
         self.tokens.extend(ids)
         return rows

@@ -253,8 +253,9 @@ def test_errors_of_the_archive_are_a_paragraph_and_a_status(host: Path, tmp_path
 def test_the_archive_of_another_python_process_is_the_same(tmp_path: Path) -> None:
     run_archive.write_run_archive(tmp_path)
     (tmp_path / "other").mkdir()
-    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\nfrom exporter.bundle import run_archive"
-            f"\nrun_archive.write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
+    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\n"
+            "from exporter.bundle.run_archive import write_run_archive\n"
+            f"write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "run.pyz").read_bytes() == (tmp_path / "other" / "run.pyz").read_bytes()

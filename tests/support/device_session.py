@@ -65,7 +65,7 @@ def open_cuda(
 ) -> CudaOrtSession:
     """An ONNX Runtime CUDA session on `model`."""
     contract = GraphContract(spec=spec, ring=ring, activation=activation)
-    return CudaOrtSession(model, contract, **options)
+    return CudaOrtSession(model, contract, TARGETS["cuda"], **options)
 
 
 def requires_gpu(target: str) -> list[pytest.MarkDecorator]:

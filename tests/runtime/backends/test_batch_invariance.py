@@ -20,7 +20,7 @@ from graphs.spec import ModelSpec, RingSpec
 from runtime.backends.onnxruntime_cpu import OrtSession
 from runtime.backends.session import Ids, Logits
 from runtime.decoding.generator import Generator
-from runtime.decoding.golden import TOGETHER, require_invariance
+from runtime.decoding.golden import COMPARED, require_invariance
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import SamplingParams
 from runtime.load import load
@@ -128,10 +128,10 @@ def test_speculation_changes_no_bit_of_any_log_probability(spec: ModelSpec):
 def test_a_session_without_batch_invariance_is_detected(spec: ModelSpec):
     text, good, bad = tiny.tokens(spec, 40), session(spec), session(spec, invariant=False)
     for subject in (good, bad):
-        subject.resize(ring_of(spec, TOGETHER).capacities)
-    require_invariance(good, ring_of(spec, TOGETHER), [{"ids": text}])
+        subject.resize(ring_of(spec, COMPARED).capacities)
+    require_invariance(good, ring_of(spec, COMPARED), [{"ids": text}])
     with pytest.raises(MistralcError, match="alone and among others"):
-        require_invariance(bad, ring_of(spec, TOGETHER), [{"ids": text}])
+        require_invariance(bad, ring_of(spec, COMPARED), [{"ids": text}])
 
 
 # The command

@@ -57,4 +57,4 @@ def test_each_plan_has_its_own_file_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernel_cache.cache_file("ab12") == tmp_path / "mistralc" / "kernels" / "ab12.bin"
+    assert kernel_cache.kernels_file("ab12") == tmp_path / "mistralc" / "kernels" / "ab12.bin"

@@ -67,7 +67,7 @@ def test_a_damaged_plan_fails_with_a_reason_and_a_remedy(
     )
     check = check_plan(engine(plan), NO_GPU, REBUILD)
     assert check.state == "failed"
-    assert check.found == "TensorRT refuses it: it is damaged or is no plan"
+    assert check.found == "TensorRT refuses it: it is damaged or not a plan"
     assert check.remedy == f"Copy the bundle again from where it was built, or: {REBUILD}"
 
 
