@@ -8,10 +8,10 @@ import sys
 import typer
 
 from runtime.cli.main import run
+from runtime.system.host import REQUIRED
 
 NAME = "run.pyz"
 
-REQUIRED = ("numpy", "tokenizers", "jinja2")  # with every backend
 ADVICE = f"Every bundle needs it: pip install {' '.join(REQUIRED)}, and the bundle's backend."
 
 

@@ -35,7 +35,7 @@ def generate(
     system: options.SystemMessage = None,
     stream: Annotated[bool, typer.Option(help="Print text while it is generated.")] = True,
     limit_options: options.LimitOptions,
-    sampling: options.ReportedSamplingOptions,
+    sampling: options.GenerateSamplingOptions,
     session: options.SessionFile = None,
     loading: options.LoadOptions,
     as_json: options.Json = False,

@@ -27,7 +27,7 @@ Command = Callable[..., None]
 def with_option_fields(command: Command) -> Command:
     """Replace each parameter of `command` that is a dataclass by the options among its fields.
 
-    Raises TypeError if two options would have one name.
+    Raises TypeError if two options would have one name, or if a tuple has a default other than ().
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if _is_group(kind)}
@@ -44,7 +44,7 @@ def with_option_fields(command: Command) -> Command:
     @wraps(command)
     def run(**given: Any) -> None:
         made = {name: build(kind, given) for name, kind in groups.items()}
-        rest = {name: value for name, value in given.items() if name in hints}
+        rest = {n: value for n, value in given.items() if n in hints and n not in groups}
         command(**rest, **made)
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
@@ -73,6 +73,8 @@ def _options(kind: type[Any]) -> Iterator[inspect.Parameter]:
             continue
         annotation, default = hint, field.default
         if _holds_many(_plain(hint)):  # a command line gives a list, or nothing
+            if default != ():
+                raise TypeError(f"{kind.__name__}.{field.name}: the default of a tuple must be ()")
             (item, _), (_, *extra) = get_args(_plain(hint)), get_args(hint)
             annotation = Annotated[(list[item] | None, *extra)]  # type: ignore[valid-type]
             default = None

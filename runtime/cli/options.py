@@ -149,8 +149,8 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportedSamplingOptions(SamplingOptions):
-    """`SamplingOptions`, and those that concern single tokens: of use where tokens are reported."""
+class GenerateSamplingOptions(SamplingOptions):
+    """Sampling options of generate: those of chat, and those that concern single tokens."""
 
     logit_bias: Annotated[
         tuple[str, ...],

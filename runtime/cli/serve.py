@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -76,10 +77,12 @@ def serve(
             file=sys.stderr,
         )
 
-    def report(event: str, url: str) -> None:
-        if as_json:
-            print(json.dumps({"event": event, "url": url, "model": settings.model}), flush=True)
-        else:
-            print(f"mistralc: {event}, {settings.model} at {url}", file=sys.stderr, flush=True)
+    run(settings, listening, partial(_report, settings.model, as_json=as_json))
 
-    run(settings, listening, report)
+
+def _report(model: str, event: str, url: str, *, as_json: bool) -> None:
+    """Print what the server is doing: an event such as "ready", and its URL."""
+    if as_json:
+        print(json.dumps({"event": event, "url": url, "model": model}), flush=True)
+    else:
+        print(f"mistralc: {event}, {model} at {url}", file=sys.stderr, flush=True)

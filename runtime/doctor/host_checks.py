@@ -17,12 +17,10 @@ from runtime.bundle.open import cache_file
 from runtime.doctor.bundle_checks import broken, check_bundle
 from runtime.doctor.finding import Check, failed, ok, warning
 from runtime.system import host
-from runtime.system.host import BACKENDS, Cuda, Library, find_library
+from runtime.system.host import BACKENDS, REQUIRED, Cuda, Library, find_library
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 MIN_CACHE_BYTES = 64 << 20  # free disk that the cache of hashes needs
-
-REQUIRED = ("numpy", "tokenizers", "jinja2")
 
 
 def examine(bundle: Path | None = None, require_signature: Path | None = None) -> list[Check]:
@@ -32,7 +30,7 @@ def examine(bundle: Path | None = None, require_signature: Path | None = None) -
     """
     cuda = host.cuda()
     libraries = {
-        name: find_library(name, carriers, load=True) for name, carriers in BACKENDS.items()
+        name: find_library(name, packages, load=True) for name, packages in BACKENDS.items()
     }
     providers = _providers(libraries["onnxruntime"])
     checks = [
@@ -57,8 +55,11 @@ def check_python(version: tuple[int, ...]) -> Check:
     found = ".".join(map(str, version))
     if OLDEST_PYTHON <= version[:2] <= NEWEST_PYTHON:
         return ok("Python", found)
+    oldest, newest = (".".join(map(str, each)) for each in (OLDEST_PYTHON, NEWEST_PYTHON))
     return warning(
-        "Python", f"{found}; mistralc is tested on 3.11 to 3.13", "python3.13 -m venv .venv"
+        "Python",
+        f"{found}; mistralc is tested on {oldest} to {newest}",
+        f"python{newest} -m venv .venv",
     )
 
 

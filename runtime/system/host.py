@@ -17,6 +17,9 @@ from typing import Any
 
 from graphs.targets import TARGETS
 
+REQUIRED = ("numpy", "tokenizers", "jinja2")
+"""Packages that every bundle needs, whatever its backend."""
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 

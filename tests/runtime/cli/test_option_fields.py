@@ -138,6 +138,30 @@ def test_two_options_of_one_name_are_refused_when_the_command_is_declared() -> N
         with_option_fields(nested)
 
 
+def test_a_tuple_that_would_lose_its_default_is_refused_when_the_command_is_declared() -> None:
+    @dataclass(frozen=True)
+    class Sizes:
+        sizes: Annotated[tuple[int, ...], typer.Option()] = (1, 2)
+
+    def command(*, group: Sizes) -> None: ...
+
+    with pytest.raises(TypeError, match=r"Sizes.sizes: the default of a tuple must be \(\)"):
+        with_option_fields(command)
+
+
+def test_an_option_may_have_the_name_of_a_parameter_that_holds_a_group() -> None:
+    outer, _ = declared(typer)
+    got = []
+
+    def command(*, count: outer) -> None:  # type: ignore[valid-type]
+        got.append(count)
+
+    wrapped: Any = with_option_fields(command)
+    given = {"rate": 1.0, "fast": False, "stream": True, "names": None, "sizes": None, "path": None}
+    wrapped(count=3, **given)
+    assert got[0].count == 3
+
+
 def test_a_command_without_groups_stays_as_it_is() -> None:
     def command(*, text: str, times: int = 2) -> None:
         """Say it."""
@@ -162,7 +186,7 @@ def test_a_list_or_nothing_becomes_a_tuple() -> None:
 def test_sampling_options_give_only_what_the_user_set() -> None:
     assert options.SamplingOptions().given == {}
     assert options.SamplingOptions(temperature=0, top_k=5).given == {"temperature": 0, "top_k": 5}
-    reported = options.ReportedSamplingOptions(seed=1, logit_bias=("2=-100", "3=0.5"))
+    reported = options.GenerateSamplingOptions(seed=1, logit_bias=("2=-100", "3=0.5"))
     assert reported.given == {"seed": 1, "logit_bias": {2: -100.0, 3: 0.5}}
 
 
@@ -175,7 +199,7 @@ def test_a_sampling_option_out_of_range_is_refused_when_it_is_made(
     values: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        options.ReportedSamplingOptions(**values)
+        options.GenerateSamplingOptions(**values)
 
 
 def test_only_generate_has_the_options_that_concern_single_tokens(
