@@ -34,23 +34,20 @@ def evaluate(
                      help="Answer multiple-choice questions. Text is then measured only if one of "
                      "its options is given."),
     ] = None,
-    threads: common.Threads = None,
-    no_check: common.NoCheck = False,
-    require_signature: common.RequireSignature = None,
+    loading: common.LoadOptions,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:  # fmt: skip
     """Measure a bundle's perplexity, divergence from its checkpoint, and accuracy."""
     from calib.evaluation.multiple_choice import measure_accuracy, read_questions
     from runtime.bundle.open import open_bundle
-    from runtime.load import load
 
     stage = stage_for(quiet=quiet or as_json)
     result: dict[str, Any] = {"bundle": str(bundle)}
     paragraphs: list[str] = []
     # All input is read and checked before the model is loaded.
     with stage("Checking the bundle", None):
-        opened = open_bundle(bundle, require_signature=require_signature)
+        opened = open_bundle(bundle, require_signature=loading.require_signature)
     questions = None if choices is None else read_questions(choices)
     windows: Ids | None = None
     if questions is None or text_options.is_set or against is not None:
@@ -59,7 +56,7 @@ def evaluate(
         result["text"] = {"source": corpus.source, "fingerprint": corpus.fingerprint,
                           "windows": count, "length": length}  # fmt: skip
         paragraphs.append(f"Text: {corpus.source}; {count:,} windows of {length:,} tokens.\n")
-    loaded = load(opened, threads=threads, check=not no_check, stage=stage)
+    loaded = loading.load(opened, stage)
     if windows is not None:
         evaluation = measure_text(loaded, windows, against, stage, title="Measuring")
         result |= {"against": against, **evaluation.to_json()}

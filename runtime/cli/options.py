@@ -15,6 +15,7 @@ from runtime.decoding.sampling import SamplingParams
 from runtime.system.progress import Stage
 
 if TYPE_CHECKING:
+    from runtime.bundle.open import Bundle
     from runtime.completion import Limits
     from runtime.load import Loaded
 
@@ -58,12 +59,15 @@ class LoadOptions:
     no_check: NoCheck = False
     require_signature: RequireSignature = None
 
-    def load(self, bundle: Path, stage: Stage, *, rows: int = 1) -> "Loaded":
-        """Check and load the bundle with `rows` rows; raises as `runtime.load.load` does."""
+    def load(self, source: "Path | Bundle", stage: Stage, *, rows: int = 1) -> "Loaded":
+        """Check a bundle unless it is open already, and load it with `rows` rows.
+
+        Raises as `runtime.load.load` does.
+        """
         from runtime.load import load
 
         return load(
-            bundle, rows=rows, threads=self.threads, check=not self.no_check,
+            source, rows=rows, threads=self.threads, check=not self.no_check,
             require_signature=self.require_signature, stage=stage,
         )  # fmt: skip
 
