@@ -144,7 +144,9 @@ def test_links_in_the_documents_lead_somewhere() -> None:
             assert path.exists(), f"{document.name} links to {target}"
             if heading:
                 headings = re.findall(r"^#+ (.+)$", text_of(path), re.MULTILINE)
-                anchors = [re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings]
+                anchors = [
+                    re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings
+                ]
                 assert heading in anchors, f"{document.name} links to #{heading} of {path.name}"
 
 
@@ -190,7 +192,9 @@ def test_what_cannot_be_run_is_still_in_a_document() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_in_the_sentences_of_documents_exist_with_their_options(document: Path) -> None:
-    for command in inline_commands(text_of(document), ("mistralc", "python", "make", "pip", *TOOLS)):
+    for command in inline_commands(
+        text_of(document), ("mistralc", "python", "make", "pip", *TOOLS)
+    ):
         check(command, whole=False)
 
 

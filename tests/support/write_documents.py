@@ -99,7 +99,9 @@ def _hardware(target: Target) -> str:
 def peers() -> str:
     """A row for each engine of `PEERS`, from the table that the benchmark writes."""
     measured = between(DOCS / "benchmarks.md", *PEERS_MARKS)
-    found = {row[0]: row for row in (_cells(line) for line in measured.splitlines()) if len(row) == 6}
+    found = {
+        row[0]: row for row in (_cells(line) for line in measured.splitlines()) if len(row) == 6
+    }
     rows = [[label, *found[name][1:4]] for name, label in PEERS.items()]
     heads = ["", "decode, tokens/s", "prefill, tokens/s", "perplexity"]
     return _table(heads, rows, align="---:")

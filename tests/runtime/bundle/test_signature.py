@@ -91,7 +91,7 @@ def test_a_file_that_is_not_a_private_key_cannot_sign(
     key.write_bytes(public(keys).read_bytes() if content is None else content)
     ended = mistralc("sign", bundle, "--key", key)
     assert ended.code == 2
-    assert "is not the private key" in ended.err
+    assert "is not a private key" in ended.err
     assert not (bundle / "manifest.sig").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_key_that_is_not_ed25519_is_refused(signed: Path, tmp_path: Path) -> N
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     (tmp_path / "key.pub").write_bytes(pem)
-    with pytest.raises(UsageError, match="an Ed25519 key in PEM is expected"):
+    with pytest.raises(UsageError, match="expected an Ed25519 key in PEM"):
         open_bundle(signed, require_signature=tmp_path / "key.pub")
 
 
@@ -219,7 +219,7 @@ def test_the_environment_variable_requires_a_signature_in_every_command(
     monkeypatch.setenv(signature.VARIABLE, "wrong.pub")
     code, output = run(mistralc, name, signed)
     assert code == 1
-    assert "is no signature of manifest.json by the required key wrong.pub" in output
+    assert "is not a signature of manifest.json by the required key wrong.pub" in output
 
 
 def test_the_environment_variable_also_binds_programs_that_load_a_bundle(
@@ -236,7 +236,7 @@ def test_an_empty_environment_variable_is_an_error(
     monkeypatch.setenv(signature.VARIABLE, "")
     ended = mistralc("inspect", signed)
     assert ended.code == 2
-    assert "is set and empty" in ended.err
+    assert "is set but empty" in ended.err
 
 
 @pytest.mark.parametrize("name", ["inspect", "generate", "doctor", "diff"])
@@ -258,7 +258,7 @@ def test_inspect_and_doctor_show_the_signing_key(
     assert json.loads(mistralc("inspect", signed, *required, "--json").out)["signed_by"] == (
         fingerprint
     )
-    assert "yes, and not checked" in mistralc("inspect", signed).out
+    assert "yes, but not checked" in mistralc("inspect", signed).out
 
 
 def test_a_changed_manifest_with_a_valid_checksum_is_refused_unparsed(
