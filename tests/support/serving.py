@@ -84,9 +84,9 @@ class Server:
             request.add_header("Content-Type", "application/json")
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:  # noqa: S310
-                return Answer(response.status, response.headers, response.read().decode())
+                return Answer(response.status, dict(response.headers), response.read().decode())
         except urllib.error.HTTPError as error:
-            return Answer(error.code, error.headers, error.read().decode())
+            return Answer(error.code, dict(error.headers), error.read().decode())
 
     def complete(self, prompt: Any = "The ring", **options: Any) -> Answer:
         """POST to /v1/completions."""
