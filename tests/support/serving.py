@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Answer(NamedTuple):
     """A complete HTTP response."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Message[str, str]
     text: str
 
     def json(self) -> Any:
@@ -84,9 +85,9 @@ class Server:
             request.add_header("Content-Type", "application/json")
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:  # noqa: S310
-                return Answer(response.status, dict(response.headers), response.read().decode())
+                return Answer(response.status, response.headers, response.read().decode())
         except urllib.error.HTTPError as error:
-            return Answer(error.code, dict(error.headers), error.read().decode())
+            return Answer(error.code, error.headers, error.read().decode())
 
     def complete(self, prompt: Any = "The ring", **options: Any) -> Answer:
         """POST to /v1/completions."""
