@@ -25,7 +25,8 @@ class Shown(NamedTuple):
 def block_commands(text: str) -> list[Shown]:
     """The commands of a document's code blocks, in their order.
 
-    In a block of any kind, a line that begins with `$ ` is a command; in `bash` blocks every line is.
+    In a block of any kind, a line that begins with `$ ` is a command; in `bash` blocks every line
+    is.
     """
     found: list[Shown] = []
     for indent, language, block in _BLOCK.findall(text):

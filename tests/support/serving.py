@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Answer(NamedTuple):
     """A complete HTTP response."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: Message[str, str]
     text: str
 
     def json(self) -> Any:

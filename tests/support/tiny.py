@@ -94,7 +94,8 @@ def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
 def model_bytes(spec: ModelSpec, target: str, seed: int = 0) -> bytes:
     """The float32 `model.onnx` of `target` with weights inside."""
     model = fill(lowered(spec, target), spec, seed)
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def load(model: bytes, spec: ModelSpec, batch: int = 1, padded: int = 0) -> OrtSession:
@@ -124,7 +125,8 @@ def at_once(model: Decoder, ids: Ids) -> Logits:
     positions = torch.arange(count)[None]
     with torch.inference_mode():
         logits, _ = model(torch.from_numpy(ids)[None], positions, positions, past)
-    return logits[0].numpy()
+    found: Logits = logits[0].numpy()
+    return found
 
 
 def in_turns(session: Session, ring: Ring, ids: Ids, turns: Iterable[int]) -> Logits:
