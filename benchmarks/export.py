@@ -1,7 +1,9 @@
-"""What exporting a full-size model to an engine takes, beside `cp` of the same files, in one run.
+"""Measure the time and memory of exporting a full-size model to an engine, next to `cp`.
 
-Not a test. `python -m benchmarks.export CHECKPOINT FOLDER --precision bf16 fp16` prints what it
-ran on, the seconds and the peak of anonymous memory of each step, and the figures of the plan.
+    python -m benchmarks.export CHECKPOINT FOLDER --precision bf16 fp16
+
+Prints JSON: the machine, the seconds of `cp` of the checkpoint, and for each precision the seconds
+and the peak anonymous memory of every step, with the facts about the plan.
 """
 
 import argparse
@@ -16,41 +18,42 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.memory import PeakMemory
-from exporter.export import ExportOptions, export
+from exporter.export import export
+from exporter.options import ExportOptions
 from runtime.measure.bench import machine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("folder", type=Path, help="on the file system to measure")
+    parser.add_argument("folder", type=Path, help="folder on the file system to measure")
     parser.add_argument("--precision", nargs="+", default=["bf16"])
     parser.add_argument("--target", default="rtx")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     copy, bundle = arguments.folder / "copy", arguments.folder / "bundle"
-    forget(arguments.checkpoint)
+    drop_cache(arguments.checkpoint)
     began = perf_counter()
     subprocess.run(["cp", "-r", str(arguments.checkpoint), str(copy)], check=True)
     result: dict[str, Any] = {"machine": machine(), "cp_seconds": perf_counter() - began}
     shutil.rmtree(copy)
     for precision in arguments.precision:
-        forget(arguments.checkpoint)
-        result[precision] = measured(arguments.checkpoint, bundle, arguments.target, precision)
+        drop_cache(arguments.checkpoint)
+        result[precision] = measure(arguments.checkpoint, bundle, arguments.target, precision)
         shutil.rmtree(bundle)
     print(json.dumps(result, indent=2))
 
 
-def forget(folder: Path) -> None:
-    """Have the kernel drop its cache of the files, so that everyone reads them from the disk."""
-    os.sync()  # a page that is not written yet cannot be dropped
+def drop_cache(folder: Path) -> None:
+    """Drop the page cache of the files, so that the next read comes from the disk."""
+    os.sync()  # dirty pages cannot be dropped
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measured(checkpoint: Path, bundle: Path, target: str, precision: str) -> dict[str, Any]:
-    """Export once; return the seconds and the peak memory of every step, and the engine's facts."""
+def measure(checkpoint: Path, bundle: Path, target: str, precision: str) -> dict[str, Any]:
+    """Export once; return seconds and peak memory of every step, and facts about the engine."""
     steps: dict[str, dict[str, float]] = {}
 
     @contextmanager

@@ -1,18 +1,23 @@
-"""How much memory a stretch of work took. Knows nothing about the work."""
+"""Measure the peak anonymous memory of this process during a block of code.
+
+with PeakMemory() as memory:
+    work()
+print(memory.peak)  # bytes
+"""
 
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-INTERVAL = 0.05  # seconds between two looks; an allocation that matters lives longer
+INTERVAL = 0.05  # seconds between samples; shorter allocations are missed
 
 
 class PeakMemory:
-    """The most anonymous memory that the process held while the block ran: `peak`, in bytes.
+    """Records the peak anonymous memory of the process during the block: `peak`, in bytes.
 
-    Anonymous memory is what has no file behind it. Mapped weights are not in it: the kernel takes
-    their pages back when it needs them.
+    Anonymous memory has no file behind it. Mapped weights do not count: the kernel can drop their
+    pages at any time.
     """
 
     def __init__(self) -> None:
@@ -40,7 +45,7 @@ class PeakMemory:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process now, in bytes, as the kernel counts it (proc(5))."""
+    """Current anonymous memory of this process in bytes (RssAnon, proc(5))."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from exporter.bundle import staging
 from exporter.bundle.run_archive import write_run_archive
-from exporter.bundle.weights_file import Layout, link_weights, stream_weights
+from exporter.bundle.weights_file import WeightsLayout, link_weights, stream_weights
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checks.golden import golden, margin
 from exporter.checks.quality_gate import measure
@@ -187,7 +187,9 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
     """Write `model.onnx` and `weights.safetensors`; tracing runs while weights are streamed."""
     build, recipe = source.build, source.recipe
     stopped = Event()
-    with stage("Tracing the decoder and writing weights", Layout.of(recipe).nbytes) as advance:
+    with stage(
+        "Tracing the decoder and writing weights", WeightsLayout.of(recipe).nbytes
+    ) as advance:
 
         def step(count: int) -> None:
             if stopped.is_set():
@@ -230,7 +232,7 @@ def _compile(
     )  # fmt: skip
     with stage("Building the engine", request.work) as advance:
         built = build_engine(request, advance)
-    weights = Layout.of(source.recipe).weight_bytes
+    weights = WeightsLayout.of(source.recipe).weight_bytes
     found = audit.audit(built, model.graph, build.contract, weights)
     audit.require(found, allow=options.allow_faults)
     shutil.rmtree(directory / "graph")

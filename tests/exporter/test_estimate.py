@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from exporter import estimate as arithmetic
-from exporter.bundle.weights_file import Layout
+from exporter.bundle.weights_file import WeightsLayout
 from exporter.checkpoint.open import open_checkpoint
 from exporter.estimate import RUNTIME_RESERVE, Plan, fit, plan, require_host
 from exporter.quantization.make_recipe import make_recipe
@@ -106,7 +106,7 @@ def test_the_estimate_is_what_the_export_writes(
         open_checkpoint(tmp_path), spec, target, precision, needed.activation, QuantizeOptions(),
         None,
     )  # fmt: skip
-    assert needed.weight_bytes == Layout.of(recipe).weight_bytes
+    assert needed.weight_bytes == WeightsLayout.of(recipe).weight_bytes
 
 
 def test_the_quantized_kv_ring_stays_as_it_computes() -> None:

@@ -19,8 +19,8 @@ from runtime.doctor.bundle_checks import (
 )
 from tests.conftest import Command
 from tests.runtime.doctor.conftest import Report
+from tests.runtime.doctor.hosts import NO_GPU, ORT, with_gpu
 from tests.support.commands import Copy
-from tests.support.hosts import NO_GPU, ORT, with_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -16,8 +16,8 @@ from runtime.backends.plan_validity import REASONS, explain, validity
 from runtime.doctor.plan_checks import Engine, check_driver, check_engine, check_plan
 from runtime.system import host
 from tests.runtime.doctor.conftest import Report
+from tests.runtime.doctor.hosts import NO_GPU, RTX, by_name, with_gpu
 from tests.support.commands import Copy
-from tests.support.hosts import NO_GPU, RTX, by_name, with_gpu
 
 REBUILD = "mistralc export smollm2 -o B --target rtx --precision bf16 --chunk 512 --force"
 
