@@ -20,11 +20,11 @@ from exporter.bundle import staging
 from exporter.bundle.run_archive import write_run_archive
 from exporter.bundle.weights_file import Layout, link_weights, stream_weights
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
-from exporter.checks.golden import golden, margin
-from exporter.checks.quality_gate import measure
-from exporter.checks.verify import Agreement, cases, require, to_json, to_markdown, verify
+from exporter.checks import quality_gate
+from exporter.checks.reference_pass import Answers, ask
+from exporter.checks.texts import cases, cases_left_out
+from exporter.checks.verify import Agreement, compare, require, to_json, to_markdown
 from exporter.decide import decide, decide_precision
-from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from exporter.engine import audit
 from exporter.engine.build import BuildRequest, build_engine
@@ -101,15 +101,12 @@ def export(
         graph = _write_graph(opened, graph_folder, stage)
         staging.write_tokenizer(opened.tokenizer, directory)
         write_run_archive(directory)
-        reference = simulate(opened.recipe, opened.checkpoint.tensor)
-        with stage("Asking the reference for golden tokens", None):
-            lead = margin(build.activation, rounded=build.storage.rounds_inputs)
-            texts = golden(reference, opened.tokenizer.open().encode, lead)
+        answers = _ask_reference(opened, stage)
         engine, checks = None, Checks()
         if build.target.holds_plan:
             engine = _compile(graph.model, opened, options, directory, stage)
         if build.target.verified_at_export:
-            checks = _check(opened, options, directory, reference, texts, stage)
+            checks = _check(opened, options, directory, answers, stage)
         with stage("Hashing the bundle", None):
             known = {} if engine is None else {"engine.plan": engine["plan_sha256"]}
             files = staging.list_files(directory, known)
@@ -128,9 +125,11 @@ def export(
             versions=versions(),
             passes=graph.passes,
             quantization=describe(opened.recipe, opened.table, checks.quality),
-            golden=texts,
+            golden=answers.golden,
             verification=(
-                None if checks.agreements is None else to_json(checks.agreements, "the checkpoint")
+                None
+                if checks.agreements is None
+                else to_json(checks.agreements, "the checkpoint", cases_left_out(build))
             ),
             engine=engine,
             files=files,
@@ -143,6 +142,9 @@ def record(manifest: Manifest, directory: Path) -> Manifest:
     parts = []
     if manifest.verification is not None:
         parts.append(to_markdown(manifest.verification))
+    quality = (manifest.quantization or {}).get("quality")
+    if quality is not None:
+        parts.append(quality_gate.to_markdown(quality))
     if manifest.engine is not None:
         parts.append(audit.to_markdown(manifest.engine))
     return staging.write_record(manifest, "\n".join(parts), directory)
@@ -236,21 +238,31 @@ def _compile(
     return {**found.to_json(), "gpus": list(options.engine.gpus)}
 
 
+def _ask_reference(source: Source, stage: Stage) -> Answers:
+    """Run the PyTorch decoder on all texts that the bundle will be compared on."""
+    build = source.build
+    reference = simulate(source.recipe, source.checkpoint.tensor)
+    chosen = cases(build, short=True) if build.target.verified_at_export else []
+    with stage("Running the reference", None):
+        return ask(reference, build, chosen, source.tokenizer.open().encode)
+
+
 def _check(
-    source: Source, options: ExportOptions, directory: Path, reference: Decoder,
-    texts: list[dict[str, Any]], stage: Stage,
-) -> Checks:  # fmt: skip
+    source: Source, options: ExportOptions, directory: Path, answers: Answers, stage: Stage
+) -> Checks:
     """Verify the finished files, and measure what quantizing cost, before anyone can see them."""
     build = source.build
     session = load_session(directory, build)
-    tokens = sum(case.tokens for case in cases(build, short=True))
-    with stage("Verifying", tokens) as advance:
-        agreements = verify(session, build, reference, short=True, progress=advance)
+    chosen = cases(build, short=True)
+    with stage("Verifying", sum(case.tokens for case in chosen)) as advance:
+        agreements = compare(session, build, chosen, answers.logits, advance)
     require(agreements)
     if build.batch_invariant:
-        require_invariance(session, make_ring(build), texts)
+        require_invariance(session, make_ring(build), answers.golden)
     if not build.precision.quantized:
         return Checks(agreements=agreements)
     tokenizer = source.tokenizer.open()
-    quality = measure(options.gate, session, build, source.checkpoint, tokenizer, stage)
+    quality = quality_gate.measure(
+        options.gate, session, build, source.checkpoint, tokenizer, stage
+    )
     return Checks(agreements=agreements, quality=quality)

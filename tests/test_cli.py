@@ -283,7 +283,7 @@ def test_verify_prints_a_table_for_people(
 def test_a_short_verification_leaves_out_long_cases(
     mistralc: Command, plain_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from exporter.checks.verify import SHORT
+    from exporter.checks.texts import SHORT
 
     bundle = tmp_path / "bundle"
     told(mistralc("export", plain_checkpoint, "-o", bundle, "--chunk", SHORT, "-q"))

@@ -1,7 +1,7 @@
 """A quantized model in plain PyTorch: what a finished bundle is compared with.
 
-Every quantized weight is what its codes stand for, every rounded input what its codes stand for;
-the arithmetic between them is float32. Knows nothing about graphs or files.
+Weights and rounded inputs are dequantized; the arithmetic in between is float32. Knows nothing
+about graphs or files.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,11 +16,14 @@ from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized, blocked, round_activation
 from graphs.quant_scheme import Scheme
 
-BLOCK = 1 << 24  # numbers dequantized at once: 64 MiB in float32
+BLOCK = 1 << 24  # numbers multiplied at once: 64 MiB in float32
+PART = 1 << 20
+"""Numbers rounded at once. Their dozen temporary copies of 4 MiB stay in the heap and mostly in the
+processor's cache; with 64 MiB each is mapped anew, which took five times as long (2 cores)."""
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer as its codes compute it, made anew from the stored weight in every pass."""
+    """A fake-quantized linear: rounds and dequantizes its stored weight on every forward pass."""
 
     def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
         super().__init__()
@@ -32,20 +35,40 @@ class QuantizedLinear(nn.Module):
         if scheme.activation is not None:
             x = round_activation(x, scheme, self.recipe.input_scale(self.name))
         if self.recipe.layout(self.name) != "nbits":
-            return torch.cat([F.linear(x, rows.dequantized()) for rows in self.blocks()], dim=-1)
+            return torch.cat([F.linear(x, dequantized(rows)) for rows in self.blocks()], dim=-1)
         rounded = round_blocks(x, scheme)
         return torch.cat([_nbits(x, rounded, rows) for rows in self.blocks()], dim=-1)
 
-    def blocks(self) -> Iterator[Quantized]:
-        """The weight [N, K], some rows at a time."""
+    def blocks(self) -> Iterator[list[Quantized]]:
+        """The weight [N, K], up to `BLOCK` numbers at a time, each block in parts of some rows."""
         exact = self.recipe.repacked.get(self.name)
+        columns = self.weight.shape[1]
+        few, many = (max(1, size // columns) for size in (PART, BLOCK))
         if exact is not None:
-            yield exact()
-            return
-        rows = max(1, BLOCK // self.weight.shape[1])
-        whole = self.recipe.calibrated(self.name)
-        for block in [self.weight] if whole else self.weight.split(rows):
-            yield self.recipe.quantized(self.name, self.recipe.smoothed(self.name, block))
+            yield split_rows(exact(), few)
+        elif self.recipe.calibrated(self.name):  # what calibration decided is for whole weights
+            weight = self.recipe.smoothed(self.name, self.weight)
+            yield split_rows(self.recipe.quantized(self.name, weight), few)
+        else:
+            for block in self.weight.split(many):
+                yield [self.recipe.quantized(self.name, rows) for rows in block.split(few)]
+
+
+def split_rows(weight: Quantized, count: int) -> list[Quantized]:
+    """Cut a weight into parts of `count` rows."""
+    parts = [
+        [None] * len(weight.codes.split(count)) if tensor is None else tensor.split(count)
+        for tensor in (weight.codes, weight.scale, weight.zero_point, weight.minimum)
+    ]
+    return [
+        replace(weight, codes=codes, scale=scale, zero_point=zero_point, minimum=minimum)
+        for codes, scale, zero_point, minimum in zip(*parts, strict=True)
+    ]
+
+
+def dequantized(parts: list[Quantized]) -> Tensor:
+    """Return the rows [N, K] that the parts stand for, one part after another, in float32."""
+    return torch.cat([part.dequantized() for part in parts])
 
 
 def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
@@ -59,13 +82,14 @@ def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
     return (codes * scale).flatten(1)[:, : x.shape[-1]].view(x.shape)
 
 
-def _nbits(x: Tensor, rounded: Tensor, weight: Quantized) -> Tensor:
+def _nbits(x: Tensor, rounded: Tensor, weight: list[Quantized]) -> Tensor:
     """Multiply the rounded input with the codes, and the input as it is with the minimums."""
-    result = F.linear(rounded, replace(weight, minimum=None).dequantized())
-    if weight.minimum is None:
+    result = F.linear(rounded, dequantized([replace(part, minimum=None) for part in weight]))
+    minimums = [part.minimum for part in weight if part.minimum is not None]
+    if not minimums:
         return result
-    sums = blocked(x.reshape(-1, x.shape[-1]), weight.scheme).sum(-1)  # [rows, J]
-    return result + F.linear(sums, weight.minimum).view(result.shape)
+    sums = blocked(x.reshape(-1, x.shape[-1]), weight[0].scheme).sum(-1)  # [rows, J]
+    return result + F.linear(sums, torch.cat(minimums)).view(result.shape)
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -81,11 +105,11 @@ class QuantizedEmbedding(QuantizedLinear):
 
 
 class Kept(QuantizedLinear):
-    """The same with the dequantized weight kept: fast, and 4 bytes a weight."""
+    """A fake-quantized linear that keeps its dequantized weight: fast, and 4 bytes a weight."""
 
     def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
         super().__init__(name, weight, recipe)
-        self.kept = torch.cat([rows.dequantized() for rows in self.blocks()])
+        self.kept = torch.cat([dequantized(rows) for rows in self.blocks()])
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., K], rounding it only where the scheme says so."""
