@@ -28,6 +28,7 @@ from exporter.decide import decide, decide_precision
 from exporter.decoder.trace import trace
 from exporter.engine import audit
 from exporter.engine.build import BuildRequest, build_engine
+from exporter.estimate import host
 from exporter.estimate.host import host_needs, require_host
 from exporter.options import ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
@@ -107,7 +108,7 @@ def export(
             engine = _compile(graph.model, opened, options, directory, stage)
         if build.target.verified_at_export:
             checks = _check(opened, options, directory, answers, stage)
-        with stage("Hashing the bundle", None):
+        with stage(host.HASH, None):
             known = {} if engine is None else {"engine.plan": engine["plan_sha256"]}
             files = staging.list_files(directory, known)
         manifest = Manifest(
@@ -188,7 +189,7 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
     """Write `model.onnx` and `weights.safetensors`; tracing runs while weights are streamed."""
     build, recipe = source.build, source.recipe
     stopped = Event()
-    with stage("Tracing the decoder and writing weights", Layout.of(recipe).nbytes) as advance:
+    with stage(host.TRACE, Layout.of(recipe).nbytes) as advance:
 
         def step(count: int) -> None:
             if stopped.is_set():
@@ -229,7 +230,7 @@ def _compile(
         graph=directory / "graph" / "model.onnx", plan=directory / "engine.plan",
         contract=build.contract, target=build.target.name, options=options.engine,
     )  # fmt: skip
-    with stage("Building the engine", request.work) as advance:
+    with stage(host.COMPILE, request.work) as advance:
         built = build_engine(request, advance)
     weights = Layout.of(source.recipe).weight_bytes
     found = audit.audit(built, model.graph, build.contract, weights)
@@ -243,7 +244,7 @@ def _ask_reference(source: Source, stage: Stage) -> Answers:
     build = source.build
     reference = simulate(source.recipe, source.checkpoint.tensor)
     chosen = cases(build, short=True) if build.target.verified_at_export else []
-    with stage("Running the reference", None):
+    with stage(host.REFERENCE, None):
         return ask(reference, build, chosen, source.tokenizer.open().encode)
 
 
@@ -252,9 +253,10 @@ def _check(
 ) -> Checks:
     """Verify the finished files, and measure what quantizing cost, before anyone can see them."""
     build = source.build
-    session = load_session(directory, build)
+    with stage(host.LOAD, None):
+        session = load_session(directory, build)
     chosen = cases(build, short=True)
-    with stage("Verifying", sum(case.tokens for case in chosen)) as advance:
+    with stage(host.VERIFY, sum(case.tokens for case in chosen)) as advance:
         agreements = compare(session, build, chosen, answers.logits, advance)
     require(agreements)
     if build.batch_invariant:
