@@ -197,7 +197,7 @@ def to_markdown(results: dict[str, Result]) -> str:
         said = one["estimate"]
         if "refused" in one:
             totals.append(f"| {name} | {said['memory_bytes'] / 1e9:.2f} GB, refused | | | |")
-            refused.append(f"{name}: \"{one['refused']}\"")
+            refused.append(f'{name}: "{one["refused"]}"')
             continue
         cells = [beside(said[key], one[key]) for key in ("memory_bytes", "disk_bytes",
                                                          "bundle_bytes")]  # fmt: skip

@@ -32,7 +32,7 @@ def main() -> None:
     if not spec.slides:
         raise SystemExit(f"{arguments.bundle} has a layer without a window: it does grow.")
     window = max(size for size in spec.windows if size is not None)
-    session, ring = loaded.generator.session, loaded.generator.ring
+    session, ring = loaded.session, loaded.ring
     ring.grow_to(times * window)
     session.resize(ring.capacities)
     text = np.random.Generator(np.random.PCG64(0)).integers(0, spec.vocab_size, times * window)

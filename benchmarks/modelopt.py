@@ -223,8 +223,9 @@ def quantized_by_modelopt(model: Any) -> dict[str, Any]:
 
 def ours(windows: Windows, checkpoint: Any, folder: Path, *, bundles: bool) -> dict[str, Any]:
     """The same of our methods, on the PyTorch decoder and, if wanted, on exported bundles."""
-    from calib.layers.calibrate import CalibrationOptions, calibrate
+    from calib.layers.calibrate import calibrate
     from calib.layers.samples import Samples
+    from calib.options import CalibrationOptions
     from exporter.decoder.model import load_decoder
     from exporter.quantization.recipe import Recipe
     from exporter.quantization.reference import simulate

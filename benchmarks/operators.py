@@ -47,7 +47,7 @@ def profile(bundle: Path, tokens: int, threads: int) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder, profiled(Path(folder) / "trace"):
         loaded = load(bundle, threads=threads, check=False)
         run(loaded, tokens)
-        session = loaded.generator.session._session  # type: ignore[attr-defined]
+        session = loaded.session._session  # type: ignore[attr-defined]
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
     runs = [event for event in events if event.get("name") == "model_run"]
     begin = runs[-(len(runs) // 2)]["ts"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from calib.report.rows import Measured
+from calib.report.rows import BundleRow
 from exporter import export as exporting
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checks import evaluate as evaluation
@@ -94,7 +94,7 @@ def main() -> None:
         replace_between(DOCS / "calibration.md", *MARKS, table(found, arguments.windows))
 
 
-def measured(row: Row, folder: Path, count: int) -> Measured:
+def measured(row: Row, folder: Path, count: int) -> BundleRow:
     """Calibrate, export and evaluate one row; the export's own gate does the evaluation."""
     table_path = calibrated(row, folder)
     bundle = folder / "bundle"
@@ -104,7 +104,7 @@ def measured(row: Row, folder: Path, count: int) -> Measured:
         force=True,
     ))  # fmt: skip
     found = (manifest.quantization or {}).get("quality") or plain(bundle, manifest, count)
-    one = Measured(
+    one = BundleRow(
         name=row.name, precision=row.precision, method=" ".join(row.calibrate or ()),
         file_bytes=manifest.file_bytes, read_bytes=read_bytes(manifest),
         **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1")},
@@ -155,7 +155,7 @@ def cache_reference() -> None:
     evaluation._reference_logits = once
 
 
-def table(rows: Sequence[Measured], count: int) -> str:
+def table(rows: Sequence[BundleRow], count: int) -> str:
     """The Markdown between the marks."""
     facts = machine()
     uses_samples = any(row.method for row in rows)

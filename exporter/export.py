@@ -27,7 +27,8 @@ from exporter.checks.verify import Agreement, compare, require, to_json, to_mark
 from exporter.decide import decide, decide_precision
 from exporter.decoder.trace import trace
 from exporter.engine import audit
-from exporter.engine.build import BuildRequest, build_engine
+from exporter.engine.process import build_engine
+from exporter.engine.request import BuildRequest
 from exporter.estimate import host
 from exporter.estimate.host import host_needs, require_host
 from exporter.options import ExportOptions
@@ -44,7 +45,7 @@ from exporter.quantization.reference import simulate
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer
 from graphs.build import Build
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.targets import TARGETS, backend_distributions
 from runtime.backends import tensorrt_library
@@ -204,7 +205,7 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
             try:
                 model = trace(build.spec, build.activation)
                 if build.target.holds_plan:
-                    specialize(model, build.contract.capacities)
+                    fix_dimensions(model, build.contract.capacities)
                 passes = lower(
                     model, build.spec, build.target.name, quantization(recipe), build.activation,
                     build.ring.context, batch_invariant=build.batch_invariant,

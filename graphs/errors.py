@@ -1,12 +1,11 @@
-"""The one exception family the commands print. Knows nothing about where it is caught.
+"""The errors that commands print as one paragraph: what was got, what was expected, what to do.
 
-Every message is one paragraph that says what was got, what was expected and what to do.
-Anything else that escapes is a defect of ours and is allowed to show its traceback.
+Any other exception that escapes is a defect of ours and shows its traceback.
 """
 
 import re
 
-LONGEST = 1200  # characters; what a file says of itself may be of any length
+LONGEST = 1200  # characters; text quoted from a file may have any length
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 
 
@@ -16,7 +15,7 @@ class MistralcError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """One paragraph, whatever names and values from a file are quoted in it."""
+        """The message as one paragraph, without control characters that a quoted file may hold."""
         text = _CONTROL.sub(" ", super().__str__())
         if len(text) <= LONGEST:
             return text
@@ -24,6 +23,6 @@ class MistralcError(Exception):
 
 
 class UsageError(MistralcError):
-    """The command was called with arguments that cannot mean anything; nothing was started."""
+    """The arguments of a command contradict each other or mean nothing; nothing was started."""
 
     exit_code = 2

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs, as their vendor's documents describe them. Knows nothing about the GPU at hand.
+"""NVIDIA GPUs as their vendor's documents describe them, whatever GPU is present.
 
 `source` names the document that a figure is published in; most were checked against pages that
 quote it, not against the document itself. The B200 is left out on purpose: published figures
@@ -29,22 +29,22 @@ class Gpu:
 
 
 def version(compute_capability: str) -> tuple[int, int]:
-    """Return "8.9" as (8, 9), which compares as it should: 12.0 is newer than 8.9."""
+    """Return "8.9" as (8, 9), which compares correctly: 12.0 is newer than 8.9."""
     major, _, minor = compute_capability.partition(".")
     return int(major), int(minor)
 
 
 def find_gpu(name: str) -> Gpu:
-    """Look a GPU up as people write it: `rtx4090`, `RTX 4090`, `h100-pcie`; `a100` has 80 GB.
+    """Look up a GPU by a name such as `rtx4090`, `RTX 4090` or `h100-pcie`; `a100` has 80 GB.
 
-    Raises UsageError with the names that there are.
+    Raises UsageError that lists the known names.
     """
     keys = {_plain(key): key for key in (*GPUS, *ALIASES)}
     key = keys.get(_plain(name).removeprefix("geforce"))
     if key is None:
         raise UsageError(
-            f"--gpu is {name!r}, which is not in the table; one of {', '.join(GPUS)} is expected. "
-            "For another GPU, take the one in the list with its memory and bandwidth."
+            f"--gpu is {name!r}, which is not in the table; expected one of {', '.join(GPUS)}. "
+            "For another GPU, choose the listed one that is closest in memory and bandwidth."
         )
     return GPUS[ALIASES.get(key, key)]
 

@@ -1,9 +1,9 @@
-"""The manifest: what a bundle says about itself. Knows nothing about how bundles are made or run.
+"""The manifest: a bundle's description of itself.
 
-Plain data and the standard library only, because both the build host and the production host
-read it. It holds no time, no host name and no absolute path: the same input gives the same bytes.
-Its last field is the SHA-256 of all others, and it is read only in the layout in which it is
-written, so that no bit of it can change unnoticed, and its bytes can be signed.
+It uses plain data and the standard library only, because both the build host and the production
+host read it. It holds no time, no host name and no absolute path: the same input gives the same
+bytes. Its last field is the SHA-256 of all others. It is accepted only in exactly the form in which
+it is written, so every changed bit is noticed and its bytes can be signed.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from graphs.targets import TARGETS, CodeLayout, Target
 
 SCHEMA = 1
 FILE_NAME = "manifest.json"
-SIGNATURE = "manifest.sig"  # over the bytes of the manifest, which therefore cannot list it
+SIGNATURE = "manifest.sig"  # signs the bytes of the manifest, which therefore cannot list it
 CHECKSUM = "manifest_sha256"
 
 
@@ -39,10 +39,9 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything a host must know before it loads a bundle.
+    """Everything that a host must know before it loads a bundle.
 
-    `files` has an entry for every file but the manifest itself and its signature, by path relative
-    to the bundle.
+    `files` has every file except the manifest and its signature, by path relative to the bundle.
     `window_source` says whether the sliding window is the checkpoint's or the user's choice.
     """
 
@@ -127,7 +126,7 @@ class Manifest:
 
     @property
     def batch_invariant(self) -> bool:
-        """Whether a token is the same in bits whatever is computed beside it."""
+        """Whether logits have the same bits for any batch and step size."""
         return "pad_query" in self.passes
 
     def to_text(self) -> str:
@@ -139,7 +138,7 @@ class Manifest:
     def from_text(cls, text: str, where: str) -> Self:
         """Read `to_text`'s form; `where` names the file in errors.
 
-        Raises MistralcError when it is damaged, or of a schema that this version does not know.
+        Raises MistralcError if it is damaged, or of a schema that this version does not know.
         """
         remedy = "Copy the bundle again from where it was built, or export it again."
         try:
@@ -174,18 +173,18 @@ class Manifest:
             ) from error
         if written != text:
             raise MistralcError(
-                f"{where} was changed after the bundle was written: it says the same and is laid "
-                f"out differently, or says something twice. {remedy}"
+                f"{where} was changed after the bundle was written: its fields are the same "
+                f"but their form is not, or a field is repeated. {remedy}"
             )
         return manifest
 
 
 _TEXT_FIELDS = ("target", "precision", "activation", "window_source")
-_RECORDS = ("quantization", "verification", "engine")  # or null: not made, or not for this target
+_RECORDS = ("quantization", "verification", "engine")  # or null: not done, or not for this target
 
 
 def _check_types(data: Mapping[str, Any]) -> None:
-    """Raise TypeError for the first field whose type is not what its readers count on."""
+    """Raise TypeError for the first field that is not of the type its readers expect."""
     for name in _TEXT_FIELDS:
         _need(isinstance(data[name], str), name, "text")
     _need(data["activation"] in FLOATS, "activation", f"one of {', '.join(FLOATS)}")
@@ -217,17 +216,17 @@ def _need(good: bool, name: str, expected: str) -> None:
 
 
 def _checksum(data: Mapping[str, Any]) -> str:
-    """SHA-256 of a manifest's fields, however their JSON is laid out."""
+    """SHA-256 of a manifest's fields, independent of the form of their JSON."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read the manifest of the bundle in directory `bundle`, whatever files lie beside it."""
+    """Read the manifest of the bundle in directory `bundle`; no other file is checked."""
     return parse_manifest(manifest_bytes(bundle), bundle)
 
 
 def manifest_bytes(bundle: Path) -> bytes:
-    """Read the manifest's file and nothing more; raises MistralcError where there is none."""
+    """Read the bytes of the manifest's file. Raises MistralcError if there is none."""
     path = bundle / FILE_NAME
     if not bundle.exists():
         raise MistralcError(
@@ -246,7 +245,7 @@ def manifest_bytes(bundle: Path) -> bytes:
 
 
 def parse_manifest(data: bytes, bundle: Path) -> Manifest:
-    """Read what `manifest_bytes` returned; raises MistralcError as `Manifest.from_text` does."""
+    """Parse what `manifest_bytes` returned. Raises MistralcError as `Manifest.from_text` does."""
     path = bundle / FILE_NAME
     try:
         text = data.decode("utf-8")

@@ -1,9 +1,8 @@
-"""How a linear's numbers are stored, and which linears belong together. Knows no tensor.
+"""How the weight of one linear is stored, and which linears are quantized together.
 
-A `Scheme` says what one quantized linear looks like; a precision such as `int4wo` is a scheme for
-every linear of the layers. Linears that read the same value, or whose scales can be moved into the
-layer before, form a `Group`: they are calibrated together and share one scheme, so that a pass may
-still merge them.
+A `Scheme` describes one quantized linear; a precision such as `int4wo` uses one scheme for every
+linear of the layers. Linears that read the same value form a `Group`: they are calibrated together
+and share a scheme, so that a pass can still merge them.
 """
 
 import math
@@ -27,11 +26,11 @@ SCALE, ZERO_POINT, MINIMUM = "_scale", "_zero_point", "_minimum"  # after the we
 class Scheme:
     """How the weight [N, K] of a linear is stored, and how its input is rounded.
 
-    A weight is `scale * (code - zero_point) + minimum`. `block` input features share a scale;
-    None is one scale for each of the N rows. `offset` says which of the other two there is: a
-    `zero_point` is a whole number in the codes' range, a `minimum` is any number (the grid of
-    GGUF's Q4_1). `activation`, if any, is the type the input is rounded to, with one static scale
-    for the whole tensor.
+    A weight is `scale * (code - zero_point) + minimum`. `block` input features share a scale; None
+    means one scale per row. `offset` says which of the other two terms exists: a `zero_point` is an
+    integer in the range of the codes, a `minimum` is any number (as in GGUF's Q4_1). `activation`
+    is the type that the input is rounded to, with one static scale for the whole tensor; None
+    leaves the input as it is.
     """
 
     codes: Codes
@@ -45,7 +44,7 @@ class Scheme:
         return ELEMENT_TYPES[self.codes].bits
 
     def blocks(self, columns: int) -> int:
-        """How many scales a row of K = `columns` weights has."""
+        """Number of scales in a row of K = `columns` weights."""
         return 1 if self.block is None else -(-columns // self.block)
 
     def to_json(self) -> dict[str, Any]:
@@ -54,28 +53,29 @@ class Scheme:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote. Raises MistralcError where it says what no scheme is."""
+        """Read what `to_json` wrote. Raises MistralcError if the data is not a valid scheme."""
         try:
             scheme = cls(**data)
             known = _is_code(scheme.codes) and scheme.offset in ("none", "zero_point", "minimum")
             known &= scheme.block is None or (type(scheme.block) is int and scheme.block > 0)
             known &= scheme.activation is None or _is_code(scheme.activation)
-        except TypeError:  # another field, or a value that is no plain one
+        except TypeError:  # an unknown field, or a value of another type
             known = False
         if not known:
             raise MistralcError(
-                f"A weight's scheme is {data!r:.120}; codes, block, offset and activation as "
-                "mistralc writes them are expected. Export or calibrate again."
+                f"A weight's scheme is {data!r:.120}; expected codes, block, offset and activation "
+                "as mistralc writes them. Export or calibrate again."
             )
         return scheme
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Linears of one layer that share their input, and what a scale on that input is folded into.
+    """Linears of one layer that share their input, and the weight that a scale can be folded into.
 
-    Dividing input feature k by s[k] and multiplying column k of every reader by it changes
-    nothing. The division is folded into `producer`: the gain of a norm, or the rows of a linear.
+    Dividing input feature k by s[k] and multiplying column k of every reader by s[k] leaves the
+    result unchanged. The division is folded into `producer`: the gain of a norm, or the rows of a
+    linear.
     """
 
     name: str  # such as `model.layers.0.qkv`
@@ -89,7 +89,7 @@ class Group:
 
 
 def layer_groups(layer: int) -> tuple[Group, ...]:
-    """The four groups of a decoder layer, in the order in which they compute."""
+    """The four groups of a decoder layer, in order of computation."""
     at = f"model.layers.{layer}."
     q, k, v, o = (f"{at}self_attn.{name}_proj.weight" for name in "qkvo")
     gate, up, down = (f"{at}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
@@ -145,13 +145,13 @@ class StoredPart(NamedTuple):
 def stored_parts(
     name: str, shape: tuple[int, ...], scheme: Scheme, activation: Dtype, layout: CodeLayout
 ) -> Iterator[StoredPart]:
-    """What a weight [N, K] is stored as, codes first.
+    """Yield the tensors that a weight [N, K] is stored as, codes first.
 
-    `onnx` are codes [N, K] as ONNX stores them, and `transposed` the same as [K, N]: ONNX Runtime
-    transposes int8 one by one while it loads, which took 3.4 of 3.6 s for SmolLM2. `nbits` is what
-    its `MatMulNBits` takes: codes without a sign, from 0 up, whole blocks of bytes [N, J, bytes of
-    a block], the last one filled up where the block does not divide K, and zero points packed
-    likewise.
+    Layout `onnx` has codes [N, K] as ONNX stores them. `transposed` has them as [K, N]: ONNX
+    Runtime would otherwise transpose int8 codes one by one at load time, which took 3.4 of 3.6 s
+    for SmolLM2. `nbits` is the form of `MatMulNBits`: unsigned codes in whole blocks [N, J, bytes
+    of a block], the last block padded if the block size does not divide K, and zero points packed
+    alike.
     """
     n, k = shape
     blocks, bits = scheme.blocks(k), scheme.bits

@@ -1,4 +1,4 @@
-"""What a model is, and what its graph takes and gives. Knows nothing about files, torch or ONNX.
+"""The shape of a model and of its KV ring. Standard library only.
 
 Dimension letters, here and everywhere: B batch, S tokens in this step, T positions asked for
 logits, C ring capacity, W window, H query heads, K key/value heads, D head size, E hidden,
@@ -16,7 +16,7 @@ from graphs.errors import MistralcError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """How a checkpoint stretches its rotary frequencies. Fields as in Hugging Face `config.json`.
+    """How a checkpoint scales its rotary frequencies. Fields are those of `config.json`.
 
     `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3`
     divides the long wavelengths only and blends in between (Llama 3.1 model card).
@@ -31,7 +31,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3"):
             raise MistralcError(
-                f"The rotary scaling is {self.rope_type!r:.40}; linear or llama3 is expected. "
+                f"The rotary scaling is {self.rope_type!r:.40}; expected linear or llama3. "
                 "Check the checkpoint's configuration file."
             )
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
@@ -46,7 +46,7 @@ class RopeScaling:
 class ModelSpec:
     """The shape of a Mistral-architecture decoder. Field names are those of `config.json`.
 
-    `layer_windows[i]` is how many keys layer i sees, its own position included; None is all.
+    `layer_windows[i]` is how many keys layer i sees, including its own position; None means all.
     """
 
     vocab_size: int
@@ -79,41 +79,41 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise MistralcError(
-                f"The model's head_dim is {self.head_dim}; rotary embedding turns pairs and needs "
-                "an even number. Check the checkpoint's configuration file."
+                f"The model's head_dim is {self.head_dim}; rotary embedding rotates pairs and "
+                "needs an even number. Check the checkpoint's configuration file."
             )
         if len(self.layer_windows) != self.num_hidden_layers:
             raise MistralcError(
                 f"{len(self.layer_windows)} attention windows are given for "
-                f"{self.num_hidden_layers} layers; one per layer is expected."
+                f"{self.num_hidden_layers} layers; expected one per layer."
             )
         for size in self.layer_windows:
             if size is not None and not _is_count(size):
                 raise MistralcError(
-                    f"A layer's sliding window is {size!r:.40}; at least 1 token is expected, "
+                    f"A layer's sliding window is {size!r:.40}; expected at least 1 token, "
                     "or null for full attention."
                 )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The distinct windows, in order of first use: layers with equal windows share a mask."""
+        """The distinct windows in order of first use; layers with equal windows share a mask."""
         return tuple(dict.fromkeys(self.layer_windows))
 
     @property
     def slides(self) -> bool:
-        """Whether text may run without end: every layer forgets."""
+        """Whether every layer has a window, so that text may be of any length."""
         return None not in self.layer_windows
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the model, a tied embedding counted once."""
+        """Number of weights; a tied embedding counts once."""
         return sum(_product(shape) for shape in self.weight_shapes().values())
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight by its Hugging Face name, with its shape: linears are [out, in].
+        """The shape of every weight by its Hugging Face name; linears are [out, in].
 
-        This is the whole truth about a checkpoint: one tensor fewer or more is an error. A tied
-        `lm_head.weight` is not listed, because it is `model.embed_tokens.weight`.
+        A checkpoint must have exactly these tensors. A tied `lm_head.weight` is not listed,
+        because it is `model.embed_tokens.weight`.
         """
         e, f = self.hidden_size, self.intermediate_size
         q = self.num_attention_heads * self.head_dim
@@ -141,7 +141,7 @@ class ModelSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        """Read what `to_json` wrote. Raises MistralcError when a field is missing or unknown."""
+        """Read what `to_json` wrote. Raises MistralcError if a field is missing or unknown."""
         try:
             fields = dict(data)
             if fields["rope_scaling"] is not None:
@@ -157,10 +157,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RingSpec:
-    """How much the bundle's KV ring holds. `chunk` is the most tokens one step may take.
+    """The size of a bundle's KV ring. `chunk` is the largest number of tokens in one step.
 
-    `context` bounds a model that has a layer without a window; a model that slides everywhere
-    ignores it. `max_batch` is how many rows one session may hold.
+    `context` is the longest text of a model that has a layer without a window; other models ignore
+    it. `max_batch` is the largest number of rows in one session.
     """
 
     chunk: int
@@ -172,7 +172,7 @@ class RingSpec:
             _check_count(f"ring's {name}", getattr(self, name))
 
     def capacity(self, window_size: int | None) -> int:
-        """C for layers of this window: slots of the ring, a multiple of `chunk`."""
+        """C for layers with this window: the ring's slots, a multiple of `chunk`."""
         if window_size is None:
             return -(-self.context // self.chunk) * self.chunk
         return window.capacity(window_size, self.chunk)
@@ -185,7 +185,7 @@ def _is_count(value: object) -> bool:
 def _check_count(what: str, value: object) -> None:
     if not _is_count(value):
         raise MistralcError(
-            f"The {what} is {value!r:.40}; a whole number of at least 1 is expected. Check the "
+            f"The {what} is {value!r:.40}; expected a whole number of at least 1. Check the "
             "checkpoint's configuration, or export the bundle again."
         )
 
@@ -193,7 +193,7 @@ def _check_count(what: str, value: object) -> None:
 def _check_number(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise MistralcError(
-            f"The {what} is {value!r:.40}; a number above 0 is expected. Check the checkpoint's "
+            f"The {what} is {value!r:.40}; expected a number above 0. Check the checkpoint's "
             "configuration, or export the bundle again."
         )
 

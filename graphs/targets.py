@@ -7,7 +7,7 @@ with this one when they are imported. See `docs/extending.md`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from graphs.dtypes import Dtype
@@ -31,7 +31,7 @@ class Target:
 
     name: str
     title: str
-    activations: Mapping[str, Dtype]
+    activations: Mapping[str, Dtype] = field(hash=False)  # a dict has no hash; the name has one
 
     # The backend, as the production host sees it.
     backend_module: str  # what the session imports

@@ -1,4 +1,4 @@
-"""Text in, text out: tokens become text, stop strings end it, the clock is read. No backend here.
+"""Complete a prompt with text, and time it. Knows nothing about backends.
 
 feed the prompt ──▶ sample ──▶ detokenize ──▶ hold back what may be a stop string ──▶ text
 """
@@ -12,15 +12,17 @@ from typing import Any
 from runtime.decoding.generator import FinishReason, Generator, Progress
 from runtime.decoding.sampling import Floats, Sampled, SamplingParams
 from runtime.text.stop_strings import StopStrings
+from runtime.text.text_stream import TextStream
 from runtime.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Where the time went. Seconds; `ttft` is the time to first token, prompt included.
+    """Token counts and times of one completion, in seconds.
 
-    `cached_tokens` were in the ring already and cost nothing. Decode speed counts the steps
-    after the first token: n tokens take n - 1 of them.
+    `ttft` is the time to first token, prompt included. `cached_tokens` of the prompt were in the
+    ring already and were not computed. Decode speed counts the steps after the first token: n
+    tokens take n - 1 steps.
     """
 
     prompt_tokens: int
@@ -31,17 +33,17 @@ class Timings:
 
     @property
     def prefill_rate(self) -> float | None:
-        """Prompt tokens per second, or None when all were cached."""
+        """Prompt tokens per second, or None if all were cached."""
         fed = self.prompt_tokens - self.cached_tokens
         return fed / self.ttft if fed and self.ttft else None
 
     @property
     def decode_rate(self) -> float | None:
-        """Generated tokens per second after the first, or None when there was only one."""
+        """Generated tokens per second after the first, or None if there was only one."""
         return (self.new_tokens - 1) / self.decode if self.new_tokens > 1 and self.decode else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data with units in the names."""
+        """Return plain data for JSON, with units in the names."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
@@ -55,22 +57,26 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """When to stop, beside the model's own end of text, and how far to guess ahead."""
+    """Limits of one completion, beside the model's own end-of-text token.
+
+    `speculate` is the largest number of tokens to draft ahead. Raises UsageError if a stop string
+    is empty.
+    """
 
     max_new_tokens: int | None = None
     stop: tuple[str, ...] = ()
     speculate: int = 0
 
     def __post_init__(self) -> None:
-        StopStrings(self.stop)  # raises UsageError where one of them cannot be
+        StopStrings(self.stop)  # raises before any work is done
 
 
 class Completion:
-    """One answer in the making. Iterate for its text; then read how it ended.
+    """One completion. Iterate over it for its text; then read how it ended.
 
-    `tokens` are the sampled ids, the end-of-text token included, four bytes each; `logprobs` is
-    filled only where they were asked for. `chat` drops the space that SentencePiece puts before
-    the first word, which belongs to a text that goes on and not to an answer.
+    `tokens` are the sampled ids, the end-of-text token included, four bytes each. `logprobs` is
+    filled only if `params` asks for log-probabilities. `chat` drops the space that SentencePiece
+    puts before the first word: it belongs to text that continues a prompt, not to an answer.
     """
 
     def __init__(
@@ -95,15 +101,17 @@ class Completion:
         self._logits: Floats | None = None
 
     def prefill(self, progress: Progress | None = None) -> Floats:
-        """Feed the prompt, less what the ring holds of it already. Iterating does it by itself."""
+        """Feed the part of the prompt that the ring does not hold; returns the last logits [V].
+
+        Iterating calls this if it was not called before.
+        """
         self._began = perf_counter()
         self._logits = self.generator.feed_from_common_prefix(self.prompt, progress)
         return self._logits
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the answer's text as it becomes certain; never half a character."""
-        stops = StopStrings(self.limits.stop)
-        decoder = self.tokenizer.stream(continuation=not self._chat)
+        """Yield the text as soon as it can be sent; never part of a character."""
+        stream = TextStream(self.tokenizer, self.limits.stop, continuation=not self._chat)
         logits = self.prefill() if self._logits is None else self._logits
         cached = self.generator.fed_from
         sampled = self.generator.generate(
@@ -119,14 +127,13 @@ class Completion:
             self.tokens.append(token.token_id)
             if self.params.logprobs is not None:
                 self.logprobs.append(token)
-            text, stopped = stops.push(decoder.push(token.token_id))
-            yield from self._emit(text)
-            if stopped:
+            yield from self._emit(stream.push(token.token_id))
+            if stream.stopped:
                 break
         else:
-            yield from self._emit(stops.push(decoder.flush()).text + stops.flush())
+            yield from self._emit(stream.finish())
         ended = perf_counter()
-        self.finish_reason = "stop" if stops.matched else self.generator.finish_reason
+        self.finish_reason = "stop" if stream.stopped else self.generator.finish_reason
         self.timings = Timings(
             prompt_tokens=len(self.prompt),
             cached_tokens=cached,
@@ -141,7 +148,7 @@ class Completion:
             yield text
 
     def to_json(self) -> dict[str, Any]:
-        """The whole result as plain data."""
+        """Return the whole result as plain data for JSON."""
         result: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish_reason,

@@ -1,6 +1,6 @@
 """Load a checked bundle: session, ring and tokenizer. Knows nothing about commands.
 
-The backend is imported here, when it is needed, and nowhere else.
+Backends are imported here and nowhere else, and only when they are needed.
 """
 
 import importlib
@@ -46,7 +46,7 @@ def _open_cuda(
 ) -> Session:
     from runtime.backends.onnxruntime_cuda import CudaOrtSession
 
-    return CudaOrtSession(directory / "model.onnx", build.contract, batch=batch)
+    return CudaOrtSession(directory / "model.onnx", build.contract, build.target, batch=batch)
 
 
 def _open_tensorrt(
@@ -56,7 +56,7 @@ def _open_tensorrt(
     from runtime.backends.tensorrt import TrtSession
 
     entry = files.get("engine.plan")
-    cache = None if entry is None else kernel_cache.cache_file(entry.sha256)
+    cache = None if entry is None else kernel_cache.kernels_file(entry.sha256)
     return TrtSession(
         directory / "engine.plan", build.contract, build.target,
         batch=batch, cache=cache,
@@ -84,8 +84,9 @@ def load_session(
 ) -> Session:
     """Load the graph or plan in `directory` on the backend of the build's target.
 
-    `files` are those that the manifest lists, none while the bundle is being made. A session has
-    `batch` rows; `threads` is for a CPU, None leaves the number to the backend.
+    `files` are those that the manifest lists; there are none while the bundle is being made. The
+    session has `batch` rows. `threads` is for CPUs; None leaves the number to the backend. Raises
+    MistralcError if the backend is not installed.
     """
     target = build.target
     try:

@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,28 @@ def kept_traces() -> Iterator[None]:
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """`copy_of(bundle)` is a copy that a test may damage, alone in a directory of its own."""
     return lambda path: Path(shutil.copytree(path, tmp_path / "copies" / path.name))
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """`tmpfs(kib)` mounts a file system of that size in memory, or skips the test if it cannot."""
+    mounted: list[Path] = []
+
+    def mount(kib: int) -> Path:
+        place = tmp_path / f"tmpfs-{len(mounted)}"
+        place.mkdir()
+        if os.geteuid() != 0:
+            pytest.skip("mounting a file system needs root")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"mounting a file system failed: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

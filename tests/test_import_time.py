@@ -1,4 +1,4 @@
-"""What a production host pays before it has loaded anything."""
+"""Import time of the runtime, and the modules that it imports."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ print(seconds, *sorted(heavy & sys.modules.keys()))
 
 
 def import_generator() -> tuple[float, list[str]]:
-    """Seconds that the import took in a fresh interpreter, and the heavy modules it brought."""
+    """Seconds that the import takes in a new interpreter, and the heavy modules that it loads."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -29,11 +29,11 @@ def import_generator() -> tuple[float, list[str]]:
 
 def test_the_generator_imports_no_build_tools_and_no_backend():
     _, heavy = import_generator()
-    assert heavy == [], "these cost seconds, and most are not installed on a production host"
+    assert heavy == [], "these take seconds to import, and a production host lacks most of them"
 
 
 def test_the_generator_imports_in_under_300_ms():
-    # The least of five: other processes can only make an import slower, never faster. NumPy is
-    # most of it; 0.13 s were seen on a machine that was busy with other work.
+    # The minimum of five: other processes can only slow an import down. Most of it is NumPy; a
+    # busy machine took 0.13 s.
     fastest = min(import_generator()[0] for _ in range(5))
     assert fastest < 0.3, f"import runtime.decoding.generator takes {fastest:.2f} s at best"

@@ -55,12 +55,10 @@ class Mistralc:
             yield one.token_id
 
     def logits(self, ids: Sequence[int]) -> Any:
-        from runtime.measure.perplexity import feed
-
         generator = self._generator
         generator.rewind(0)
-        pieces = feed(generator.session, generator.ring, np.array(ids, np.int64), 0)
-        return np.concatenate([rows.copy() for _, rows in pieces])
+        pieces = generator.sequence.feed(np.array(ids, np.int64), np.arange(len(ids)))
+        return np.concatenate([piece.logits.copy() for piece in pieces])
 
 
 class LlamaCpp:

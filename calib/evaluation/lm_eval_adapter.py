@@ -1,19 +1,19 @@
-r"""A bundle as a model of EleutherAI's lm-evaluation-harness. Knows nothing about any task.
+r"""Run EleutherAI's lm-evaluation-harness on a bundle. Knows nothing about any task.
 
-It runs MMLU, HellaSwag and the rest on the artefact that is shipped, quantized and sliding as it
-is, through the session that serves it. Install it with `pip install 'mistralc[cpu,eval]'`, then
+MMLU, HellaSwag and the other tasks run on the shipped bundle, with its quantization and its sliding
+window, through the session that serves it. Install with `pip install 'mistralc[cpu,eval]'`, then
 
     python -m calib.evaluation.lm_eval_adapter --model mistralc \
         --model_args bundle=build/smollm2-cpu-fp32 --tasks hellaswag,mmlu --limit 100
 
-This is the harness's own command line with the model `mistralc` added to it. From Python, importing
-this module registers it: `lm_eval.simple_evaluate(model="mistralc", model_args="bundle=PATH",
-tasks=["hellaswag"])`. Arguments of the model are `bundle`, `threads` and `check=False`.
+This is the harness's own command line with the model `mistralc` added. In Python, importing this
+module registers the model: `lm_eval.simple_evaluate(model="mistralc", model_args="bundle=PATH",
+tasks=["hellaswag"])`. The model's arguments are `bundle`, `threads` and `check=False`.
 
-Texts are encoded as the runtime does: with a BOS where the checkpoint asks for one, and what a task
-spells like a control token stays text. `--apply_chat_template` works, but for answers that a task
-begins itself. A text too long for a bundle that does not slide loses its beginning, as it does in
-the harness's own models.
+Texts are encoded as in the runtime: with a BOS if the checkpoint asks for one, and control tokens
+spelled out in a task stay plain text. `--apply_chat_template` works, except for tasks that begin
+the answer themselves. A text that is too long for a bundle without a sliding window loses its
+beginning, as in the harness's own models.
 """
 
 import logging
@@ -34,8 +34,8 @@ from runtime.load import load, make_ring
 from runtime.system.progress import stage_for
 
 NAME = "mistralc"
-NEW_TOKENS = 256  # of an answer where a task sets no limit: what the harness's own models allow
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # names that tasks give the limit
+NEW_TOKENS = 256  # limit of an answer if the task sets none, as in the harness's own models
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # names that tasks use for the limit
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
 _log = logging.getLogger(__name__)
@@ -46,8 +46,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, context,
 class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """The bundle at `bundle`, loaded for one sequence.
 
-    What the harness says about devices and batches is ignored: the bundle has its target, and
-    questions are answered one after the other.
+    The harness's settings for devices and batches are ignored: the bundle has a fixed target, and
+    requests run one by one.
     """
 
     def __init__(
@@ -59,24 +59,26 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> None:
         super().__init__()
         loaded = load(Path(bundle), threads=threads, check=check)
-        self._manifest, self._tokenizer = loaded.bundle.manifest, loaded.tokenizer
-        self._session = loaded.generator.session
-        self._chats: dict[str, list[int]] = {}  # by rendered text, whose control tokens are lost
+        self._manifest, self._build = loaded.bundle.manifest, loaded.bundle.manifest.build
+        self._tokenizer = loaded.tokenizer
+        self._session = loaded.session
+        # Token ids by rendered text, because control tokens cannot be told from that text.
+        self._chats: dict[str, list[int]] = {}
 
     @property
     def eot_token_id(self) -> int:
-        """The token before a text that has nothing before it: the BOS, if there is one."""
+        """The token placed before a text without context: the BOS, if there is one."""
         return prefix_id(self._tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
-        """A name for the harness's cache of requests."""
+        """The key of the harness's request cache."""
         return f"{NAME}-{self._manifest.files['tokenizer.json'].sha256}"
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_ignored: object
     ) -> list[int]:
-        """Ids of plain text, or of a chat that `apply_chat_template` has rendered."""
+        """Return the ids of plain text, or of a chat rendered by `apply_chat_template`."""
         if string in self._chats:
             return list(self._chats[string])
         return self._tokenizer.encode(string, add_bos=add_special_tokens is not False)
@@ -84,12 +86,11 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render a chat to the text that the harness passes around, and remember its ids."""
+        """Render a chat to text for the harness, and remember the chat's token ids."""
         if not add_generation_prompt:
             raise MistralcError(
-                "A task wants the model to go on with an answer that it begins itself "
-                "(gen_prefix), which a chat template cannot express here. Run it without "
-                "--apply_chat_template."
+                "The task begins the model's answer itself (gen_prefix), which is not supported "
+                "with a chat template. Run it without --apply_chat_template."
             )
         text = self._tokenizer.render_chat(chat_history)
         self._chats[text] = self._tokenizer.encode_chat(chat_history)
@@ -98,8 +99,8 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in as few pieces as the context allows."""
-        scorer, found = Scorer(self._session, self._manifest), []
+        """Return the log-likelihood of whole texts, in as few pieces as the context allows."""
+        scorer, found = Scorer(self._session, self._build), []
         with stage_for(quiet=disable_tqdm)("Reading texts", len(requests)) as advance:
             for (text,) in (request.args for request in requests):
                 pieces = self._pieces(self.tok_encode(text, add_special_tokens=False))
@@ -109,17 +110,15 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue texts until a stop string, the end of text, or the limit of tokens."""
-        generator = Generator(
-            self._session, make_ring(self._manifest.build), self._manifest.model.vocab_size
-        )
+        """Continue texts until a stop string, the end of text, or the token limit."""
+        generator = Generator(self._session, make_ring(self._build), self._build.spec.vocab_size)
         found = []
         with stage_for(quiet=disable_tqdm)("Generating", len(requests)) as advance:
             for context, settings in (request.args for request in requests):
                 params, limits = _settings(settings)
                 ids = self.tok_encode(context) or [self.prefix_token_id]
-                if not self._manifest.model.slides:
-                    room = self._manifest.ring.context - (limits.max_new_tokens or 0)
+                if not self._build.spec.slides:
+                    room = self._build.ring.context - (limits.max_new_tokens or 0)
                     ids = _last(ids, max(room, 1))
                 chat = context in self._chats
                 completion = Completion(generator, self._tokenizer, ids, params, limits, chat=chat)
@@ -137,7 +136,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **_ignored: object
     ) -> list[tuple[float, bool]]:
-        scorer, found = Scorer(self._session, self._manifest), []
+        scorer, found = Scorer(self._session, self._build), []
         with stage_for(quiet=disable_tqdm)("Scoring", len(requests)) as advance:
             for texts, context, continuation in requests:
                 score = self._score(scorer, context or [self.prefix_token_id], continuation)
@@ -148,7 +147,7 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return found
 
     def _pieces(self, ids: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        longest = len(ids) if self._manifest.model.slides else self._manifest.ring.context
+        longest = len(ids) if self._build.spec.slides else self._build.ring.context
         windows = get_rolling_token_windows(ids, self.prefix_token_id, max(longest, 1), 1)
         return map(make_disjoint_window, windows)
 
@@ -161,16 +160,16 @@ class BundleModel(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
 
 def _last(ids: list[int], count: int) -> list[int]:
-    """The last `count` ids, and a warning where that is not all of them."""
+    """Return the last `count` ids; logs a warning if others are dropped."""
     if len(ids) > count:
         _log.warning(
-            "A text of %d tokens is cut to its last %d: the bundle holds no more.", len(ids), count
+            "A text of %d tokens is cut to its last %d, the bundle's context.", len(ids), count
         )
     return ids[-count:]
 
 
 def _settings(given: Mapping[str, Any]) -> tuple[SamplingParams, Limits]:
-    """What a task's `generation_kwargs` mean here; greedy unless it says otherwise."""
+    """Translate a task's `generation_kwargs`; decoding is greedy unless it asks for sampling."""
     until = given.get("until") or []
     stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
     lengths = [given[name] for name in _LENGTHS if given.get(name) is not None]

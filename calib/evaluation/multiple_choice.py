@@ -1,12 +1,12 @@
-"""Multiple-choice questions, answered by likelihood. Knows nothing about any particular task.
+"""Answer multiple-choice questions by likelihood. Knows nothing about any particular task.
 
-A choice is put after its context and scored by the log-likelihood of its tokens; the likeliest
-choice is the answer. That is how MMLU, HellaSwag and ARC are scored, and the file has the prompt
-as the model is to see it: nothing but a space is added.
+Each choice is appended to the context and scored by the log-likelihood of its tokens; the most
+likely choice is the answer. MMLU, HellaSwag and ARC are scored like this. The file holds the prompt
+exactly as the model reads it: at most one space is added.
 """
 
 import math
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,23 @@ from typing import Any
 import numpy as np
 
 from exporter.checks.corpus import objects, read_text
+from graphs.build import Build
 from graphs.errors import MistralcError
-from graphs.manifest import Manifest
 from runtime.backends.session import Session
+from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
-from runtime.measure.perplexity import Progress, check_ids, feed, log_likelihoods
+from runtime.measure.perplexity import Progress, check_ids, log_likelihoods
 from runtime.text.tokenizer import Tokenizer
 
 EXPECTED = (
-    'one object on each line is expected, {"question": "…", "choices": ["…", "…"], "answer": 0}, '
-    "with `answer` counting from 0 and `context` in place of `question` where that says it better"
+    'expected one object per line, {"question": "…", "choices": ["…", "…"], "answer": 0}, '
+    "with `answer` counted from 0; `context` may replace `question`"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """Text, at least two continuations of it, and which of them is right, counted from 0."""
+    """A text, at least two continuations, and the index of the right one, from 0."""
 
     context: str
     choices: tuple[str, ...]
@@ -39,10 +40,10 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """How many of `questions` were answered rightly, as shares.
+    """The share of `questions` answered correctly, 0 to 1.
 
-    `normalized` divides each log-likelihood by the number of characters of its choice, so that
-    long ones are not at a disadvantage. The standard errors are those of a sample's mean.
+    `normalized` divides each log-likelihood by the number of characters of its choice, so that long
+    choices are not at a disadvantage. The standard errors are those of a sample mean.
     """
 
     questions: int
@@ -51,16 +52,16 @@ class Accuracy:
 
     @property
     def accuracy_stderr(self) -> float | None:
-        """Standard error of `accuracy`; None of a single question."""
+        """Standard error of `accuracy`; None for a single question."""
         return _standard_error(self.accuracy, self.questions)
 
     @property
     def normalized_stderr(self) -> float | None:
-        """Standard error of `normalized`; None of a single question."""
+        """Standard error of `normalized`; None for a single question."""
         return _standard_error(self.normalized, self.questions)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return the result as plain data."""
         return {
             "questions": self.questions,
             "accuracy": self.accuracy,
@@ -70,7 +71,7 @@ class Accuracy:
         }
 
     def to_markdown(self) -> str:
-        """A table of one row."""
+        """Return a Markdown table of one row."""
         plain = _with_error(self.accuracy, self.accuracy_stderr)
         normalized = _with_error(self.normalized, self.normalized_stderr)
         return "\n".join([
@@ -83,81 +84,83 @@ class Accuracy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Likelihood:
-    """Natural log-likelihood of a continuation, and whether greedy decoding would write it."""
+    """Natural log-likelihood of a continuation, and whether greedy decoding produces it."""
 
     log: float
     greedy: bool
 
 
 class Scorer:
-    """Scores continuations on a live ring; what a text shares with the last one is not read again.
+    """Scores continuations, reusing the ring for the prefix that a text shares with the last one.
 
-    It has the session to itself: another reader of the same ring makes it a stranger to it.
+    No one else may step the session while a Scorer uses it.
     """
 
-    def __init__(self, session: Session, manifest: Manifest) -> None:
-        self.session, self.manifest, self.ring = session, manifest, make_ring(manifest.build)
-        self._seen: list[int] = []  # what the ring holds
-        session.resize(self.ring.capacities)
+    def __init__(self, session: Session, build: Build) -> None:
+        self.build, self.ring = build, make_ring(build)
+        self._sequence = Sequence(session, self.ring)
+        self._seen: list[int] = []  # ids in the ring
 
     @property
     def longest(self) -> int | None:
-        """Most tokens of a text, continuation included; None where the model slides."""
-        spec, context = self.manifest.model, self.manifest.ring.context
-        return None if spec.slides else context + 1  # the last one is never fed
+        """Most tokens of a text, continuation included; None for a sliding window."""
+        spec, context = self.build.spec, self.build.ring.context
+        return None if spec.slides else context + 1  # the last token is never fed
 
-    def score(self, ids: Sequence[int], start: int) -> Likelihood:
-        """Score the tokens of `ids` from index `start` (at least 1) on, given those before it.
+    def score(self, ids: abc.Sequence[int], start: int) -> Likelihood:
+        """Score the tokens of `ids` from index `start` (at least 1) on, given those before.
 
-        Raises ContextFullError where the bundle has no room for them.
+        Raises ContextFullError if the bundle has no room for them, and MistralcError if its logits
+        are not finite.
         """
         array = np.asarray(ids, np.int64)
-        check_ids(self.manifest.build, array)
+        check_ids(self.build, array)
         common = self._common(ids[: start - 1])
         self.ring.check_room_from(common, len(ids) - 1 - common)
         self.ring.rewind(common)
         del self._seen[common:]
-        # The context first and by itself, so that every choice of a question meets the same keys,
-        # whichever of them was scored first.
+        # The context is fed first and by itself, so that all choices of a question see the same
+        # keys, whichever is scored first.
         context, continuation = array[common : start - 1], array[start - 1 :]
-        for _ in feed(self.session, self.ring, context, len(context)):
+        for _ in self._sequence.feed(context):
             pass
         log, greedy = 0.0, True
-        for at, logits in feed(self.session, self.ring, continuation[:-1], 0):
-            targets = continuation[at + 1 : at + 1 + len(logits)]
+        fed = continuation[:-1]
+        for start, count, logits in self._sequence.feed(fed, np.arange(len(fed))):
+            targets = continuation[start + 1 : start + 1 + count]
             log += float(log_likelihoods(logits, targets).sum())
             greedy &= bool((logits.argmax(-1) == targets).all())
         self._seen += ids[common:-1]
         if not math.isfinite(log):
             raise MistralcError(
-                "The bundle's logits hold NaN or infinity; finite numbers are expected. Run "
+                "The bundle's logits hold NaN or infinity; expected finite numbers. Run "
                 "`mistralc verify` on the bundle, and report this with its manifest."
             )
         return Likelihood(log=log, greedy=greedy)
 
-    def _common(self, ids: Sequence[int]) -> int:
-        """How many of `ids` the ring holds already and can go back to."""
-        common = shared(self._seen, ids)
+    def _common(self, ids: abc.Sequence[int]) -> int:
+        """Count the leading `ids` that are in the ring and that it can rewind to."""
+        common = common_prefix(self._seen, ids)
         return common if common >= self.ring.oldest_rewind() else 0
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a JSONL file of questions; raises MistralcError naming the line that is none."""
+    """Read a JSONL file of questions. Raises MistralcError naming the line that is not one."""
     found = [_question(line, where) for where, line in objects(read_text(path), path)]
     if not found:
-        raise MistralcError(f"{path} holds no question; {EXPECTED}. Check the path.")
+        raise MistralcError(f"{path} holds no questions; {EXPECTED}. Check the path.")
     return found
 
 
-def measure(
+def measure_accuracy(
     session: Session,
-    manifest: Manifest,
+    build: Build,
     tokenizer: Tokenizer,
-    questions: Sequence[Question],
+    questions: abc.Sequence[Question],
     progress: Progress | None = None,
 ) -> Accuracy:
-    """Answer all `questions`; `progress` counts them. Of equal choices the first is taken."""
-    scorer = Scorer(session, manifest)
+    """Answer all `questions`, counted by `progress`. Of equally likely choices the first wins."""
+    scorer = Scorer(session, build)
     right, right_normalized = 0, 0
     for question in questions:
         try:
@@ -173,17 +176,17 @@ def measure(
     return Accuracy(questions=count, accuracy=right / count, normalized=right_normalized / count)
 
 
-def encode(question: Question, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
-    """Ids of context and choice for each choice, and the index of the first token to score.
+def encode_choices(question: Question, tokenizer: Tokenizer) -> tuple[list[list[int]], int]:
+    """Return the ids of context plus choice, for each choice, and the first index to score.
 
-    A space stands between the two unless one of them has white space there. Where a choice merges
-    with the end of the context into a token of its own, all choices are scored from that token on:
-    what is compared is always the likelihood of whole texts after the same tokens.
+    A space joins the two unless one of them has white space there. If the tokenizer merges the end
+    of the context with the start of a choice, all choices are scored from that token on, so that
+    the compared likelihoods always follow the same tokens.
     """
     texts = [_join(question.context, choice) for choice in question.choices]
     wholes = [tokenizer.encode(text) for text in texts]
     context = tokenizer.encode(question.context)
-    start = min(shared(context, whole) for whole in wholes)
+    start = min(common_prefix(context, whole) for whole in wholes)
     if start:
         return wholes, start
     first = prefix_id(tokenizer)
@@ -191,25 +194,25 @@ def encode(question: Question, tokenizer: Tokenizer) -> tuple[list[list[int]], i
 
 
 def prefix_id(tokenizer: Tokenizer) -> int:
-    """The token for a text to follow that has nothing before it: the BOS, else an end of text."""
+    """Return the token to place before a text without context: the BOS, else an end of text."""
     if tokenizer.bos_id is not None:
         return tokenizer.bos_id
     if tokenizer.stop_ids:
         return min(tokenizer.stop_ids)
     raise MistralcError(
-        "The bundle's tokenizer names neither a BOS nor an end of text; one of them is "
-        "expected before a text whose first token is to be scored. Give each question some context."
+        "The bundle's tokenizer names neither a BOS nor an end of text; expected one of them to "
+        "score the first token of a text. Give each question some context."
     )
 
 
-def shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two texts have in common at the front."""
+def common_prefix(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
+    """Return the length of the common prefix of two texts, in tokens."""
     pairs = zip(one, other, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _log_likelihoods(scorer: Scorer, tokenizer: Tokenizer, question: Question) -> list[float]:
-    texts, start = encode(question, tokenizer)
+    texts, start = encode_choices(question, tokenizer)
     return [scorer.score(ids, start).log for ids in texts]
 
 
@@ -221,15 +224,15 @@ def _join(context: str, choice: str) -> str:
 def _question(line: dict[str, Any], where: str) -> Question:
     contexts = [line[name] for name in ("question", "context") if name in line]
     if len(contexts) != 1 or not isinstance(contexts[0], str):
-        got = "both of them" if len(contexts) == 2 else "no text in either"
-        raise MistralcError(f"{where} has {got}, `question` and `context`; {EXPECTED}.")
+        got = "both" if len(contexts) == 2 else "no text in either of"
+        raise MistralcError(f"{where} has {got} `question` and `context`; {EXPECTED}.")
     choices, answer = line.get("choices"), line.get("answer")
     if (
         not isinstance(choices, list)
         or len(choices) < 2
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
-        raise MistralcError(f"{where} has no two or more texts as its `choices`; {EXPECTED}.")
+        raise MistralcError(f"{where} does not have two or more texts as `choices`; {EXPECTED}.")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise MistralcError(
             f"{where} has the answer {answer!r:.40} to {len(choices)} choices; {EXPECTED}."

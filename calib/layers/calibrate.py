@@ -1,13 +1,12 @@
-"""From samples of text to a table, one decoder layer at a time. Knows no command line.
+"""Calibrate a checkpoint into a table, one decoder layer at a time. Knows no command line.
 
-Only one layer's weights are held, and the samples lie in files between layers, so neither memory
-nor the time of a restart grows with the number of layers.
+Only one layer's weights are in memory, and the samples are kept in files between layers. So memory
+does not grow with the number of layers, and a stopped run resumes after its last finished layer.
 """
 
 import platform
 import shutil
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.layers import work_directory
 from calib.layers.layer_pass import (
     FROM_FILE,
     LayerPass,
@@ -23,58 +21,38 @@ from calib.layers.layer_pass import (
     install_weights,
     tensor_in_file,
 )
-from calib.layers.mixed_precision import Budget, keep_worst
+from calib.layers.mixed_precision import keep_worst
 from calib.layers.samples import Samples
-from calib.methods.decide import Task, decide, methods
-from calib.methods.input_ranges import CALIBRATORS
+from calib.layers.work_directory import LayerResult, WorkDirectory, open_work_directory
+from calib.methods.decide import GroupTask, decide_group
 from calib.methods.observation import Observer
+from calib.options import CalibrationOptions
 from exporter.checkpoint.open import Checkpoint
 from exporter.decoder.model import load_decoder
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.recipe import SMOOTHING, Recipe
 from graphs.errors import UsageError
-from graphs.quant_scheme import BLOCKS, Offset, Scheme, default_scheme, groups, layer_groups
-from graphs.spec import ModelSpec
+from graphs.quant_scheme import groups, layer_groups
 from runtime.system.progress import Advance, Stage, silent
 
-PRECISIONS = ("int8", "int8wo", "int4wo", "fp8")
-QUANTIZED, FLOAT = "quantized", "float"  # the streams of samples
-STAGES = 5  # passes of the samples through a layer: before each of four groups, and out
+QUANTIZED, FLOAT = "quantized", "float"  # streams of samples: through which model they run
+STEPS = 5  # times that the samples advance in a layer: to each of four groups, and to its end
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationOptions:
-    """What the user may choose. None takes the default of the precision or of the machine."""
+class _Run:
+    """Everything that one calibration works with."""
 
-    precision: str
-    method: str | None = None
-    block: int | None = None
-    offset: Offset = "none"
-    calibrator: str = "mse"
-    budget: Budget = field(default_factory=Budget)
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        _require("--precision", self.precision, PRECISIONS)
-        _require("--method", self.method_or_default, methods(self.precision))
-        _require("--calibrator", self.calibrator, CALIBRATORS)
-        if self.block is not None:
-            _require("--block", self.block, BLOCKS)
+    checkpoint: Checkpoint
+    samples: Samples
+    options: CalibrationOptions
+    work: WorkDirectory
+    device: torch.device
 
     @property
-    def method_or_default(self) -> str:
-        """The method's name."""
-        return self.method or next(iter(methods(self.precision)))
-
-    @property
-    def scheme(self) -> Scheme:
-        """What every linear of the layers becomes."""
-        return default_scheme(self.precision, block=self.block, offset=self.offset)
-
-    def to_json(self) -> dict[str, Any]:
-        """What decides the numbers of a group, as plain data; the budget does not."""
-        return {"precision": self.precision, "method": self.method_or_default,
-                "calibrator": self.calibrator, "scheme": self.scheme.to_json()}  # fmt: skip
+    def streams(self) -> tuple[str, ...]:
+        """Streams of samples: QUANTIZED, and FLOAT too if the method corrects drift."""
+        return (QUANTIZED, FLOAT) if self.options.chosen_method.drift else (QUANTIZED,)
 
 
 def calibrate(
@@ -83,25 +61,19 @@ def calibrate(
 ) -> CalibrationTable:  # fmt: skip
     """Decide the numbers of every linear of the layers.
 
-    `directory` keeps what is finished; called again with the same arguments, the work goes on
-    after the last finished layer, and the table is the same to the byte. It is left there.
+    Finished layers are kept in `directory`. Called again with the same arguments, this resumes
+    after the last finished layer and returns the same table, bit-identical. The directory is left
+    for the caller to delete.
     """
-    spec = checkpoint.spec
-    device = choose_device(options.device)
+    spec, device = checkpoint.spec, choose_device(options.device)
     with stage("Reading the checkpoint", None):
         fingerprint = checkpoint.fingerprint()
-    plan = {"checkpoint": fingerprint, "data": dict(samples.data), "options": options.to_json(),
-            "samples": samples.digest, "versions": versions()}  # fmt: skip
-    with work_directory.opened(directory, plan) as state, torch.inference_mode():
-        per_layer = STAGES * samples.ids.numel()
-        with stage("Calibrating", spec.num_hidden_layers * per_layer) as advance:
-            done = state.finished()
-            advance(done * per_layer)
-            if done == 0:
-                _embed(checkpoint, samples, streams(options), state)
-            for index in range(done, spec.num_hidden_layers):
-                _calibrate_layer(checkpoint, index, samples, options, state, device, advance)
-        layers = [state.layer(index) for index in range(spec.num_hidden_layers)]
+    inputs = {"checkpoint": fingerprint, "data": dict(samples.data), "options": options.to_json(),
+              "samples": samples.digest, "versions": versions()}  # fmt: skip
+    with open_work_directory(directory, inputs) as work, torch.inference_mode():
+        run = _Run(checkpoint=checkpoint, samples=samples, options=options, work=work,
+                   device=device)  # fmt: skip
+        layers = _calibrate_layers(run, stage)
         recipe = Recipe(
             spec=spec, activation="float16",
             schemes={n: options.scheme for group in groups(spec) for n in group.readers},
@@ -111,110 +83,116 @@ def calibrate(
             "coverage": samples.coverage(spec),
             "groups": {name: facts for layer in layers for name, facts in layer.facts.items()},
         }
-        if options.budget.asks:
+        if options.budget.is_set:
             recipe, facts["kept"] = keep_worst(
-                recipe, checkpoint.tensor, samples, options.budget, state, device, stage
+                recipe, checkpoint.tensor, samples, options.budget, work, device, stage
             )
     return CalibrationTable(
-        precision=options.precision, method=options.method_or_default, checkpoint=fingerprint,
+        precision=options.precision, method=options.method_name, checkpoint=fingerprint,
         data=samples.data, versions=versions(), schemes=recipe.schemes, tensors=recipe.tensors,
         facts=facts,
     )  # fmt: skip
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device asked for, else a GPU that PyTorch can use, else the CPU."""
+    """Return the named device, or by default a GPU if PyTorch can use one, else the CPU.
+
+    Raises UsageError if PyTorch cannot use the named device.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(
-            f"--device is {name!r}, which PyTorch cannot use here ({error}). Give cpu, or leave it "
-            "out."
+            f"--device is {name!r}, which PyTorch cannot use here ({error}). Give cpu, or omit "
+            "the option."
         ) from error
     return torch.device(name)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+    """Return the versions of the software that computes the numbers."""
     return {"python": platform.python_version(), "mistralc": version("mistralc"),
             "torch": torch.__version__}  # fmt: skip
 
 
-def _calibrate_layer(
-    checkpoint: Checkpoint, index: int, samples: Samples, options: CalibrationOptions,
-    state: work_directory.Work, device: torch.device, advance: Advance,
-) -> None:  # fmt: skip
-    spec, (count, length) = checkpoint.spec, samples.ids.shape
-    method, used = methods(options.precision)[options.method_or_default], streams(options)
-    weights = {name: checkpoint.tensor(name) for name in _layer_weights(spec, index)}
-    decoder = load_decoder(spec, checkpoint.tensor, only=(), device=device)
-    passes = {}
-    for stream in used:
-        before, after = state.samples(stream, index), state.scratch(f"{stream}-residual")
-        shutil.copyfile(before, after)
-        residual = tensor_in_file(after, count, length, spec.hidden_size)
-        passes[stream] = LayerPass(
-            decoder=decoder, residual=residual, pending=state.scratch(f"{stream}-pending"),
-            device=device,
-        )  # fmt: skip
-    layers = {s: float_layer(spec, index, weights.__getitem__, device) for s in used}
+def _calibrate_layers(run: _Run, stage: Stage) -> list[LayerResult]:
+    """Calibrate the layers that are not finished yet; returns the results of all layers."""
+    layers = run.checkpoint.spec.num_hidden_layers
+    steps = STEPS * run.samples.ids.numel()  # of progress, in each layer
+    with stage("Calibrating", layers * steps) as advance:
+        done = run.work.finished()
+        advance(done * steps)
+        if done == 0:
+            _write_embedded_samples(run)
+        for index in range(done, layers):
+            _calibrate_layer(run, index, advance)
+    return [run.work.layer(index) for index in range(layers)]
+
+
+def _write_embedded_samples(run: _Run) -> None:
+    """Write every stream's samples as they enter the first layer."""
+    spec, ids = run.checkpoint.spec, run.samples.ids
+    decoder = load_decoder(spec, run.checkpoint.tensor, only={"model.embed_tokens"})
+    for stream in run.streams:
+        path = run.work.scratch(stream)
+        path.unlink(missing_ok=True)
+        values = tensor_in_file(path, *ids.shape, spec.hidden_size)  # [n, S, E]
+        for row, sample in zip(values, ids, strict=True):
+            row.copy_(decoder.embed(sample))
+        path.rename(run.work.samples(stream, 0))
+
+
+def _calibrate_layer(run: _Run, index: int, advance: Advance) -> None:
+    spec, ids, options = run.checkpoint.spec, run.samples.ids, run.options
+    weights = {name: run.checkpoint.tensor(name) for name in spec.weight_shapes()
+               if name.startswith(f"model.layers.{index}.")}  # fmt: skip
+    passes = {stream: _layer_pass(run, stream, index) for stream in run.streams}
+    layers = {stream: float_layer(spec, index, weights.__getitem__, run.device)
+              for stream in run.streams}  # fmt: skip
     tensors: dict[str, Tensor] = {}
     facts = {}
     schemes = {name: options.scheme for group in layer_groups(index) for name in group.readers}
     recipe = Recipe(spec=spec, activation="float16", schemes=schemes)
     for number, group in enumerate(layer_groups(index)):
         width = weights[group.readers[0]].shape[1]
-        observer = Observer(width, samples.ids.numel(), length, device)
+        observer = Observer(width, ids.numel(), ids.shape[1], run.device)
         for piece in passes[QUANTIZED].pieces():
-            inputs = {s: passes[s].group_input(layers[s], number, piece) for s in used}
+            inputs = {stream: one.group_input(layers[stream], number, piece)
+                      for stream, one in passes.items()}  # fmt: skip
             observer.add(inputs[QUANTIZED], inputs.get(FLOAT))
-            advance(samples.ids[piece].numel())
-        task = Task(spec=spec, group=group, scheme=options.scheme, method=method,
-                    calibrator=options.calibrator, weight=weights.__getitem__)  # fmt: skip
-        facts[group.name] = decide(task, observer.finish(), tensors)
+            advance(ids[piece].numel())
+        task = GroupTask(
+            spec=spec, group=group, scheme=options.scheme, method=options.chosen_method,
+            calibrator=options.calibrator, weight=weights.__getitem__,
+        )  # fmt: skip
+        facts[group.name] = decide_group(task, observer.finish(), tensors)
         smoothing = tensors.get(group.name + SMOOTHING)
         if smoothing is not None and number in FROM_FILE:
             passes[QUANTIZED].divide_pending(smoothing)
+        decided = replace(recipe, tensors=tensors)
         names = (*group.readers, group.producer)
-        install_weights(
-            layers[QUANTIZED], replace(recipe, tensors=tensors), names, weights.__getitem__
-        )
+        install_weights(layers[QUANTIZED], decided, names, weights.__getitem__)
     for piece in passes[QUANTIZED].pieces():
-        for stream in used:
-            passes[stream].finish(layers[stream], piece)
-        advance(samples.ids[piece].numel())
-    state.finish(index, work_directory.Layer(tensors=tensors, facts=facts),
-                 {s: state.scratch(f"{s}-residual") for s in used})  # fmt: skip
+        for stream, one in passes.items():
+            one.finish(layers[stream], piece)
+        advance(ids[piece].numel())
+    run.work.finish(index, LayerResult(tensors=tensors, facts=facts),
+                    {stream: _residual_file(run, stream) for stream in passes})  # fmt: skip
 
 
-def _layer_weights(spec: ModelSpec, index: int) -> list[str]:
-    prefix = f"model.layers.{index}."
-    return [name for name in spec.weight_shapes() if name.startswith(prefix)]
+def _layer_pass(run: _Run, stream: str, index: int) -> LayerPass:
+    """Copy a stream's samples, so that a stopped run still has them, and start their pass."""
+    spec, residual = run.checkpoint.spec, _residual_file(run, stream)
+    shutil.copyfile(run.work.samples(stream, index), residual)
+    return LayerPass(
+        decoder=load_decoder(spec, run.checkpoint.tensor, only=(), device=run.device),
+        residual=tensor_in_file(residual, *run.samples.ids.shape, spec.hidden_size),
+        pending=run.work.scratch(f"{stream}-pending"),
+        device=run.device,
+    )
 
 
-def streams(options: CalibrationOptions) -> tuple[str, ...]:
-    """The streams of samples: those of the quantized model, and of the float one if asked for."""
-    method = methods(options.precision)[options.method_or_default]
-    return (QUANTIZED, FLOAT) if method.drift else (QUANTIZED,)
-
-
-def _embed(
-    checkpoint: Checkpoint, samples: Samples, used: tuple[str, ...], state: work_directory.Work
-) -> None:
-    """Write the streams as they enter the first layer."""
-    decoder = load_decoder(checkpoint.spec, checkpoint.tensor, only={"model.embed_tokens"})
-    for stream in used:
-        path = state.scratch(stream)
-        path.unlink(missing_ok=True)
-        values = tensor_in_file(path, *samples.ids.shape, checkpoint.spec.hidden_size)
-        for row, ids in zip(values, samples.ids, strict=True):
-            row.copy_(decoder.embed(ids))
-        path.rename(state.samples(stream, 0))
-
-
-def _require(option: str, value: object, known: Collection[object]) -> None:
-    if value not in known:
-        names = ", ".join(map(str, known))
-        raise UsageError(f"{option} is {value!r}; one of {names} is expected.")
+def _residual_file(run: _Run, stream: str) -> Path:
+    return run.work.scratch(f"{stream}-residual")

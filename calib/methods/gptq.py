@@ -1,8 +1,8 @@
-"""GPTQ: codes whose errors cancel each other. Knows no model, and chooses no scales.
+"""GPTQ: choose codes whose errors compensate each other. Scales are given, not chosen here.
 
-After Frantar et al. 2022 (arXiv:2210.17323). Input features are rounded one after the other, the
-ones with the largest inputs first, and what each rounding does to the output is made up for by
-the features that are still to come. Scales are those of the blocks as they lie, chosen before.
+After Frantar et al. 2022 (arXiv:2210.17323). Input features are rounded one by one, those with the
+largest inputs first; the features not yet rounded are adjusted to cancel each rounding's effect on
+the output. Blocks keep their place in the weight, whatever the order of rounding.
 """
 
 import torch
@@ -11,17 +11,17 @@ from torch import Tensor
 from exporter.quantization.rounding import Quantized, nearest_code
 from graphs.quant_scheme import Scheme
 
-DAMPING = 0.01  # of H's mean diagonal, added to it: the paper's
-PIECE = 128  # features whose effect on later ones is gathered into one product
+DAMPING = 0.01  # share of H's mean diagonal that is added to the diagonal, as in the paper
+PIECE = 128  # features whose effect on later ones is applied in one matrix product
 
 
-def compensated(
+def gptq_codes(
     weight: Tensor, rounded: Quantized, second_moment: Tensor, damping: float = DAMPING
 ) -> Quantized:
-    """Choose the codes of `weight` [N, K] anew, with the scales and zero points of `rounded`.
+    """Choose the codes of `weight` [N, K] again, with the scales and zero points of `rounded`.
 
-    `second_moment` is X^T X / T, [K, K], of the inputs. Rows are independent, so the linears of a
-    group may be stacked.
+    `second_moment` is X^T X / T [K, K] of the inputs. Rows are independent, so the linears of a
+    group can be stacked.
     """
     scheme, count = rounded.scheme, weight.shape[1]
     order = second_moment.diagonal().argsort(descending=True, stable=True)
@@ -30,7 +30,7 @@ def compensated(
     zero = None
     if rounded.zero_point is not None:
         zero = _by_feature(rounded.zero_point.float(), scheme, count)[order]
-    left = weight.float().T[order]  # [K, N], what is still to be represented
+    left = weight.float().T[order]  # [K, N], the weight left to represent
     codes = torch.empty_like(left)
     for start in range(0, count, PIECE):
         end = min(start + PIECE, count)
@@ -52,19 +52,16 @@ def compensated(
 
 
 def damped(second_moment: Tensor, damping: float) -> Tensor:
-    """Add a share of the mean diagonal to the diagonal, so that the matrix has an inverse.
-
-    In place.
-    """
+    """Make [K, K] invertible, in place: add a share of the mean diagonal to the diagonal."""
     diagonal = second_moment.diagonal()
     diagonal += max(damping * float(diagonal.mean()), torch.finfo(diagonal.dtype).tiny)
     return second_moment
 
 
 def _inverse_factor(second_moment: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Return U with U^T U = H^-1, upper triangular, of H in the order of features given.
+    """Return the upper triangular U [K, K] with U^T U = H^-1, features of H in the given order.
 
-    Where samples leave H so close to singular that float32 finds it indefinite, the damping grows.
+    If H is so close to singular that it is indefinite in float32, the damping is increased.
     """
     for _ in range(8):
         lower, failed = torch.linalg.cholesky_ex(damped(second_moment[order][:, order], damping))
@@ -76,27 +73,27 @@ def _inverse_factor(second_moment: Tensor, order: Tensor, damping: float) -> Ten
                 factor: Tensor = upper
                 return factor
         damping = max(10 * damping, DAMPING)
-    raise AssertionError("a second moment is positive semidefinite, and this one is not")
+    raise AssertionError("the second moment is not positive semidefinite")
 
 
 def _by_feature(values: Tensor, scheme: Scheme, count: int) -> Tensor:
-    """Spread one value a block [N, J] over the features: [K, N]."""
+    """Repeat the value of each block [N, J] for its features: [K, N]."""
     return values.repeat_interleave(scheme.block or count, dim=1)[:, :count].T
 
 
 def _nearest(codes: Tensor, zero_point: Tensor | None, scheme: Scheme) -> Tensor:
-    """The nearest code, as a float."""
+    """Round to the nearest code, returned as float; shape unchanged."""
     if zero_point is not None:
         codes = codes + zero_point
     return nearest_code(codes, scheme.codes).float()
 
 
-def corrected(weight: Tensor, second_moment: Tensor, drift: Tensor, share: float) -> Tensor:
-    """Return the weight [N, K] that gives, from quantized inputs, what the float model has.
+def drift_corrected(weight: Tensor, second_moment: Tensor, drift: Tensor, share: float) -> Tensor:
+    """Return the weight V [N, K] that best reproduces the float model's output.
 
-    With inputs X where the float model has F, the least squares solution of X V^T = F W^T is
-    V = W + W (F - X)^T X (X^T X)^-1, which is what GPTAQ (arXiv:2504.02692) rounds towards.
-    `drift` is X^T (F - X) / T; `share` of the correction is made.
+    With inputs X of the quantized model and F of the float model, the least-squares solution of
+    X V^T = F W^T is V = W + W (F - X)^T X (X^T X)^-1, the target that GPTAQ (arXiv:2504.02692)
+    rounds to. `drift` is X^T (F - X) / T [K, K]; only `share` of the correction is applied.
     """
     lower = torch.linalg.cholesky(damped(second_moment.clone(), DAMPING))
     return weight + share * torch.cholesky_solve(drift @ weight.T, lower).T

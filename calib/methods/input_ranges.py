@@ -1,10 +1,9 @@
-"""One static scale for an activation, from samples of it: four calibrators. Knows no model.
+"""Four calibrators that choose the static scale of a rounded input from samples.
 
-Each takes values that were seen, [R, K], and gives the largest magnitude that is to be
-representable; what is larger is clipped. `absmax` clips nothing. `percentile` clips one value in
-ten thousand. `entropy` looks for the clipped and rounded distribution that loses least
-information (Migacz 2017, "8-bit inference with TensorRT"). `mse` looks for the least squared error,
-clipping included, of the output.
+Each takes observed values [R, K] and returns the largest magnitude to represent; larger values are
+clipped. `absmax` clips nothing. `percentile` clips one value in ten thousand. `entropy` minimizes
+the information lost by clipping and rounding (Migacz 2017, "8-bit inference with TensorRT"). `mse`
+minimizes the squared error of the output, clipping included.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,38 +11,43 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from calib.methods.catalogue import CALIBRATORS
 from exporter.quantization.rounding import SMALLEST, round_activation
 from graphs.dtypes import ELEMENT_TYPES, code_range
 from graphs.errors import UsageError
 from graphs.quant_scheme import Scheme
 
 PERCENTILE = 99.99
-BINS, LEVELS = 2048, 128  # of the entropy calibrator: what is seen, and what int8 has on one side
-CLIPS = tuple(0.92**step for step in range(48))  # shares of the largest value: 1 to 0.02
-COARSE = 4  # every fourth of them is tried first, then those around the best
+BINS = 2048  # of the entropy calibrator's histogram of |x|
+LEVELS = 128  # of int8 for one sign
+CLIPS = tuple(
+    0.92**step for step in range(48)
+)  # shares of the largest value, 1 to 0.02, that `mse` may try
+COARSE = 4  # `mse` tries every fourth of them, then those around the best
 
 
 def input_scale(
     values: Tensor, peak: float, scheme: Scheme, calibrator: str, importance: Tensor
 ) -> float:
-    """Choose the scale of an input whose samples are `values` [R, K] and largest magnitude `peak`.
+    """Choose the scale of an input from sampled rows `values` [R, K].
 
-    `peak` is over everything that was seen, of which `values` are a part. `importance` [K] is what
-    a squared error of each feature costs: the sum of squares of its column in the readers.
+    `peak` is the largest magnitude of all rows, of which `values` are some. `importance` [K] is the
+    weight of each feature's squared error: the sum of squares of its column in the readers. Raises
+    UsageError if there is no such calibrator.
     """
     if calibrator not in CALIBRATORS:
         known = ", ".join(CALIBRATORS)
-        raise UsageError(f"The calibrator {calibrator!r} is not known; one of {known} is expected.")
+        raise UsageError(f"Got the calibrator {calibrator!r}; expected one of {known}.")
     if scheme.activation is None:
-        raise ValueError("a scheme without rounded activations has no scale for them")
-    largest = CALIBRATORS[calibrator](values, peak, scheme, importance)
+        raise ValueError("the scheme does not round activations, so there is no scale to choose")
+    largest = _LARGEST[calibrator](values, peak, scheme, importance)
     return max(largest / code_range(scheme.activation)[1], SMALLEST)
 
 
 def rounding_error(values: Tensor, scheme: Scheme, scale: float, importance: Tensor) -> float:
-    """What rounding `values` [R, K] costs: the mean over rows of importance times error squared.
+    """Return the output error from rounding `values` [R, K]: importance times squared error.
 
-    Rounding errors of different features are taken to be independent of each other.
+    Averaged over rows and summed over features, whose rounding errors are taken as independent.
     """
     difference = round_activation(values, scheme, scale).sub_(values)
     return float(difference.square_().mean(0) @ importance)
@@ -75,11 +79,11 @@ def _mse(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) -> flo
 
 
 def _entropy(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) -> float:  # noqa: ARG001
-    """The threshold with the least Kullback-Leibler divergence of the histogram of |x|.
+    """Find the threshold with the smallest Kullback-Leibler divergence of the histogram of |x|.
 
-    For each number of bins that is kept, the rest is added to the last one (the reference), and
-    the kept bins are averaged within `LEVELS` equal parts, those that are empty left empty (the
-    candidate). FP8 has no equal steps: its range is taken as it is.
+    For each number of kept bins, the reference has the rest added to the last kept bin; the
+    candidate has the kept bins averaged within `LEVELS` equal parts, empty bins left empty. FP8 has
+    no equal steps, so its range is not clipped.
     """
     if not ELEMENT_TYPES[scheme.activation or "int8"].is_integer or peak <= 0:
         return peak
@@ -88,7 +92,7 @@ def _entropy(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) ->
     for kept in range(LEVELS, BINS + 1, LEVELS // 8):
         reference = counts[:kept].clone()
         reference[-1] += counts[kept:].sum()
-        part = torch.arange(kept) * LEVELS // kept  # which level each bin falls in
+        part = torch.arange(kept) * LEVELS // kept  # [kept], the level of each bin
         filled = (counts[:kept] > 0).double()
         total = torch.zeros(LEVELS, dtype=torch.float64).index_add_(0, part, counts[:kept])
         width = torch.zeros(LEVELS, dtype=torch.float64).index_add_(0, part, filled)
@@ -100,13 +104,13 @@ def _entropy(values: Tensor, peak: float, scheme: Scheme, importance: Tensor) ->
 
 
 def _divergence(reference: Tensor, candidate: Tensor) -> float:
-    """KL divergence in nats of two histograms; an empty candidate bin counts as a rare one."""
+    """Return the KL divergence in nats; empty candidate bins count as a probability of 1e-9."""
     p = reference / reference.sum()
     q = (candidate / candidate.sum().clamp_min(1)).clamp_min(1e-9)
     seen = p > 0
     return float((p[seen] * (p[seen] / q[seen]).log()).sum())
 
 
-CALIBRATORS: Mapping[str, Callable[[Tensor, float, Scheme, Tensor], float]] = {
+_LARGEST: Mapping[str, Callable[[Tensor, float, Scheme, Tensor], float]] = {
     "absmax": _absmax, "percentile": _percentile, "entropy": _entropy, "mse": _mse,
 }  # fmt: skip

@@ -1,8 +1,7 @@
-"""What samples of text show of the input of one group of linears. Knows no model and no method.
+"""Statistics of the input of one group of linears, accumulated over samples of text.
 
-Sums are taken in float32 over pieces of a few thousand rows and added up in float32: a second
-moment's relative error is then 1e-6, four orders of magnitude below the damping that the methods
-add to its diagonal.
+Sums over pieces of a few thousand rows are accumulated in float32. The relative error of a second
+moment is then 1e-6, four orders of magnitude below the damping that methods add to its diagonal.
 """
 
 import math
@@ -11,23 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 1024  # kept as they are, for methods that round the input: 2 MB at 576 features
+ROWS = 1024  # sampled rows kept for methods that round the input: 2 MB at 576 features
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """The inputs X [T, K] of a group, summed up. All float32."""
+    """Statistics of the inputs X [T, K] of a group, all float32."""
 
     second_moment: Tensor  # [K, K], X^T X / T
     magnitude: Tensor  # [K], mean of |x|
     peak: Tensor  # [K], largest |x|
-    rows: Tensor  # [R, K], some of X's rows, spread over all samples and positions
-    drift: Tensor | None = None  # [K, K], X^T (F - X) / T, where F is what the float model has
+    rows: Tensor  # [R, K], rows of X sampled from all texts and positions
+    drift: Tensor | None = None  # [K, K], X^T (F - X) / T, with F the float model's inputs
 
     def divide(self, smoothing: Tensor) -> None:
-        """Change all of it to what would have been observed of X / smoothing, [K].
+        """Change the statistics to those of X / smoothing, where `smoothing` is [K].
 
-        In place: the second moment of 14,336 features takes 0.8 GB.
+        Done in place: the second moment of 14,336 features takes 0.8 GB.
         """
         inverse = smoothing.reciprocal()
         for square in (self.second_moment, self.drift):
@@ -38,11 +37,10 @@ class Observation:
 
 
 class Observer:
-    """Adds up one group's inputs while the samples run through a layer.
+    """Accumulates one group's inputs while the samples run through a layer.
 
-    `total` is how many rows will come, `length` how many belong to a sample. The rows that are
-    kept lie a fixed stride apart that shares no divisor with the length, so that every position
-    of a sample, the first above all, is kept as often as it occurs.
+    Expects `total` rows, `length` per sample. Sampled rows are a fixed stride apart that is coprime
+    to the length, so that every position of a sample, above all the first, is equally represented.
     """
 
     def __init__(self, features: int, total: int, length: int, device: torch.device) -> None:
@@ -55,7 +53,7 @@ class Observer:
         self._rows: list[Tensor] = []
 
     def add(self, x: Tensor, ideal: Tensor | None = None) -> None:
-        """Take in x [..., K], and what the float model has in its place."""
+        """Add inputs x [..., K], and the inputs `ideal` of the float model at the same tokens."""
         x = x.flatten(0, -2)
         self._moment.addmm_(x.T, x)
         if ideal is not None:
@@ -69,7 +67,7 @@ class Observer:
         self._seen += len(x)
 
     def finish(self) -> Observation:
-        """Return the means over everything taken in; nothing may be added after."""
+        """Return the statistics of all added inputs. Call it once, at the end."""
         return Observation(
             second_moment=self._moment.div_(self._seen),
             magnitude=self._magnitude.div_(self._seen),
@@ -80,7 +78,7 @@ class Observer:
 
 
 def stride(total: int, length: int) -> int:
-    """How far apart the kept rows lie: the least that keeps `ROWS` and is coprime to `length`."""
+    """Return the smallest stride that samples at most `ROWS` rows and is coprime to `length`."""
     found = max(1, -(-total // ROWS))
     while math.gcd(found, length) > 1:
         found += 1

@@ -1,50 +1,55 @@
-"""SmoothQuant: smoothing for weights and inputs that are both rounded. Knows no model.
+"""SmoothQuant: smoothing for layers that round both weights and inputs.
 
-After Xiao et al. 2022 (arXiv:2211.10438): inputs hand some of their outliers to the weights. How
-much, the migration strength, is searched for each group by the error of its output on sampled
-rows, rounded as they will be.
+After Xiao et al. 2022 (arXiv:2211.10438): outliers of the inputs are moved into the weights. The
+migration strength is searched for each group, by its output error on sampled, rounded rows.
 """
 
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
-from calib.methods.clipping import STORED, output_error
+from calib.methods.clipping import SCALE_DTYPE, output_error
 from calib.methods.input_ranges import input_scale, rounding_error
 from calib.methods.observation import Observation
-from calib.methods.smoothing import best, judged, scales
+from calib.methods.smoothing import best_smoothing, sampled_rows, smoothing_scales
 from exporter.quantization.rounding import quantize
 from graphs.quant_scheme import Scheme
 
 STEPS = 20  # of the migration strength, from 0 to 1
-ROWS = 512  # of the samples that are rounded for each candidate
+ROWS = 512  # sampled inputs that are rounded for each candidate
 
 
-def smoothing(
+def choose_smoothing(
     weight: Tensor, observation: Observation, scheme: Scheme, calibrator: str,
     tie: Callable[[Tensor], Tensor],
 ) -> Tensor:  # fmt: skip
-    """Choose s [K] for the readers `weight` [N, K], stacked; `tie` equates what must be equal."""
-    activation = tie(observation.peak)
-    columns = tie(weight.abs().amax(0))
+    """Choose the smoothing s [K] for the stacked readers `weight` [N, K].
+
+    `tie` gives one value to all features that must share a scale (`smoothing.tied`).
+    """
+    activation = tie(observation.peak)  # [K]
+    columns = tie(weight.abs().amax(0))  # [K]
 
     def candidates() -> Iterator[Tensor]:
         for step in range(STEPS + 1):
-            yield scales(activation, columns, step / STEPS, 1 - step / STEPS)
+            yield smoothing_scales(activation, columns, step / STEPS, 1 - step / STEPS)
 
-    return best(candidates(), lambda s: error(s, judged(weight), observation, scheme, calibrator))
+    return best_smoothing(
+        candidates(),
+        lambda s: smoothing_error(s, sampled_rows(weight), observation, scheme, calibrator),
+    )
 
 
-def error(
+def smoothing_error(
     smoothing: Tensor, weight: Tensor, observation: Observation, scheme: Scheme, calibrator: str
 ) -> float:
-    """Squared error of the output of `weight` [N, K], from both roundings, summed over N.
+    """Return the squared output error of `weight` [N, K] from both roundings, summed over N.
 
-    What the weight's rounding does follows from the inputs' second moment, what the input's does
-    from rounding sampled rows: no product with the samples is needed.
+    The weight's part follows from the inputs' second moment, the input's part from rounding sampled
+    rows, so neither needs a product of samples and weights.
     """
     scaled = weight * smoothing
-    rounded = quantize(scaled, scheme, STORED).dequantized()
+    rounded = quantize(scaled, scheme, SCALE_DTYPE).dequantized()
     importance = rounded.square().sum(0)
     values = observation.rows[:: -(-len(observation.rows) // ROWS)] / smoothing
     peak = float((observation.peak / smoothing).max())

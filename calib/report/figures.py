@@ -1,8 +1,8 @@
-"""Figures of the report as SVG to be put into a page. Knows no file and no measurement's meaning.
+"""Draw the report's figures as SVG for inclusion in its page.
 
-Colours are names that the page defines, so one figure is right on a light and on a dark ground:
-matplotlib draws in stand-ins that occur nowhere else, and they are replaced in its text. Text
-stays text, in the page's font. The same data gives the same bytes.
+Colours refer to names that the page defines, so one figure works in light and dark mode: matplotlib
+draws in placeholder colours, which are then replaced in the SVG. Text stays text in the page's
+font. The same data gives the same bytes.
 """
 
 import importlib.util
@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.report.rows import Measured, front
+from calib.report.rows import BundleRow, pareto_front
 from graphs.errors import MistralcError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS: Mapping[str, str] = {
+GROUP_KINDS: Mapping[str, str] = {
     "qkv": "query, key, value", "o": "output of attention", "gate_up": "gate, up",
     "down": "output of the feed-forward",
 }  # fmt: skip
-"""The groups of a layer, in the order in which they compute."""
+"""The groups of a layer in the order of computation, with their labels."""
 
 INK, FAINT, FIRST, SECOND = "#010203", "#010204", "#010205", "#010206"
 THEME: Mapping[str, str] = {
     INK: "currentColor", FAINT: "var(--faint)", FIRST: "var(--first)", SECOND: "var(--second)",
 }  # fmt: skip
-"""What stands for a colour while matplotlib draws, and what the page knows it as."""
+"""Placeholder colours while matplotlib draws, and the page's colours that replace them."""
 
 STYLE: Mapping[str, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "mistralc", "font.size": 10,
@@ -42,18 +42,18 @@ STYLE: Mapping[str, Any] = {
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
     "axes.spines.right": False, "legend.frameon": False, "savefig.transparent": True,
 }  # fmt: skip
-TALL = 10.0  # largest ratio of perplexities that is shown on a linear axis
-UPWARDS = (9, -10, 20, -21, 31, -32, 42, -43)  # pixels from a point to its name: clear of the line
+MAX_LINEAR_RATIO = 10.0  # largest ratio of perplexities shown on a linear axis
+LABEL_OFFSETS = (9, -10, 20, -21, 31, -32, 42, -43)  # pixels upwards: the label clears the line
 LINES: tuple[dict[str, Any], ...] = (
     {"color": SECOND, "linestyle": "--", "marker": "o", "markerfacecolor": "none"},
     {"color": FIRST, "linestyle": "-", "marker": "o"},
-)  # of a first and a second series, told apart without colour as well
+)  # of a first and a second series, distinguishable without colour
 
-ByGroup = Mapping[str, float]  # a number for each group's name, such as `model.layers.0.qkv`
+ByGroup = Mapping[str, float]  # numbers by group name, such as `model.layers.0.qkv`
 
 
 def require_matplotlib() -> None:
-    """Raise MistralcError unless figures can be drawn; before the measurement, not after."""
+    """Raise MistralcError if matplotlib is missing; call it before measuring anything."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MistralcError(
             "The report's figures need matplotlib, which is not installed. Install it: pip install "
@@ -61,12 +61,12 @@ def require_matplotlib() -> None:
         )
 
 
-def pareto(measured: Sequence[Measured], description: str) -> str:
-    """Perplexity against the bytes that one token reads, the front a line."""
+def pareto_figure(measured: Sequence[BundleRow], description: str) -> str:
+    """Plot perplexity against the bytes read per token, with the Pareto front as a line."""
     with _figure("pareto", (9, 4.6)) as (figure, finish):
         axes = figure.add_subplot(xlabel="weights read per token (MB)", ylabel="perplexity")
         shown = [one for one in measured if np.isfinite(one.perplexity)]
-        best = front(measured)
+        best = pareto_front(measured)
         reference = next((one.reference_perplexity for one in shown
                           if one.reference_perplexity is not None), None)  # fmt: skip
         if reference is not None:
@@ -78,7 +78,7 @@ def pareto(measured: Sequence[Measured], description: str) -> str:
         if others:
             axes.plot(*_points(others), **LINES[0] | {"linestyle": ""}, label="not on the front")
         values = [one.perplexity for one in shown]
-        if values and max(values) > TALL * min(values):
+        if values and max(values) > MAX_LINEAR_RATIO * min(values):
             axes.set_yscale("log")
             _plain_ticks(axes)
         axes.margins(x=0.18, y=0.18)
@@ -87,20 +87,20 @@ def pareto(measured: Sequence[Measured], description: str) -> str:
         return finish("Perplexity against bytes read per token", description)
 
 
-def by_layer(
+def layer_figure(
     name: str, title: str, series: Mapping[str, ByGroup], quantity: str, description: str
 ) -> str:
-    """One panel for each kind of group, its layers along the axis; one or two series, logarithmic.
+    """Plot one or two series on a logarithmic axis by layer, one panel for each kind of group.
 
-    With two, the first is what the second is to be compared with.
+    Of two series, the first is the baseline.
     """
     with _figure(name, (9, 5)) as (figure, finish):
         panels = figure.subplots(2, 2, sharex=True, sharey=True)
         styles = LINES[2 - len(series) :]
-        for axes, (kind, words) in zip(panels.flat, KINDS.items(), strict=True):
+        for axes, (kind, words) in zip(panels.flat, GROUP_KINDS.items(), strict=True):
             axes.set_title(f"{kind}: {words}", loc="left")
             for (label, values), style in zip(series.items(), styles, strict=True):
-                found = of_kind(values, kind)
+                found = values_of_kind(values, kind)
                 axes.plot(list(found), list(found.values()), **style, markersize=3.5, label=label)
         panels[0, 0].set_yscale("log")
         panels[0, 0].xaxis.get_major_locator().set_params(integer=True)
@@ -112,8 +112,8 @@ def by_layer(
         return finish(title, description)
 
 
-def of_kind(values: ByGroup, kind: str) -> dict[int, float]:
-    """The numbers of one kind of group by layer, in order."""
+def values_of_kind(values: ByGroup, kind: str) -> dict[int, float]:
+    """Return the numbers of one kind of group, keyed by layer in ascending order."""
     parts = {name: name.split(".") for name in values}
     found = {int(p[2]): values[name] for name, p in parts.items() if p[3:] == [kind]}
     return dict(sorted(found.items()))
@@ -123,9 +123,9 @@ def of_kind(values: ByGroup, kind: str) -> dict[int, float]:
 def _figure(
     name: str, size: tuple[float, float]
 ) -> Iterator[tuple["Figure", Callable[[str, str], str]]]:
-    """A figure in inches, and what turns it into SVG with a title and a description.
+    """Yield a figure of `size` inches, and a function that returns its SVG given title and text.
 
-    Neither pyplot nor the user's own settings of matplotlib are touched or have a say.
+    Neither uses pyplot nor changes or reads the user's matplotlib settings.
     """
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -133,7 +133,7 @@ def _figure(
 
     with style.context(["default", dict(STYLE)]):
         figure = Figure(size, layout="constrained")
-        FigureCanvasAgg(figure)  # which can tell how long a label is
+        FigureCanvasAgg(figure)  # can measure the width of a label
 
         def finish(title: str, description: str) -> str:
             file = io.StringIO()
@@ -145,9 +145,9 @@ def _figure(
 
 
 def _embedded(svg: str, name: str, title: str, description: str) -> str:
-    """Make a file of matplotlib's a part of a page: ids of its own, colours and words of ours."""
+    """Adapt matplotlib's SVG for the page: unique ids, the page's colours, title, description."""
     svg = svg[svg.index("<svg") :]
-    dropped = r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>"  # the page has its style
+    dropped = r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>"  # the page has its own style
     svg = re.sub(dropped, "", svg, flags=re.DOTALL)
     used = set(re.findall(r'href="#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", svg)
@@ -169,12 +169,12 @@ def _embedded(svg: str, name: str, title: str, description: str) -> str:
     return found.expand(head) + words + re.sub(r"\n\s*", "\n", svg[found.end() :]).strip()
 
 
-def _points(measured: Sequence[Measured]) -> tuple[list[float], list[float]]:
+def _points(measured: Sequence[BundleRow]) -> tuple[list[float], list[float]]:
     return [one.read_bytes / 1e6 for one in measured], [one.perplexity for one in measured]
 
 
 def _plain_ticks(axes: "Axes") -> None:
-    """Write numbers of a logarithmic axis as they are, at 1, 2 and 5 of each power of ten."""
+    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 of each power of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -182,11 +182,11 @@ def _plain_ticks(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _label(figure: "Figure", axes: "Axes", measured: Sequence[Measured]) -> None:
-    """Write each name beside its point, where it covers neither a point nor another name."""
+def _label(figure: "Figure", axes: "Axes", measured: Sequence[BundleRow]) -> None:
+    """Write each name beside its point, where it overlaps neither a point nor another name."""
     from matplotlib.transforms import Bbox
 
-    figure.draw_without_rendering()  # so that the axes know where they are
+    figure.draw_without_rendering()  # computes the position of the axes
     places = axes.transData.transform(np.column_stack(_points(measured)))
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in places]
     for one, (x, y) in sorted(zip(measured, map(tuple, places), strict=True), key=_position):
@@ -195,7 +195,7 @@ def _label(figure: "Figure", axes: "Axes", measured: Sequence[Measured]) -> None
         text.remove()
         boxes = [
             Bbox.from_bounds(left, y + up - size.height / 2, size.width, size.height)
-            for up, left in product(UPWARDS, (x + 7, x - 7 - size.width))
+            for up, left in product(LABEL_OFFSETS, (x + 7, x - 7 - size.width))
         ]
         free = (box for box in boxes if not any(box.overlaps(other) for other in taken))
         chosen = next((box for box in free if _inside(box, axes.bbox)), boxes[0])
@@ -207,11 +207,11 @@ def _label(figure: "Figure", axes: "Axes", measured: Sequence[Measured]) -> None
         )  # fmt: skip
 
 
-def _data(one: Measured) -> tuple[float, float]:
+def _data(one: BundleRow) -> tuple[float, float]:
     return one.read_bytes / 1e6, one.perplexity
 
 
-def _position(labelled: tuple[Measured, tuple[float, float]]) -> tuple[float, float, str]:
+def _position(labelled: tuple[BundleRow, tuple[float, float]]) -> tuple[float, float, str]:
     one, (x, y) = labelled
     return y, x, one.name
 

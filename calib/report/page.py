@@ -1,8 +1,8 @@
-"""The report as one HTML page that asks for nothing else. Knows no number's meaning.
+"""Write the report's sections as one self-contained HTML page.
 
-No script, no font, no style and no image is fetched: figures are inline SVG in colours that the
-page defines, for a light ground and for a dark one. Figures have titles and descriptions, tables
-captions and headers, for readers who do not see them.
+The page fetches no script, font, style or image. Figures are inline SVG in colours that the page
+defines for light and dark mode. For screen readers, figures have titles and descriptions, and
+tables have captions and headers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ summary { cursor: pointer; color: var(--first); padding: .25rem 0; }
 
 
 def to_html(parts: Sequence[Section]) -> str:
-    """Write the sections as a page."""
+    """Return the sections as an HTML page."""
     lines = [
         "<!DOCTYPE html>",
         '<html lang="en">',
@@ -82,7 +82,7 @@ def _folded(grid: Grid) -> Iterator[str]:
 
 
 def _table(grid: Grid) -> Iterator[str]:
-    # A region that scrolls sideways can be reached, and is named, without a mouse.
+    # A named region with a tabindex can be scrolled sideways with the keyboard.
     yield f'<div class="wide" role="region" tabindex="0" aria-label="{escape(grid.caption)}">'
     yield '<table class="words">' if grid.words else "<table>"
     yield f"<caption>{escape(grid.caption)}</caption>"

@@ -1,7 +1,7 @@
-"""What a report compares: one bundle's size, speed limit and quality. Knows no file and no session.
+"""One row of a report: a bundle's size, speed limit and quality. Knows no file and no session.
 
-Sizes follow from the manifest alone. A decoder that makes one token reads every weight once, so
-the bytes of its weights are what bounds its speed, whatever the machine.
+Sizes follow from the manifest alone. Decoding one token reads every weight once, so the bytes of
+the weights limit the speed of decoding on any machine.
 """
 
 import math
@@ -13,11 +13,12 @@ from graphs.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """One bundle as a row of the report. The last three are None without a reference.
+class BundleRow:
+    """One bundle's measurements. The last three are None without a reference.
 
-    `read_bytes` are those of the weights that one decoded token reads, the KV ring apart; `kl` is
-    in nats, of the reference from the bundle; `top1` a share from 0 to 1.
+    `method` is the quantization method. `read_bytes` are the bytes of weights read per decoded
+    token, without the KV ring. `kl` is the divergence of the bundle from the reference in nats, and
+    `top1` the share, 0 to 1, of positions where both prefer the same token.
     """
 
     name: str
@@ -32,26 +33,26 @@ class Measured:
 
     @property
     def change(self) -> float | None:
-        """Perplexity against the reference's: 0.01 is one per cent worse."""
+        """Relative change of perplexity from the reference: 0.01 is 1% worse."""
         reference = self.reference_perplexity
         return None if reference is None else self.perplexity / reference - 1
 
 
-def front(measured: Sequence[Measured]) -> tuple[Measured, ...]:
-    """Those that no other beats in bytes read and perplexity at once, fewest bytes first.
+def pareto_front(measured: Sequence[BundleRow]) -> tuple[BundleRow, ...]:
+    """Return the rows on the Pareto front of bytes read and perplexity, fewest bytes first.
 
-    Of equals the first counts; a perplexity beyond a float is never among them.
+    Among equal rows the first is taken. A row of infinite perplexity is never on the front.
     """
-    found: list[Measured] = []
+    found: list[BundleRow] = []
     for one in sorted(measured, key=lambda one: (one.read_bytes, one.perplexity)):
         if one.perplexity < (found[-1].perplexity if found else math.inf):
             found.append(one)
     return tuple(found)
 
 
-def name_of(manifest: Manifest) -> str:
-    """How a report calls a bundle: its precision, and how its weights were made what they are."""
-    words = [manifest.precision, method_of(manifest)]
+def bundle_name(manifest: Manifest) -> str:
+    """Return the bundle's name in reports: precision, quantization method, block size."""
+    words = [manifest.precision, method_name(manifest)]
     schemes = manifest.storage.schemes
     if schemes:
         block = Counter(scheme.block for scheme in schemes.values()).most_common(1)[0][0]
@@ -59,13 +60,15 @@ def name_of(manifest: Manifest) -> str:
     return " ".join(filter(None, words))
 
 
-def method_of(manifest: Manifest) -> str:
-    """What decided the codes; empty where nothing is quantized."""
+def method_name(manifest: Manifest) -> str:
+    """Return the quantization method; empty if nothing is quantized."""
     return str(manifest.quantization["method"]) if manifest.quantization else ""
 
 
-def distinct(measured: Iterable[Measured], labels: Iterable[str]) -> tuple[Measured, ...]:
-    """Tell rows of equal names apart by adding their labels."""
+def with_distinct_names(
+    measured: Iterable[BundleRow], labels: Iterable[str]
+) -> tuple[BundleRow, ...]:
+    """Add its label to the name of every row whose name is not unique."""
     rows = tuple(measured)
     names = [one.name for one in rows]
     return tuple(

@@ -1,16 +1,16 @@
-"""What a comparison of bundles says: tables, figures, and where they are from. Knows no session.
+"""Build the sections of a report on bundles: text, tables, figures. Knows no session.
 
-A report is sections of plain data, which `to_html` writes as one page that needs nothing else, and
-`to_markdown` for terminals. The same data gives the same bytes: no time, no path is in them.
+Sections are plain data, which `to_html` writes as a self-contained page and `to_markdown` as text
+for terminals. The same data gives the same bytes: they contain no times and no paths.
 
-Of a calibration's facts these are used, each where it is there; NAME is a group's:
+These facts of a calibration are used if they are present; NAME is a group's name:
 
-    groups.NAME.error_before, .error   share of the output's power that rounding changes: to the
-                                       nearest code, and as calibrated
-    groups.NAME.peak_before, .peak     largest input seen, before and after smoothing
-    kept.kl_alone.NAME                 divergence in nats with that group alone quantized
-    kept.groups                        names of the groups that were left in higher precision
-    coverage                           how many positions lie beyond each attention window
+    groups.NAME.error_before, .error   output error as a share of the output's power: rounded to
+                                       nearest, and as calibrated
+    groups.NAME.peak_before, .peak     largest input, before and after smoothing
+    kept.kl_alone.NAME                 divergence in nats if only that group is quantized
+    kept.groups                        names of the groups kept in higher precision
+    coverage                           number of positions beyond each attention window
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,20 +18,20 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from calib.report import figures as figures
-from calib.report.rows import Measured, front
+from calib.report import figures
+from calib.report.rows import BundleRow, pareto_front
 
 TITLE = "Sizes and quality"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What is reported: bundles, what they were measured on in words, and one table's facts.
+    """The data of a report: bundles, what they were measured on, and one table's facts.
 
-    `calibration` says what the facts are of. Without facts there are no sections about layers.
+    `calibration` describes the table of the facts. Without facts there are no sections on layers.
     """
 
-    measured: tuple[Measured, ...]
+    measured: tuple[BundleRow, ...]
     origin: Mapping[str, str]
     calibration: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -39,18 +39,18 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """A table of words. The first column names the row; the rest are numbers unless `words`."""
+    """A table of strings. The first column names the row; the others are numbers unless `words`."""
 
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     words: bool = False
-    folded: bool = False  # a page shows it when asked to
+    folded: bool = False  # collapsed on the page until opened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A heading, what is to be seen in words, and perhaps a figure and a table that shows it."""
+    """A heading, a text, and possibly a figure and a table."""
 
     heading: str
     text: str
@@ -58,14 +58,14 @@ class Section:
     grid: Grid | None = None
 
 
-def sections(report: Report) -> tuple[Section, ...]:
-    """Everything that the report says, in order; figures are drawn here."""
-    found = [_comparison(report.measured), *_by_group(report), _origin(report)]
+def build_sections(report: Report) -> tuple[Section, ...]:
+    """Return all sections of the report in order, with their figures drawn."""
+    found = [_comparison(report.measured), *_layer_sections(report), _origin(report)]
     return tuple(found)
 
 
 def to_markdown(parts: Sequence[Section]) -> str:
-    """The sections without their figures."""
+    """Return the sections as Markdown, without figures."""
     lines = [f"# {TITLE}", ""]
     for part in parts:
         lines += [f"## {part.heading}", "", part.text, ""]
@@ -75,7 +75,7 @@ def to_markdown(parts: Sequence[Section]) -> str:
 
 
 def grid_lines(grid: Grid) -> Iterator[str]:
-    """A table's lines in Markdown, columns padded so that they stand under each other."""
+    """Yield a table's lines in Markdown, with columns padded to equal width."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (grid.header, *grid.rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     marks = ["-" * w if not i or grid.words else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
@@ -87,13 +87,13 @@ def grid_lines(grid: Grid) -> Iterator[str]:
         yield f"| {' | '.join(padded)} |"
 
 
-def _comparison(measured: tuple[Measured, ...]) -> Section:
-    best = front(measured)
+def _comparison(measured: tuple[BundleRow, ...]) -> Section:
+    best = pareto_front(measured)
     names = [one.name for one in best]
     text = (
-        "On the front, which no other bundle beats in both bytes and perplexity: "
-        f"{_listed(names)}. Every token reads all weights once, which bounds the speed of "
-        "decoding; the KV ring comes on top."
+        f"On the Pareto front: {_listed(names)}. No other bundle is better in both bytes and "
+        "perplexity. Every token reads all weights once, which limits the speed of decoding; the "
+        "KV ring is read in addition."
     )
     points = "; ".join(
         f"{one.name}: {one.read_bytes / 1e6:,.1f} MB, perplexity {one.perplexity:.2f}"
@@ -103,20 +103,23 @@ def _comparison(measured: tuple[Measured, ...]) -> Section:
     header = ["bundle", "files (MB)", "read/token (MB)", "perplexity"]
     header += ["change", "KL (nats)", "top-1"] if compared else []
     grid = Grid(
-        caption="Size and quality of each bundle; ● is on the front. KL is of the bundle from the "
-        "checkpoint in float32, top-1 the share of positions where both prefer the same token."
+        caption="Size and quality of each bundle; ● marks the Pareto front. KL is the divergence "
+        "of the bundle from the checkpoint in float32, top-1 the share of positions where both "
+        "prefer the same token."
         if compared
-        else "Size and quality of each bundle; ● is on the front.",
+        else "Size and quality of each bundle; ● marks the Pareto front.",
         header=(*header, "front"),
         rows=tuple((*_row(one, compared=compared), "●" * (one in best)) for one in measured),
     )
     return Section(
         heading="Quality against bytes", text=text, grid=grid,
-        figure=figures.pareto(measured, f"On the front: {_listed(names)}. All points: {points}."),
+        figure=figures.pareto_figure(
+            measured, f"On the front: {_listed(names)}. All points: {points}."
+        ),
     )  # fmt: skip
 
 
-def _row(one: Measured, *, compared: bool) -> Iterator[str]:
+def _row(one: BundleRow, *, compared: bool) -> Iterator[str]:
     yield one.name
     yield f"{one.file_bytes / 1e6:,.1f}"
     yield f"{one.read_bytes / 1e6:,.1f}"
@@ -127,42 +130,45 @@ def _row(one: Measured, *, compared: bool) -> Iterator[str]:
         yield "" if one.top1 is None else f"{one.top1:.2%}"
 
 
-def _by_group(report: Report) -> Iterator[Section]:
+def _layer_sections(report: Report) -> Iterator[Section]:
     numbers, kept = report.facts.get("groups") or {}, report.facts.get("kept") or {}
     error = {
-        "to nearest": by_group(numbers, "error_before"),
-        "calibrated": by_group(numbers, "error"),
+        "to nearest": group_values(numbers, "error_before"),
+        "calibrated": group_values(numbers, "error"),
     }
     if any(error.values()):
         yield _layered(
             "error", "Error of each layer", error, "error / output, power", "{:.2e}",
-            "What rounding changes in the output of each group of linears, as a share of that "
-            "output's power on the calibration text.",
+            "The output error of each group of linears from rounding, as a share of the output's "
+            "power on the calibration text.",
         )  # fmt: skip
-    peaks = {"before": by_group(numbers, "peak_before"), "smoothed": by_group(numbers, "peak")}
+    peaks = {
+        "before": group_values(numbers, "peak_before"),
+        "smoothed": group_values(numbers, "peak"),
+    }
     if any(peaks.values()):
         yield _layered(
             "range", "Ranges of activations", peaks, "largest |input|", "{:.3g}",
-            "The largest input that each group of linears saw in the calibration text. Smoothing "
-            "moves outliers into the weights.",
+            "The largest input of each group of linears on the calibration text. Smoothing moves "
+            "outliers into the weights.",
         )  # fmt: skip
-    alone = {"divergence": positive(kept.get("kl_alone") or {})}
+    alone = {"divergence": positive_values(kept.get("kl_alone") or {})}
     if any(alone.values()):
         names = [".".join(name.split(".")[2:]) for name in kept.get("groups") or ()]
         yield _layered(
             "sensitivity", "Sensitivity", alone, "KL (nats)", "{:.2e}",
-            "How far the predictions move from the checkpoint's when that group alone is "
-            f"quantized. Left in higher precision, by layer: {_listed(names)}.",
+            "Divergence of the predictions from the checkpoint's if only that group is quantized. "
+            f"Kept in higher precision, by layer: {_listed(names)}.",
         )  # fmt: skip
 
 
-def by_group(numbers: Mapping[str, Any], name: str) -> dict[str, float]:
-    """One fact of each group that has it."""
-    return positive({group: facts.get(name) for group, facts in numbers.items()})
+def group_values(numbers: Mapping[str, Any], name: str) -> dict[str, float]:
+    """Return one fact for each group that has it."""
+    return positive_values({group: facts.get(name) for group, facts in numbers.items()})
 
 
-def positive(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers above 0: a logarithmic axis has no place for others."""
+def positive_values(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers above 0, which are all that a logarithmic axis can show."""
     return {
         group: float(value)
         for group, value in values.items()
@@ -174,32 +180,33 @@ def _layered(
     name: str, heading: str, series: Mapping[str, Mapping[str, float]], quantity: str, form: str,
     text: str,
 ) -> Section:  # fmt: skip
-    """A section about numbers of every group: a figure, its gist in words, and all the numbers."""
-    there = {label: values for label, values in series.items() if values}
-    gist = " ".join(_gist(label, values, form) for label, values in there.items())
-    layers = sorted({int(group.split(".")[2]) for values in there.values() for group in values})
+    """Build a section on numbers of every group: a figure, a summary, and a table."""
+    shown = {label: values for label, values in series.items() if values}
+    summary = " ".join(_summary(label, values, form) for label, values in shown.items())
+    layers = sorted({int(group.split(".")[2]) for values in shown.values() for group in values})
 
     def cell(layer: int, kind: str) -> str:
-        numbers = [figures.of_kind(values, kind).get(layer) for values in there.values()]
+        numbers = [figures.values_of_kind(values, kind).get(layer) for values in shown.values()]
         return " → ".join("" if number is None else form.format(number) for number in numbers)
 
-    arrow = ": " + " → ".join(there) if len(there) > 1 else ""
+    arrow = ": " + " → ".join(shown) if len(shown) > 1 else ""
     return Section(
         heading=heading,
-        text=f"{text} {gist}",
-        figure=figures.by_layer(name, heading, there, quantity, gist),
+        text=f"{text} {summary}",
+        figure=figures.layer_figure(name, heading, shown, quantity, summary),
         grid=Grid(
             caption=f"{heading}, {quantity}{arrow}",
-            header=("layer", *figures.KINDS),
+            header=("layer", *figures.GROUP_KINDS),
             rows=tuple(
-                (str(layer), *(cell(layer, kind) for kind in figures.KINDS)) for layer in layers
+                (str(layer), *(cell(layer, kind) for kind in figures.GROUP_KINDS))
+                for layer in layers
             ),
             folded=True,
         ),
     )
 
 
-def _gist(label: str, values: Mapping[str, float], form: str) -> str:
+def _summary(label: str, values: Mapping[str, float], form: str) -> str:
     worst = max(values, key=values.__getitem__)
     middle, most = form.format(median(values.values())), form.format(values[worst])
     short = ".".join(worst.split(".")[2:])
@@ -216,14 +223,14 @@ def _origin(report: Report) -> Section:
              if size is not None else f"{tokens:,} positions")
         )  # fmt: skip
     grid = Grid(
-        caption="What was measured, on what.",
+        caption="What was measured, and on what.",
         header=("fact", "value"),
         rows=tuple(rows),
         words=True,
     )
     return Section(
         heading="What this was measured on",
-        text="Perplexities of other texts, or of windows of another length, do not compare.",
+        text="Perplexities are comparable only for the same text and window length.",
         grid=grid,
     )
 

@@ -24,7 +24,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.checkpoint.open import Checkpoint, check_finite
-from exporter.checkpoint.stored import FLOATS, ByteRange
+from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange
 from exporter.quantization.packing import pack
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized
@@ -162,7 +162,7 @@ def _weight(
     calibrated = recipe.calibrated(name)
     source = checkpoint.bytes_of(name)
     as_it_is = name not in recipe.schemes and not calibrated
-    if as_it_is and source is not None and FLOATS[source.dtype] == recipe.stored:
+    if as_it_is and source is not None and TORCH_FLOATS[source.dtype] == recipe.stored:
         yield from _moved(source, stored, file, at[0])
         return
     if recipe.stored is torch.float16:

@@ -1,9 +1,9 @@
-"""A Hugging Face `config.json` as a ModelSpec. Knows nothing about weights or torch.
+"""Read a Hugging Face `config.json` into a ModelSpec. Knows nothing about weights or torch.
 
-Both spellings are read, that of transformers 4 and that of 5. What this decoder does not compute
-is an error that names the setting, never a setting that is skipped: biases, experts, other
-activations, other rotary scalings, partial rotary embedding, quantized weights. Mistral's
-`params.json` is read in config_params.py, GGUF metadata in config_gguf.py.
+Both spellings are read, those of transformers 4 and 5. A setting that this decoder does not
+compute is an error that names it, and never ignored: biases, experts, other activations, other
+rotary scalings, partial rotary embedding, quantized weights. `config_mistral.py` reads Mistral's
+`params.json`, `config_gguf.py` GGUF metadata.
 """
 
 from collections.abc import Mapping
@@ -16,17 +16,17 @@ from graphs.spec import ModelSpec, RopeScaling
 
 Window = int | None
 
-MOST_LAYERS = 1000  # published decoders stay below 150; a damaged number must not fill memory
+MAX_LAYERS = 1000  # published decoders have fewer than 150; a damaged number must not fill memory
 USE_ANOTHER = "Only the dense Mistral architecture is supported: use another checkpoint."
 
-# What the first architecture decides in transformers 5 (models/mistral, models/ministral and
-# models/llama): all three are the same decoder, and differ in windows and default values.
+# The model that each architecture selects in transformers 5 (models/mistral, models/ministral and
+# models/llama). All three are the same decoder, and differ in windows and defaults.
 _FAMILIES = {
     "MistralForCausalLM": "mistral",
     "MinistralForCausalLM": "ministral",
     "LlamaForCausalLM": "llama",
 }
-_DEFAULT_WINDOW = 4096  # transformers' MistralConfig and MinistralConfig, when the key is absent
+_DEFAULT_WINDOW = 4096  # of MistralConfig and MinistralConfig in transformers, if the key is absent
 DEFAULT_THETA = 10_000.0  # transformers, and llama.cpp for GGUF
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe")
 _BIASES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")
@@ -34,42 +34,42 @@ _QK_NORMS = ("qk_norm", "use_qk_norm")
 
 
 def override_window(spec: ModelSpec, window: int) -> ModelSpec:
-    """The same model with a sliding window of `window` tokens in every layer (`--window`)."""
+    """Give every layer a sliding window of `window` tokens (`--window`)."""
     if window < 1:
-        raise UsageError(f"--window is {window}; at least 1 token is expected.")
+        raise UsageError(f"--window is {window}; expected at least 1 token.")
     return replace(spec, layer_windows=(window,) * spec.num_hidden_layers)
 
 
 def layer_count(fields: Fields, key: str) -> int:
-    """The number of layers, kept to what can be a decoder before anything is sized by it."""
+    """Read the number of layers, and refuse an impossible one before anything is sized by it."""
     layers = fields.integer(key)
-    if layers > MOST_LAYERS:
-        raise fields.wrong(key, f"at most {MOST_LAYERS} layers")
+    if layers > MAX_LAYERS:
+        raise fields.invalid(key, f"at most {MAX_LAYERS} layers")
     return layers
 
 
 def head_size(fields: Fields, key: str, hidden: int, heads: int) -> int:
-    """D: what the checkpoint says, or else hidden size over heads, which then has to divide."""
+    """Read D, which defaults to hidden size / heads if the first is a multiple of the second."""
     if fields.has(key):
         return fields.integer(key)
     if hidden % heads:
         raise MistralcError(
-            f"{fields.origin}: `{key}` is absent and the hidden size {hidden} is not a multiple "
-            f"of the {heads} attention heads; one of the two is expected. Correct the "
-            "checkpoint's configuration."
+            f"{fields.origin}: `{key}` is missing, and the hidden size {hidden} is not a multiple "
+            f"of the {heads} attention heads; expected one of the two. Correct the checkpoint's "
+            "configuration."
         )
     return hidden // heads
 
 
 def spec_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> ModelSpec:
-    """Read a Hugging Face `config.json`. `origin` names the file in errors.
+    """Read a Hugging Face `config.json`. Errors name the file as `origin`.
 
-    Raises MistralcError naming the first setting that is missing, of the wrong type, or beyond
-    the dense Mistral architecture.
+    Raises MistralcError naming the first setting that is missing, of the wrong type, or not part
+    of the dense Mistral architecture.
     """
     fields = Fields(config, origin)
     family = _family(fields)
-    _refuse_extras(fields)
+    _check_supported(fields)
     hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     layers = layer_count(fields, "num_hidden_layers")
     theta, scaling = _rope_from_hf(fields)
@@ -91,30 +91,29 @@ def spec_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mode
 
 
 def _family(fields: Fields) -> str:
-    """`mistral`, `ministral` or `llama`: what `architectures` and `model_type` agree on."""
+    """Return `mistral`, `ministral` or `llama`, if `architectures` and `model_type` agree."""
     names = fields.values.get("architectures") or []
     expected = f"one of {', '.join(_FAMILIES)}"
     if not isinstance(names, list) or len(names) > 1:
-        raise fields.wrong("architectures", f"a list with {expected}")
+        raise fields.invalid("architectures", f"a list with {expected}")
     if names and (not isinstance(names[0], str) or names[0] not in _FAMILIES):
         raise MistralcError(
-            f"{fields.origin}: the architecture is {names[0]}; {expected} is expected. "
-            f"{USE_ANOTHER}"
+            f"{fields.origin}: the architecture is {names[0]}; expected {expected}. {USE_ANOTHER}"
         )
     model_type = fields.text("model_type", _FAMILIES[names[0]] if names else None)
     family = _FAMILIES[names[0]] if names else model_type
     if family not in _FAMILIES.values() or model_type != family:
         raise MistralcError(
-            f"{fields.origin}: `model_type` is {model_type}; "
-            f"{family if names else 'mistral, ministral or llama'} is expected"
-            f"{' beside ' + names[0] if names else ''}. {USE_ANOTHER}"
+            f"{fields.origin}: `model_type` is {model_type}; expected "
+            f"{family if names else 'mistral, ministral or llama'}"
+            f"{', because the architecture is ' + names[0] if names else ''}. {USE_ANOTHER}"
         )
     # transformers' AutoConfig reads a Mistral with `layer_types` as a Ministral.
     return "ministral" if family == "mistral" and fields.has("layer_types") else family
 
 
-def _refuse_extras(fields: Fields) -> None:
-    """Raise for settings that would change what the decoder computes or how weights are kept."""
+def _check_supported(fields: Fields) -> None:
+    """Raise for settings that change what the decoder computes or how weights are stored."""
     _refuse(fields, _BIASES, "biases")
     _refuse(fields, _EXPERTS, "a mixture of experts")
     _refuse(fields, _QK_NORMS, "normalized queries and keys")
@@ -124,13 +123,13 @@ def _refuse_extras(fields: Fields) -> None:
         method = section.get("quant_method") if isinstance(section, Mapping) else section
         raise MistralcError(
             f"{fields.origin}: `quantization_config` says that the weights are quantized "
-            f"({str(method)[:40]}); float32, float16 or bfloat16 weights are expected. Use the "
-            "checkpoint it was made from; mistralc quantizes with --precision."
+            f"({str(method)[:40]}); expected float32, float16 or bfloat16 weights. Use the "
+            "checkpoint that they were made from, and quantize with --precision."
         )
     if fields.text("hidden_act", "silu") not in ("silu", "swish"):
         raise MistralcError(
-            f"{fields.origin}: `hidden_act` is {fields.text('hidden_act')}; the activation silu "
-            f"is expected. {USE_ANOTHER}"
+            f"{fields.origin}: `hidden_act` is {fields.text('hidden_act')}; expected the "
+            f"activation silu. {USE_ANOTHER}"
         )
     _refuse_partial_rotary(fields)
 
@@ -141,7 +140,7 @@ def _refuse(fields: Fields, keys: tuple[str, ...], meaning: str) -> None:
         if value is not None and value is not False and value != 0:
             raise MistralcError(
                 f"{fields.origin}: `{key}` asks for {meaning}, which this decoder does not have; "
-                f"it is expected to be absent, false or 0. {USE_ANOTHER}"
+                f"expected no such setting, false or 0. {USE_ANOTHER}"
             )
 
 
@@ -149,28 +148,28 @@ def _refuse_partial_rotary(fields: Fields) -> None:
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise MistralcError(
             f"{fields.origin}: `partial_rotary_factor` is "
-            f"{fields.number('partial_rotary_factor')}; 1 is expected, rotary embedding over the "
-            f"whole head. {USE_ANOTHER}"
+            f"{fields.number('partial_rotary_factor')}; expected 1, rotary embedding of the whole "
+            f"head. {USE_ANOTHER}"
         )
 
 
 def _kv_heads(fields: Fields, heads: int, family: str) -> int:
-    # An absent key means "as many as heads" to Llama and 8 to Mistral: where the two differ it
-    # has to be said. Null means "as many as heads" to both.
+    # An absent key means as many as heads to Llama and 8 to Mistral, so Mistral has to give it.
+    # Null means as many as heads to both.
     if family == "llama" or "num_key_value_heads" in fields.values:
         return fields.integer("num_key_value_heads", heads)
     return fields.integer("num_key_value_heads")
 
 
 def _windows_from_hf(fields: Fields, layers: int, family: str) -> tuple[Window, ...]:
-    """Per-layer windows: `sliding_window` where `layer_types` says so, or everywhere without it."""
+    """Return `sliding_window` for each layer that `layer_types` makes slide; without it, all do."""
     window = fields.integer("sliding_window") if fields.has("sliding_window") else None
     if family == "llama":
         if window is not None:
             raise MistralcError(
                 f"{fields.origin}: `sliding_window` is {window}, which LlamaForCausalLM ignores; "
-                "null is expected. Name MistralForCausalLM if the model was trained with the "
-                "window, or take the setting out and use --window."
+                "expected null. Set the architecture to MistralForCausalLM if the model was "
+                "trained with the window; otherwise remove the setting, and use --window."
             )
     elif "sliding_window" not in fields.values:
         window = _DEFAULT_WINDOW
@@ -178,7 +177,7 @@ def _windows_from_hf(fields: Fields, layers: int, family: str) -> tuple[Window, 
     if kinds is None:
         return (window,) * layers
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise fields.wrong("layer_types", f"a list with one entry for each of {layers} layers")
+        raise fields.invalid("layer_types", f"a list with one entry for each of {layers} layers")
     return tuple(_window_of(fields, kind, window) for kind in kinds)
 
 
@@ -187,21 +186,21 @@ def _window_of(fields: Fields, kind: Any, window: Window) -> Window:
         return None
     if kind != "sliding_attention":
         raise MistralcError(
-            f"{fields.origin}: `layer_types` names {str(kind)[:40]}; full_attention or "
-            f"sliding_attention is expected. {USE_ANOTHER}"
+            f"{fields.origin}: `layer_types` has {str(kind)[:40]}; expected full_attention or "
+            f"sliding_attention. {USE_ANOTHER}"
         )
     if window is None:
         raise MistralcError(
-            f"{fields.origin}: `layer_types` names sliding_attention, but `sliding_window` is "
-            "null; the number of tokens a layer sees is expected. Correct either of the two."
+            f"{fields.origin}: `layer_types` has sliding_attention, but `sliding_window` is null; "
+            "expected the number of tokens that such a layer sees. Correct one of the two."
         )
     return window
 
 
 def _rope_from_hf(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling from `rope_parameters` (5), or `rope_theta` and `rope_scaling` (4).
+    """Read theta and scaling: `rope_parameters` (5), or `rope_theta` and `rope_scaling` (4).
 
-    A file may carry both spellings, as long as they say the same.
+    A file may have both spellings if they agree.
     """
     sections = [
         section
@@ -213,13 +212,10 @@ def _rope_from_hf(fields: Fields) -> tuple[float, RopeScaling | None]:
     if len(thetas) > 1 or len(scalings) > 1:
         raise MistralcError(
             f"{fields.origin}: `rope_theta`, `rope_parameters` and `rope_scaling` contradict each "
-            "other; the same rotary embedding is expected in all of them. Keep the one the model "
+            "other; expected the same rotary embedding in all of them. Keep the one that the model "
             "was trained with."
         )
-    return (
-        next(iter(thetas), DEFAULT_THETA),
-        next(iter(scalings), None),
-    )
+    return next(iter(thetas), DEFAULT_THETA), next(iter(scalings), None)
 
 
 _ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
@@ -237,10 +233,12 @@ def _scaling_from_hf(section: Fields) -> RopeScaling | None:
     name = "/".join(sorted(types))
     if name not in _SCALING_KEYS:
         raise MistralcError(
-            f"{section.origin}: the rotary scaling is {name[:40]}; "
-            f"{', '.join(_SCALING_KEYS)} are supported. {USE_ANOTHER}"
+            f"{section.origin}: the rotary scaling is {name[:40]}; expected one of "
+            f"{', '.join(_SCALING_KEYS)}. {USE_ANOTHER}"
         )
-    section.only(_ROPE_KEYS | _SCALING_KEYS[name], f"The rotary scaling is {name}. {USE_ANOTHER}")
+    section.reject_others(
+        _ROPE_KEYS | _SCALING_KEYS[name], f"The rotary scaling is {name}. {USE_ANOTHER}"
+    )
     _refuse_partial_rotary(section)
     if name == "default":
         return None
@@ -255,6 +253,6 @@ def _scaling_from_hf(section: Fields) -> RopeScaling | None:
         original_max_position_embeddings=section.integer("original_max_position_embeddings"),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise section.wrong("high_freq_factor", f"more than low_freq_factor, "
-                            f"{scaling.low_freq_factor},")  # fmt: skip
+        raise section.invalid("high_freq_factor", f"more than low_freq_factor, "
+                              f"{scaling.low_freq_factor}")  # fmt: skip
     return scaling

@@ -1,8 +1,8 @@
-"""Mistral's `params.json` as a ModelSpec. Knows nothing about weights or torch.
+"""Read Mistral's `params.json` into a ModelSpec. Knows nothing about weights or torch.
 
-The meaning of every key is that of Mistral's reference code (mistral-inference, `args.py`,
-`transformer.py` and `cache.py`). A key with a value that is not listed here is an error: newer
-files carry settings that change the arithmetic, and skipping one would be a silent difference.
+Every key means what it means to Mistral's reference code (mistral-inference, `args.py`,
+`transformer.py` and `cache.py`). A key that has a value and is not listed here is an error: newer
+files have settings that change the arithmetic, and ignoring one would silently give other logits.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from exporter.checkpoint.fields import Fields
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
-_CONTEXT = 128_000  # positions for which the reference code computes its rotary table
+_CONTEXT = 128_000  # positions in the rotary table of the reference code
 _READ = frozenset(
     {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps",
      "vocab_size", "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings",
@@ -36,13 +36,13 @@ _REFUSED: Mapping[str, str] = {
 
 
 def spec_from_params(params: Mapping[str, Any], origin: str = "params.json") -> ModelSpec:
-    """Read Mistral's `params.json`. `origin` names the file in errors.
+    """Read Mistral's `params.json`. Errors name the file as `origin`.
 
-    Raises MistralcError naming the first setting that is missing, of the wrong type, or beyond
-    the dense Mistral architecture.
+    Raises MistralcError naming the first setting that is missing, of the wrong type, or not part
+    of the dense Mistral architecture.
     """
     fields = Fields(params, origin)
-    _refuse_extras(fields)
+    _check_supported(fields)
     dim, heads = fields.integer("dim"), fields.integer("n_heads")
     layers = layer_count(fields, "n_layers")
     windows = _windows(fields, layers)
@@ -62,18 +62,20 @@ def spec_from_params(params: Mapping[str, Any], origin: str = "params.json") -> 
     )
 
 
-def _refuse_extras(fields: Fields) -> None:
+def _check_supported(fields: Fields) -> None:
     for key, meaning in _REFUSED.items():
         if fields.values.get(key):
             raise MistralcError(
                 f"{fields.origin}: `{key}` asks for {meaning}, which this decoder does not have; "
-                f"it is expected to be absent. {USE_ANOTHER}"
+                f"expected no such setting. {USE_ANOTHER}"
             )
-    fields.only(_READ | _WITHOUT_EFFECT | _REFUSED.keys(), "Take it out if it changes nothing.")
+    fields.reject_others(
+        _READ | _WITHOUT_EFFECT | _REFUSED.keys(), "Remove it if it has no effect."
+    )
     for key, expected in (("model_type", "transformer"), ("activation", "silu")):
         if fields.text(key, expected) != expected:
             raise MistralcError(
-                f"{fields.origin}: `{key}` is {fields.text(key)}; {expected} is expected. "
+                f"{fields.origin}: `{key}` is {fields.text(key)}; expected {expected}. "
                 f"{USE_ANOTHER}"
             )
 
@@ -83,27 +85,27 @@ def _context(fields: Fields) -> int:
 
 
 def _theta(fields: Fields) -> float:
-    # The reference code falls back to 10**6. When it first did so, a model with a window kept
-    # 10**4, and the only weights published with a window and without a theta, Mistral-7B v0.1,
-    # were trained with 10**4: that case is kept.
+    # The reference code falls back to 10**6. Its first version to do so kept 10**4 for a model
+    # with a window, and the only weights published with a window and without a theta,
+    # Mistral-7B v0.1, were trained with 10**4.
     windowed = fields.has("sliding_window") or fields.has("_sliding_window")
     return fields.number("rope_theta", 10_000.0 if windowed else 1_000_000.0)
 
 
 def _windows(fields: Fields, layers: int) -> tuple[Window, ...]:
-    """One window for all layers, or a list that repeats over them, null for full attention."""
+    """Read one window for all layers, or a list that repeats over them; null: full attention."""
     if fields.has("sliding_window") and fields.has("_sliding_window"):
         raise MistralcError(
-            f"{fields.origin}: both `sliding_window` and `_sliding_window` are given; one of the "
-            "two is expected. Keep the one the model was trained with."
+            f"{fields.origin}: both `sliding_window` and `_sliding_window` are given; expected one "
+            "of the two. Keep the one that the model was trained with."
         )
     key = "sliding_window" if fields.has("sliding_window") else "_sliding_window"
     value = fields.values.get(key)
     if not isinstance(value, list):
         return ((fields.integer(key) if fields.has(key) else None),) * layers
-    expected = f"a number of tokens, or a list of them whose length divides the {layers} layers,"
+    expected = f"a number of tokens, or a list of them whose length divides the {layers} layers"
     if not value or layers % len(value):
-        raise fields.wrong(key, expected)
+        raise fields.invalid(key, expected)
     if not all(size is None or (type(size) is int and size >= 1) for size in value):
-        raise fields.wrong(key, expected)
+        raise fields.invalid(key, expected)
     return tuple(value) * (layers // len(value))

@@ -1,9 +1,9 @@
-"""Metadata and tensors of a GGUF file. Knows nothing about models; reads no weight until asked.
+"""Read the metadata and find the tensors of a GGUF file. Knows nothing about models.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little
-endian. Block types and their dequantization come from the `gguf` package. Its reader is not
-used: it makes one array object for each string and takes 2.6 s where this takes 0.1 s (49,152
-tokens and 48,900 merges), and a damaged file ends it with whatever NumPy happens to raise.
+endian. Block types and their dequantization come from the `gguf` package. We do not use its
+reader: it makes one array object per string and takes 2.6 s where this takes 0.1 s (49,152
+tokens and 48,900 merges), and on a damaged file it raises whatever NumPy happens to raise.
 """
 
 import math
@@ -18,21 +18,20 @@ import gguf
 import numpy as np
 import torch
 
-from exporter.checkpoint.stored import ByteRange, StoredTensor, map_bytes
+from exporter.checkpoint.stored import FLOAT_NAMES, ByteRange, StoredTensor, map_bytes
 from graphs.errors import MistralcError
 
 _VERSIONS = (2, 3)
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
             12: "d"}  # fmt: skip
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GgufFile:
-    """What a GGUF file says: metadata as plain Python values, and where each tensor lies.
+    """Metadata as plain Python values, and the tensors with their byte ranges.
 
-    Shapes are row-major, as everywhere here: the reverse of the order in the file.
+    Shapes are row-major, as in the rest of the exporter: the reverse of the order in the file.
     """
 
     path: Path
@@ -41,7 +40,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read the header of a GGUF file. Raises MistralcError where it is none or is damaged."""
+    """Read the header of a GGUF file. Raises MistralcError if the file is damaged or not GGUF."""
     size = path.stat().st_size
     if size < 24:
         raise _damaged(path, f"it has only {size} bytes")
@@ -52,7 +51,7 @@ def read_gguf(path: Path) -> GgufFile:
             metadata = _unique(path, (_pair(cursor) for _ in range(key_count)))
             infos = _unique(path, (_info(cursor) for _ in range(tensor_count)))
         except (struct.error, UnicodeDecodeError, OverflowError) as error:
-            raise _damaged(path, f"its header breaks off or is garbled ({error})") from error
+            raise _damaged(path, f"its header is cut short or garbled ({error})") from error
         start = _align(path, metadata, cursor.position)
     tensors = {name: _tensor(path, name, info, start, size) for name, info in infos.items()}
     return GgufFile(path=path, metadata=metadata, tensors=tensors)
@@ -68,7 +67,7 @@ def is_readable(dtype: str) -> bool:
 
 
 def dequantize(stored: StoredTensor) -> torch.Tensor:
-    """A tensor of any block type as float32 in its shape."""
+    """Dequantize a tensor of any block type to float32, in its shape."""
     kind = gguf.GGMLQuantizationType[stored.where.dtype]
     rows = map_bytes(stored.where).view(*stored.shape[:-1], -1).numpy()
     return torch.from_numpy(gguf.quants.dequantize(rows, kind)).view(stored.shape)
@@ -76,15 +75,15 @@ def dequantize(stored: StoredTensor) -> torch.Tensor:
 
 @cache
 def _dequantize_zeros(kind: gguf.GGMLQuantizationType) -> None:
-    """Raises NotImplementedError where the package cannot read one block of this type."""
+    """Raise NotImplementedError if the package cannot read a block of this type."""
     if not kind.name.startswith(("Q", "IQ", "TQ", "MXFP", "NVFP")):
-        raise NotImplementedError(kind.name)  # F64 and integers are no weights
+        raise NotImplementedError(kind.name)  # F64 and integers hold no weights
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
 
 
 class _Cursor:
-    """A position in the mapped file that moves on with every value read."""
+    """A position in the mapped file, which every read advances."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, 0
@@ -119,23 +118,25 @@ class _Cursor:
         item, count = self.number("I"), self.number("Q")
         if item in _SCALARS:
             return list(self.values(_SCALARS[item], count))
-        if item != _STRING:  # nested arrays are allowed by the format and used by nobody
+        if item != _STRING:  # the format allows nested arrays; no converter writes them
             raise struct.error(f"an array of value type {item}")
         return [self.string() for _ in range(count)]
 
 
 def _preamble(cursor: _Cursor) -> tuple[int, int]:
-    """The number of tensors and of metadata keys, once magic and version are right."""
+    """Check magic and version; returns the number of tensors and of metadata keys."""
     if bytes(cursor.values("B", 4)) != b"GGUF":
         raise _damaged(cursor.path, "it does not begin with the letters GGUF")
     version = cursor.number("I")
     if version not in _VERSIONS:
-        swapped = version & 0xFFFF == 0  # a big-endian file's small number, read from the left
+        swapped = (
+            version & 0xFFFF == 0
+        )  # a small number of a big-endian file, read as little-endian
         raise MistralcError(
             f"{cursor.path} is "
             + ("a big-endian GGUF file" if swapped else f"a GGUF file of version {version}")
-            + f"; little-endian version {' or '.join(map(str, _VERSIONS))} is expected. Convert "
-            "the checkpoint again with a current llama.cpp."
+            + f"; expected little-endian version {' or '.join(map(str, _VERSIONS))}. Convert the "
+            "checkpoint again with a current llama.cpp."
         )
     return cursor.number("Q"), cursor.number("Q")
 
@@ -145,7 +146,7 @@ def _pair(cursor: _Cursor) -> tuple[str, Any]:
 
 
 def _info(cursor: _Cursor) -> tuple[str, tuple[tuple[int, ...], int, int]]:
-    """Name, then shape, type number and offset."""
+    """Read one tensor's entry: name, then shape, type number and offset."""
     name = cursor.string()
     dimensions = cursor.number("I")
     if dimensions > 8:  # ggml has 4
@@ -158,7 +159,7 @@ def _unique(path: Path, pairs: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
-            raise _damaged(path, f"{name} is there twice")
+            raise _damaged(path, f"{name} appears twice")
         result[name] = value
     return result
 
@@ -178,30 +179,32 @@ def _tensor(
         kind = gguf.GGMLQuantizationType(number)
     except ValueError as error:
         raise MistralcError(
-            f"{path}: the tensor {name} has type number {number}, which gguf "
-            "does not know; float or a quantization it can read is expected. "
-            "Update the gguf package."
+            f"{path}: the tensor {name} has type number {number}, which the gguf package does not "
+            "know; expected a float type or a quantization that it can read. Update the gguf "
+            "package."
         ) from error
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     if shape and shape[-1] % block:
-        raise _damaged(path, f"rows of {name} hold {shape[-1]} values, not blocks of {block}")
+        raise _damaged(
+            path, f"rows of {name} have {shape[-1]} values, not a multiple of the block, {block}"
+        )
     length = math.prod(shape) // block * block_bytes
     if start + offset + length > size:
         raise MistralcError(
-            f"{path} is truncated: it has {size:,} bytes, and the tensor {name} is expected to "
-            f"end at byte {start + offset + length:,}. Fetch the file again."
+            f"{path} is truncated: it has {size:,} bytes; expected the tensor {name} to end at "
+            f"byte {start + offset + length:,}. Download the file again."
         )
     where = ByteRange(
         path=path,
         offset=start + offset,
         length=length,
-        dtype=_FLOATS.get(kind.name, kind.name),
+        dtype=FLOAT_NAMES.get(kind.name, kind.name),
     )
     return StoredTensor(name=name, shape=shape, where=where)
 
 
 def _damaged(path: Path, what: str) -> MistralcError:
     return MistralcError(
-        f"{path} is not a whole GGUF file: {what}. A file that llama.cpp's converter wrote is "
-        "expected. Fetch the file again."
+        f"{path} is not a whole GGUF file: {what}; expected a file written by llama.cpp's "
+        "converter. Download the file again."
     )

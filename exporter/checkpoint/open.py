@@ -1,8 +1,8 @@
-"""A checkpoint on disk, one weight at a time by its canonical name. Knows nothing about graphs.
+"""Open a checkpoint of any format and read its weights, one at a time. Knows nothing about graphs.
 
-Whatever the source, the weights are seen under Hugging Face's names, in its half-split rotary
-order, with the shapes of `ModelSpec.weight_shapes()`. Opening reads headers only and is strict
-both ways: a tensor too few, too many, of another shape or of an unreadable type is an error.
+Whatever the format, weights have Hugging Face's names, its half-split rotary order, and the shapes
+of `ModelSpec.weight_shapes()`. Opening reads headers only, and checks them strictly: a tensor that
+is missing, unexpected, of another shape or of an unreadable type is an error.
 """
 
 import hashlib
@@ -23,16 +23,15 @@ from exporter.checkpoint.config_hf import spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
 from exporter.checkpoint.fields import read_json
 from exporter.checkpoint.gguf_file import dequantize, is_readable, read_gguf
-from exporter.checkpoint.locate import Format, format_of, locate, weight_file, weights_present
+from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.safetensors_file import read_file, read_index
-from exporter.checkpoint.stored import FLOATS, ByteRange, StoredTensor, map_bytes, map_tensor
-from graphs.dtypes import FLOATS as FLOAT_NAMES
-from graphs.dtypes import Dtype
+from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes, map_tensor
+from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Old transformers versions saved the rotary frequencies, which are computed from the config.
+# Old versions of transformers saved the rotary frequencies, which follow from the configuration.
 _IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
 
 
@@ -40,8 +39,8 @@ _IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
 class Checkpoint:
     """An opened checkpoint. It holds no file open, so there is nothing to close.
 
-    `source` is `smollm2` or an absolute path; `path` is the directory or GGUF file behind it;
-    `stored` says for every canonical name where its bytes lie, in the source's own order.
+    `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
+    `stored` maps canonical names to the stored tensors, whose rows are in the format's own order.
     """
 
     spec: ModelSpec
@@ -52,36 +51,36 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> Mapping[str, str]:
-        """Stored type by canonical name: a float dtype, or a GGUF block type such as `Q4_1`."""
+        """The stored type by canonical name: a float type, or a GGUF block type such as `Q4_1`."""
         return {name: tensor.where.dtype for name, tensor in self.stored.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One weight by canonical name, in its stored float dtype; float32 if it was quantized.
+        """Return a weight in its stored float type, or dequantized to float32.
 
-        Memory-mapped where the bytes are canonical as they lie, else a tensor of its own.
+        Memory-mapped if the stored bytes are in canonical order, otherwise a copy.
         """
         stored = self.stored[name]
-        weight = map_tensor(stored) if stored.where.dtype in FLOATS else dequantize(stored)
+        weight = map_tensor(stored) if stored.where.dtype in TORCH_FLOATS else dequantize(stored)
         heads = self.interleaved_heads(name)
         return weight if heads is None else weight_names.to_half_split(weight, heads)
 
     def bytes_of(self, name: str) -> ByteRange | None:
-        """Where the bytes of `tensor(name)` lie verbatim; None if they are computed."""
+        """Return the byte range that holds `tensor(name)` verbatim; None if it is computed."""
         where = self.stored[name].where
-        verbatim = where.dtype in FLOATS and self.interleaved_heads(name) is None
+        verbatim = where.dtype in TORCH_FLOATS and self.interleaved_heads(name) is None
         return where if verbatim else None
 
     def digest(self, name: str) -> str:
-        """SHA-256 of one weight's bytes as they are stored: 64 hexadecimal digits."""
+        """Return the SHA-256 of a weight's stored bytes, 64 hexadecimal digits."""
         return hashlib.sha256(map_bytes(self.stored[name].where).numpy().data).hexdigest()
 
     def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
-        """SHA-256 over what the checkpoint computes: 64 hexadecimal digits.
+        """Return a SHA-256 that identifies the model, 64 hexadecimal digits.
 
-        Covered are the spec, the format, and every weight's canonical name, shape, stored type
-        and bytes. Not covered are the names and number of files, and what has no weights, such as
-        the tokenizer. `digests` may hold what `digest` gives for every name; else all weights are
-        read here, two at a time: about 1.5 GB/s a core.
+        It covers the spec, the format, and every weight's canonical name, shape, stored type and
+        bytes. It does not cover the names and number of files, nor files without weights such as
+        the tokenizer. `digests` are the results of `digest` by name, if they are known; otherwise
+        all weights are read, two at a time, at about 1.5 GB/s per core.
         """
         names = sorted(self.stored)
         if digests is None:
@@ -95,78 +94,78 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def interleaved_heads(self, name: str) -> int | None:
-        """How many heads the rows of this weight are, if they lie in interleaved rotary order."""
+        """Return the number of heads if the rows are in interleaved order, otherwise None."""
         return None if self.format == "huggingface" else weight_names.rotated_heads(self.spec, name)
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a Hugging Face or Mistral directory, a `.gguf` file, or the name `smollm2`.
 
-    A directory with both layouts is read as Hugging Face's. Reads no weight, with one exception:
-    an `lm_head.weight` kept beside a tied embedding is compared with it. Raises MistralcError
-    naming the file and the tensor or setting that is not as expected.
+    A directory in both formats is read as Hugging Face's. Reads no weight, with one exception: an
+    `lm_head.weight` stored next to a tied embedding is compared with it. Raises MistralcError
+    naming the file, and the tensor or setting that is wrong.
     """
     path, label = locate(source)
-    with _readable(path):
+    with _reading(path):
         kind = format_of(path)
         if kind == "gguf":
             spec, found = _read_gguf(path)
         else:
-            spec, weights = _configured(path, kind), weight_file(path, kind)
+            spec, weights = _configured(path, kind), find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
         stored = _canonical(spec, kind, path, found)
     return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored)
 
 
 def read_spec(source: str | Path) -> ModelSpec:
-    """The spec of what `open_checkpoint` takes, or of a directory with only its configuration."""
+    """Read the spec of a checkpoint; unlike `open_checkpoint`, the configuration is enough."""
     path, _ = locate(source)
-    with _readable(path):
+    with _reading(path):
         kind = format_of(path)
         return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)
 
 
 def has_weights(source: str | Path) -> bool:
-    """Whether every weight file is there; a directory may hold only the configuration so far."""
+    """Whether every weight file is present; a directory may have only the configuration."""
     path, _ = locate(source)
-    with _readable(path):
+    with _reading(path):
         kind = format_of(path)
         return kind == "gguf" or weights_present(path, kind)
 
 
 def declared_type(source: str | Path) -> Dtype | None:
-    """The type that the configuration gives for the weights; None if it gives none that we know."""
+    """Read the weights' type from the configuration; None if it gives none that we know."""
     path, _ = locate(source)
-    with _readable(path):
+    with _reading(path):
         if format_of(path) != "huggingface":
             return None
         values = read_json(path / "config.json").values
     declared = values.get("dtype", values.get("torch_dtype"))
-    return next((name for name in FLOAT_NAMES if name == declared), None)
+    return next((name for name in FLOATS if name == declared), None)
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise MistralcError naming the weight and counting its NaN and infinite values, if any."""
-    least, most = tensor.aminmax()  # both are NaN if any value is; no temporary tensor is made
+    """Raise MistralcError if a weight has NaN or infinite values, with their numbers."""
+    least, most = tensor.aminmax()  # both are NaN if any value is; allocates nothing
     if bool(torch.isfinite(least) & torch.isfinite(most)):
         return
     nans, infinities = int(tensor.isnan().sum()), int(tensor.isinf().sum())
     raise MistralcError(
         f"The weight {name} has {nans:,} NaN and {infinities:,} infinite values among "
-        f"{tensor.numel():,}; finite numbers are expected. The checkpoint is damaged or its "
-        "training diverged: fetch it again."
+        f"{tensor.numel():,}; expected finite numbers. The checkpoint is damaged, or its training "
+        "diverged: download it again."
     )
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error of ours."""
+def _reading(path: Path) -> Iterator[None]:
+    """Raise MistralcError for an error of the file system."""
     try:
         yield
     except OSError as error:
         raise MistralcError(
-            f"The checkpoint {path} cannot be read ({error}); files that this user may read are "
-            "expected. Check the permissions and the disk."
+            f"The checkpoint {path} cannot be read ({error}); expected files that this user may "
+            "read. Check the permissions and the disk."
         ) from error
 
 
@@ -187,18 +186,18 @@ def _configured(directory: Path, kind: Format) -> ModelSpec:
 def _canonical(
     spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
-    """The tensors by canonical name, once they are exactly those of the spec."""
+    """Return the tensors by canonical name, after checking that they are exactly the spec's."""
     stored: dict[str, StoredTensor] = {}
-    own = {name: _own_name(name, kind) for name in spec.weight_shapes()}
+    names = {name: _stored_name(name, kind) for name in spec.weight_shapes()}
     for name, shape in spec.weight_shapes().items():
-        tensor = found.get(own[name])
+        tensor = found.get(names[name])
         if tensor is None:
-            raise _missing(own, found, name, path)
+            raise _missing(names, found, name, path)
         _check_tensor(tensor, shape, kind)
         stored[name] = tensor
-    head = found.get(_own_name(_HEAD, kind))
+    head = found.get(_stored_name(_HEAD, kind))
     for stray in found.values():
-        if stray.name in own.values() or _IGNORED.fullmatch(stray.name):
+        if stray.name in names.values() or _IGNORED.fullmatch(stray.name):
             continue
         if spec.tie_word_embeddings and stray is head:
             _check_tied(stored[_EMBEDDING], stray)
@@ -207,26 +206,27 @@ def _canonical(
     return stored
 
 
-def _own_name(name: str, kind: Format) -> str:
+def _stored_name(name: str, kind: Format) -> str:
     if kind == "mistral":
         return weight_names.mistral_name(name)
     return weight_names.gguf_name(name) if kind == "gguf" else name
 
 
 def _missing(
-    own: Mapping[str, str], found: Mapping[str, StoredTensor], name: str, path: Path
+    names: Mapping[str, str], found: Mapping[str, StoredTensor], name: str, path: Path
 ) -> MistralcError:
-    count = sum(stored_name not in found for stored_name in own.values())
+    count = sum(stored_name not in found for stored_name in names.values())
     others = f" and {count - 1} more" if count > 1 else ""
-    advice = "Use the configuration and weights of one checkpoint, or fetch it again."
+    advice = "Use the configuration and weights of one checkpoint, or download it again."
     if name == _HEAD:
         advice = (
             "If the output layer is the embedding, the configuration has to say so "
-            "(tie_word_embeddings or tied_embeddings: true); else fetch the checkpoint again."
+            "(tie_word_embeddings or tied_embeddings: true); otherwise download the checkpoint "
+            "again."
         )
     return MistralcError(
-        f"{path} lacks the tensor {own[name]}{others}; every weight that the configuration calls "
-        f"for is expected. {advice}"
+        f"{path} lacks the tensor {names[name]}{others}; expected every weight that the "
+        f"configuration describes. {advice}"
     )
 
 
@@ -235,11 +235,11 @@ def _unexpected(stray: StoredTensor) -> MistralcError:
         "Use the configuration and weights of one dense checkpoint without biases, adapters or "
         "quantization."
     )
-    if stray.name == "rope_freqs.weight":  # how GGUF keeps Llama 3.1's rotary scaling
+    if stray.name == "rope_freqs.weight":  # Llama 3.1's rotary scaling in GGUF
         advice = "It scales the rotary embedding: use the Hugging Face checkpoint of this model."
     return MistralcError(
-        f"{stray.where.path} holds a tensor {stray.name} of shape {list(stray.shape)}; only the "
-        f"weights that the configuration calls for are expected. {advice}"
+        f"{stray.where.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
+        f"the weights that the configuration describes. {advice}"
     )
 
 
@@ -247,27 +247,27 @@ def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...], kind: Format) ->
     if tensor.shape != shape:
         raise MistralcError(
             f"{tensor.where.path}: the tensor {tensor.name} has shape {list(tensor.shape)}; "
-            f"{list(shape)} is expected from the configuration. Use the configuration and "
-            "weights of one checkpoint."
+            f"expected {list(shape)} from the configuration. Use the configuration and weights of "
+            "one checkpoint."
         )
     dtype = tensor.where.dtype
-    if dtype in FLOATS or (kind == "gguf" and is_readable(dtype)):
+    if dtype in TORCH_FLOATS or (kind == "gguf" and is_readable(dtype)):
         return
     quantized = " or a quantization that the gguf package can read" if kind == "gguf" else ""
     raise MistralcError(
-        f"{tensor.where.path}: the tensor {tensor.name} is of type {dtype}; "
-        f"{', '.join(FLOATS)}{quantized} is expected. Use the unquantized checkpoint; mistralc "
-        "quantizes with --precision."
+        f"{tensor.where.path}: the tensor {tensor.name} is of type {dtype}; expected one of "
+        f"{', '.join(TORCH_FLOATS)}{quantized}. Use the unquantized checkpoint, and quantize with "
+        "--precision."
     )
 
 
 def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
-    """Raise unless a kept output layer is, byte for byte, the embedding it is tied to."""
+    """Raise unless a stored output layer equals the embedding that it is tied to, byte for byte."""
     same = (embedding.shape, embedding.where.dtype) == (head.shape, head.where.dtype)
     if not same or not torch.equal(map_bytes(embedding.where), map_bytes(head.where)):
         raise MistralcError(
             f"{head.where.path}: the tensor {head.name} differs from {embedding.name}, although "
-            "the configuration says that they are tied; the same bytes, or no "
-            f"{head.name}, are expected. Set tie_word_embeddings to false if the output layer "
-            "was trained on its own, else take the tensor out."
+            f"the configuration says that they are tied; expected the same bytes, or no "
+            f"{head.name}. Set tie_word_embeddings to false if the output layer was trained on its "
+            "own; otherwise remove the tensor."
         )

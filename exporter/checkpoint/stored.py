@@ -1,6 +1,6 @@
-"""Where a weight lies in a file, and how its bytes become a tensor. Knows nothing about names.
+"""Map the bytes of a weight in a file as a tensor. Knows nothing about canonical names.
 
-Nothing here holds a file open: a tensor maps its own bytes and unmaps them when it goes.
+No file is held open: a tensor maps its own bytes, and unmaps them when it is freed.
 """
 
 import mmap
@@ -10,20 +10,24 @@ from pathlib import Path
 
 import torch
 
+from graphs.dtypes import ELEMENT_TYPES, FLOATS
 from graphs.errors import MistralcError
 
-FLOATS: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
+TORCH_FLOATS: Mapping[str, torch.dtype] = {
+    name: getattr(torch, ELEMENT_TYPES[name].torch or name) for name in FLOATS
 }
+"""torch's dtype by our name, for the types that a graph may compute in."""
+
+FLOAT_NAMES: Mapping[str, str] = {ELEMENT_TYPES[name].safetensors: name for name in FLOATS}
+"""Our name by the one in a weight file: safetensors and GGUF both say F32, F16 and BF16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteRange:
-    """`length` bytes from `offset` on in the file `path`; `dtype` says how to read them.
+    """`length` bytes at `offset` of the file `path`.
 
-    `dtype` is a key of `FLOATS`, or the file format's own name for another type (`Q4_1`, `I8`).
+    `dtype` is the type of the values: a key of `TORCH_FLOATS`, or the file format's own name for
+    any other type (`Q4_1`, `I8`).
     """
 
     path: Path
@@ -34,7 +38,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a weight file under the name it has there, row-major."""
+    """One row-major tensor of a weight file, under the name that it has there."""
 
     name: str
     shape: tuple[int, ...]
@@ -42,9 +46,10 @@ class StoredTensor:
 
 
 def map_bytes(where: ByteRange) -> torch.Tensor:
-    """The bytes of a range as uint8 [length], memory-mapped: pages are read when touched.
+    """Map a byte range as uint8 [length]; pages are read when they are touched.
 
-    The mapping is private and copy-on-write, so changing the tensor never changes the file.
+    The mapping is private and copy-on-write, so writing to the tensor never changes the file.
+    Raises MistralcError if the file has changed since it was opened.
     """
     start = where.offset - where.offset % mmap.ALLOCATIONGRANULARITY
     length = where.offset + where.length - start
@@ -53,8 +58,8 @@ def map_bytes(where: ByteRange) -> torch.Tensor:
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
     except (OSError, ValueError) as error:
         raise MistralcError(
-            f"{where.path} changed while it was being read ({error}); the file that was there at "
-            "the start is expected. Start again once nothing writes to it."
+            f"{where.path} changed while it was being read ({error}); expected the file that was "
+            "there at the start. Try again when nothing writes to it."
         ) from error
     return torch.frombuffer(
         mapped, dtype=torch.uint8, count=where.length, offset=where.offset - start
@@ -62,9 +67,9 @@ def map_bytes(where: ByteRange) -> torch.Tensor:
 
 
 def map_tensor(stored: StoredTensor) -> torch.Tensor:
-    """A float tensor in its stored dtype and shape, memory-mapped where its address allows it."""
-    dtype = FLOATS[stored.where.dtype]
+    """Return a float tensor in its stored dtype and shape, memory-mapped if it is aligned."""
+    dtype = TORCH_FLOATS[stored.where.dtype]
     data = map_bytes(stored.where)
     if stored.where.offset % dtype.itemsize:
-        data = data.clone()  # a torch tensor has to start at a multiple of its item size
+        data = data.clone()  # torch needs a tensor to start at a multiple of its item size
     return data.view(dtype).view(stored.shape)

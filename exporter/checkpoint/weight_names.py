@@ -1,9 +1,9 @@
-"""How other checkpoint layouts name and order the canonical weights. Knows nothing about files.
+"""Names and row order of the canonical weights in each checkpoint format. Reads no files.
 
-Canonical is Hugging Face's layout: rotary embedding turns the pair (j, j + D/2) of a head, the
-*half-split* order. Mistral's own files and GGUF's `llama` turn the pair (2j, 2j + 1), the
-*interleaved* order (mistral-inference `rope.py`; Su et al. 2021, arXiv:2104.09864). With D=6 a
-head's rows of q_proj and k_proj are kept as
+Canonical is Hugging Face's form: rotary embedding rotates the pair (j, j + D/2) of a head, which
+is the *half-split* order. Mistral's own files and GGUF's `llama` rotate the pair (2j, 2j + 1), the
+*interleaved* order (mistral-inference `rope.py`; Su et al. 2021, arXiv:2104.09864). With D=6 the
+rows of one head of q_proj or k_proj are stored as
 
     half-split     0 1 2 3 4 5
     interleaved    0 3 1 4 2 5
@@ -50,17 +50,17 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def mistral_name(name: str) -> str:
-    """The name in `consolidated.safetensors` of a weight's Hugging Face name."""
-    return _renamed(name, _MISTRAL, "layers")
+    """Translate a canonical name to the one in `consolidated.safetensors`."""
+    return _rename(name, _MISTRAL, "layers")
 
 
 def gguf_name(name: str) -> str:
-    """The name in GGUF of a weight's Hugging Face name."""
-    return _renamed(name, _GGUF, "blk")
+    """Translate a canonical name to the one in GGUF."""
+    return _rename(name, _GGUF, "blk")
 
 
 def rotated_heads(spec: ModelSpec, name: str) -> int | None:
-    """How many heads the rows of this weight hold if rotary embedding turns them, else None."""
+    """Return the number of heads in the rows of a weight that is rotated, otherwise None."""
     if name.endswith("self_attn.q_proj.weight"):
         return spec.num_attention_heads
     if name.endswith("self_attn.k_proj.weight"):
@@ -69,20 +69,20 @@ def rotated_heads(spec: ModelSpec, name: str) -> int | None:
 
 
 def to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of [heads*D, E] from interleaved to half-split order; a new tensor."""
+    """Reorder the rows of [heads * D, E] from interleaved to half-split; returns a new tensor."""
     rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # heads, D/2, 2, E
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [heads, D/2, 2, E]
     return pairs.transpose(1, 2).reshape(rows, columns)
 
 
 def to_interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of [heads*D, E] from half-split to interleaved order; undoes `to_half_split`."""
+    """Reorder the rows of [heads * D, E] from half-split to interleaved: the inverse."""
     rows, columns = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, columns)  # heads, 2, D/2, E
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)  # [heads, 2, D/2, E]
     return halves.transpose(1, 2).reshape(rows, columns)
 
 
-def _renamed(name: str, names: Mapping[str, str], layers: str) -> str:
+def _rename(name: str, names: Mapping[str, str], layers: str) -> str:
     stem = name.removesuffix(".weight")
     match = _LAYER.fullmatch(stem)
     if match is None:

@@ -33,6 +33,7 @@ from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.quant_scheme import stored_parts
 from runtime.backends.session import Session
+from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
 
 Progress = Callable[[int], None]  # called with the number of tokens just run
@@ -228,24 +229,15 @@ def _bundle_logits(
     wanted: NDArray[np.int64],
     progress: Progress | None,
 ) -> Iterator[Logits]:
-    ring = make_ring(build)
-    session.resize(ring.capacities)
+    sequence = Sequence(session, make_ring(build))
     for turn in case.turns:
-        for count in ring.pieces(turn):
-            if ring.grow(count):
-                session.resize(ring.capacities)
-            begin = ring.positions[0]
-            rows = wanted[(wanted >= begin) & (wanted < begin + count)] - begin
-            asked = rows if len(rows) else np.array([count - 1])
-            logits = session.step(
-                ids[None, begin : begin + count],
-                np.arange(begin, begin + count)[None],
-                asked[None],
-            )
-            ring.advance(count)
+        begin = sequence.position
+        end = begin + turn
+        rows = wanted[(wanted >= begin) & (wanted < end)] - begin
+        for piece in sequence.feed(ids[begin:end], rows):
             if progress is not None:
-                progress(count)
-            yield logits[0, : len(rows)].copy()
+                progress(piece.length)
+            yield piece.logits.copy()
 
 
 def _unpacked(file: Any, name: str, recipe: Recipe) -> Quantized:

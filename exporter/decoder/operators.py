@@ -1,8 +1,8 @@
-"""The ONNX operators the decoder is written in, as PyTorch operators.
+"""PyTorch operators for the ONNX operators that the decoder uses. Knows nothing about models.
 
-Each has three faces: what it computes in eager PyTorch (so that the decoder is its own
-reference), the shape it returns while tracing, and the ONNX node it becomes. Knows nothing about
-models. Semantics follow the ONNX operator specification, opset 24.
+Each operator has three parts: an eager implementation, so that the decoder is its own reference;
+the output shape for tracing; and the ONNX node it is exported as. Semantics follow the ONNX
+operator specification, opset 24.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from onnxscript.onnx_opset import opset24
 from torch import Tensor
 
-op: Any = opset24  # its annotations describe ONNX functions, not the tracing of one
+op: Any = opset24  # typed for ONNX script functions, which these are not
 
 HEADS = [0, 2, 1, 3]  # the permutation between [B, S, heads, D] and [B, heads, S, D]
 
@@ -35,7 +35,7 @@ def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # noqa: ARG001
 
 @torch.library.custom_op("mistralc::rotary_embedding", mutates_args=())
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`RotaryEmbedding`: turn x [B, heads, S, D] by angles [B, S, D/2], half-split layout."""
+    """`RotaryEmbedding`: rotate x [B, heads, S, D] by angles [B, S, D/2], half-split layout."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, S, D/2]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((cos * first - sin * second, sin * first + cos * second), dim=-1)
@@ -48,7 +48,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # noqa: ARG001
 
 @torch.library.custom_op("mistralc::tensor_scatter", mutates_args=())
 def tensor_scatter(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
-    """`TensorScatter`, mode linear: `update` [B,K,S,D] laid into `past` [B,K,C,D] at slot [B]."""
+    """`TensorScatter`, mode linear: copy `past` [B,K,C,D] with `update` [B,K,S,D] at slot [B]."""
     slots = write_indices[:, None] + torch.arange(update.shape[2], device=past.device)  # [B, S]
     index = slots[:, None, :, None].expand(update.shape)
     return past.scatter(2, index, update)
@@ -62,7 +62,7 @@ def _(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:  # noqa: A
 @torch.library.custom_op("mistralc::attention", mutates_args=())
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """`Attention` with grouped heads: query [B,H,S,D], key and value [B,K,C,D], mask [B,1,S,C]."""
-    # PyTorch's CPU kernel accumulates in float32 whatever the inputs are.
+    # PyTorch's CPU kernel accumulates in float32 for any input type.
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
@@ -86,8 +86,9 @@ def _(x: Tensor, indices: Tensor) -> Tensor:
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """`Reshape` and `Transpose`: [B, S, heads * D] to [B, heads, S, D].
 
-    An operator of its own so that the reshape is a constant ("keep, keep, infer, D") instead of
-    a little program over symbolic dimensions in every layer; likewise `merge_heads`.
+    A custom operator makes the reshape a constant ("keep, keep, infer, D"). Traced from PyTorch, it
+    would compute its shape from symbolic dimensions in every layer. The same goes for
+    `merge_heads`.
     """
     batch, tokens, width = x.shape
     heads = x.view(batch, tokens, width // head_dim, head_dim).transpose(1, 2)
@@ -139,8 +140,8 @@ def _to_merge_heads(x: Any) -> Any:
 
 
 def _to_mod(x: Any, divisor: Any) -> Any:
-    # torch's own translation takes no symbolic divisor. Ours are positive on both sides
-    # (graphs/window.py sees to it), where all definitions of the remainder agree.
+    # torch's own translation does not take a symbolic divisor. Both operands are positive here
+    # (graphs/window.py ensures it), where all definitions of the remainder agree.
     return op.Mod(x, divisor)
 
 
@@ -154,4 +155,4 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.mistralc.merge_heads.default: _to_merge_heads,
     torch.ops.aten.remainder.Scalar: _to_mod,
 }
-"""What `torch.onnx.export` needs to know: PyTorch operator to ONNX node."""
+"""The translation table for `torch.onnx.export`, from PyTorch operator to ONNX node."""

@@ -1,8 +1,8 @@
-"""From the PyTorch decoder to an ONNX graph, without a single weight in memory.
+"""Trace the PyTorch decoder into an ONNX graph, without any weights in memory.
 
-The decoder is built and traced on fake tensors, which have shapes and no bytes; every weight of
-the resulting graph is a `WeightRef`, a name to be filled in by whoever writes the bundle. Knows
-nothing about checkpoints, targets or files.
+The decoder is built and traced on fake tensors, which have shapes but no data. Every weight of the
+graph is a `WeightRef`, a name whose data is added when the bundle is written. Knows nothing about
+checkpoints, targets or files.
 """
 
 import logging
@@ -18,27 +18,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from exporter.decoder.model import Decoder, inverse_frequencies
 from exporter.decoder.operators import TRANSLATIONS
 from graphs.contract import Dim, TensorSpec, graph_inputs, graph_outputs
-from graphs.dtypes import Dtype
+from graphs.dtypes import ELEMENT_TYPES, Dtype
 from graphs.passes.weight_ref import ONNX_DTYPE, WeightRef
 from graphs.spec import ModelSpec
 
 OPSET = 24  # the first with TensorScatter and with Attention's bool mask as we use it
 
-TORCH_DTYPE: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
 
 def trace(spec: ModelSpec, activation: Dtype) -> ir.Model:
     """Trace the decoder of `spec` with `activation` arithmetic into the portable graph.
 
-    Inputs and outputs are those of `graph_inputs` and `graph_outputs`, in order, every letter a
-    dynamic dimension. The graph is as PyTorch gives it: no optimization has run.
+    Inputs and outputs are those of `graph_inputs` and `graph_outputs`, in order, with every letter
+    a dynamic dimension. No optimization has run on the graph.
     """
     inputs, outputs = graph_inputs(spec, activation), graph_outputs(spec, activation)
-    with FakeTensorMode(), _default_dtype(TORCH_DTYPE[activation]):
+    with FakeTensorMode(), _default_dtype(_torch_dtype(activation)):
         decoder = Decoder(spec).eval()
         example = _example(inputs)
     exported = export.export(decoder, example, dynamic_shapes=_dynamic_shapes(inputs), strict=False)
@@ -66,13 +60,13 @@ def trace(spec: ModelSpec, activation: Dtype) -> ir.Model:
 def _example(
     inputs: tuple[TensorSpec, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Fake inputs; each letter has a size of its own above 1, lest the tracer fix or equate it."""
+    """Fake inputs; each letter has a distinct size above 1, or the tracer would fix or merge it."""
     letters = dict.fromkeys(dim for i in inputs for dim in i.shape if isinstance(dim, str))
     sizes = {letter: 2 + i for i, letter in enumerate(letters)}
     tensors = [
         torch.zeros(
             [sizes[dim] if isinstance(dim, str) else dim for dim in i.shape],
-            dtype=TORCH_DTYPE.get(i.dtype, torch.int64),
+            dtype=_torch_dtype(i.dtype),
         )
         for i in inputs
     ]
@@ -80,7 +74,7 @@ def _example(
 
 
 def _dynamic_shapes(inputs: tuple[TensorSpec, ...]) -> tuple[object, ...]:
-    """Which axis of which input is which letter, in the form that torch.export takes."""
+    """Map the axes of each input to their letters, in the form that torch.export takes."""
     letters = {
         dim: export.Dim(dim, min=1) for i in inputs for dim in i.shape if isinstance(dim, str)
     }
@@ -89,7 +83,7 @@ def _dynamic_shapes(inputs: tuple[TensorSpec, ...]) -> tuple[object, ...]:
 
 
 def _name_weights(model: ir.Model, spec: ModelSpec, activation: Dtype) -> None:
-    """Put a name in place of every fake weight, and the real rotary frequencies in theirs."""
+    """Replace every fake weight by its name, and the fake rotary frequencies by their values."""
     shapes = spec.weight_shapes()
     dtype = ONNX_DTYPE[activation]
     for name, value in model.graph.initializers.items():
@@ -102,7 +96,7 @@ def _name_weights(model: ir.Model, spec: ModelSpec, activation: Dtype) -> None:
 
 
 def _name_dimensions(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
-    """Call dimensions by the contract's letters inside the graph too, not s10 and s70."""
+    """Name the dimensions inside the graph by the contract's letters, not s10 and s70."""
     letters: dict[str, Dim] = {}
     for value, row in zip(model.graph.inputs, inputs, strict=True):
         if value.shape is not None:
@@ -114,16 +108,21 @@ def _name_dimensions(model: ir.Model, inputs: tuple[TensorSpec, ...]) -> None:
 
 
 def _declare(values: Sequence[ir.Value], table: tuple[TensorSpec, ...]) -> None:
-    """Give the graph's inputs or outputs the names, shapes and dtypes of the contract."""
+    """Set names, shapes and dtypes of the graph's inputs or outputs to those of the contract."""
     for value, row in zip(values, table, strict=True):
         value.name = row.name
         value.shape = ir.Shape(row.shape)
         value.dtype = ONNX_DTYPE[row.dtype]
 
 
+def _torch_dtype(dtype: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, ELEMENT_TYPES[dtype].torch or "")
+    return found
+
+
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Make new parameters of this dtype; a fake module cannot be converted afterwards."""
+    """Create parameters in this dtype: a fake module cannot be converted afterwards."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -134,7 +133,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracer's remarks about packages we do not use off the user's terminal."""
+    """Suppress the tracer's warnings about packages that we do not use."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

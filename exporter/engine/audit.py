@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import onnx_ir as ir
 
-from exporter.engine.build import Plan
+from exporter.engine.request import EnginePlan
 from graphs.contract import GraphContract, TensorSpec
 from graphs.errors import MistralcError
 
@@ -98,7 +98,7 @@ class Audit:
         return {**asdict(self), "warnings": list(self.warnings), "faults": self.faults}
 
 
-def audit(plan: Plan, graph: ir.Graph, contract: GraphContract, weights: int) -> Audit:
+def audit(plan: EnginePlan, graph: ir.Graph, contract: GraphContract, weights: int) -> Audit:
     """Compare the engine's layers with the graph it was built from; `weights` are its bytes."""
     layers = [layer for layer in map(LayerInfo.parse, plan.layers) if layer is not None]
     attention = {str(node.name) for node in graph if node.op_type == "Attention"}
@@ -156,7 +156,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"- {' '.join(w.split())}" for w in record["warnings"]), ""])
 
 
-def _interface(plan: Plan, contract: GraphContract) -> str:
+def _interface(plan: EnginePlan, contract: GraphContract) -> str:
     """Compare the engine's inputs and outputs with the graph contract."""
     for kind, tensors, table in (
         ("input", plan.inputs, contract.inputs),

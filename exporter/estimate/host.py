@@ -3,14 +3,11 @@
 Arithmetic on a `Build`; opens no file. GB is 10^9 bytes.
 """
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from graphs.build import Build
-from graphs.errors import MistralcError
 from runtime.bundle.sizes import weight_bytes
-from runtime.system.host import memory_available
 
 TRACE, REFERENCE, COMPILE = (
     "Tracing the decoder and writing weights", "Running the reference", "Building the engine",

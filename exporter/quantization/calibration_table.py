@@ -1,15 +1,15 @@
-"""The table that calibration writes and export applies: plain data in two files. Knows no method.
+"""The calibration table: written by `mistralc calibrate`, applied by `mistralc export`.
 
-`TABLE/calibration.json` says what was made of what; `TABLE/calibration.safetensors` holds the
-numbers, under canonical names:
+`TABLE/calibration.json` describes the table; `TABLE/calibration.safetensors` holds its numbers, by
+canonical name:
 
-    {group}.smoothing        [K]      input feature k is divided by it, the readers' columns scaled
-    {weight}_scale           [N, J]   scales that are not those of the weight's own range
-    {weight}_zero_point      [N, J]   with them, where the scheme has zero points
-    {weight}                 [N, K]   codes that are not the nearest ones (GPTQ): int8; int4 packed
-    {group}.input_scale      []       of an activation that is rounded
+    {group}.smoothing        [K]      input feature k is divided by it, the readers' columns
+    multiplied {weight}_scale           [N, J]   scales other than those of the weight's own range
+    {weight}_zero_point      [N, J]   with the scales, if the scheme has zero points {weight}
+    [N, K]   codes other than the nearest (GPTQ): int8, or packed int4 {group}.input_scale      []
+    of a rounded activation
 
-What a table leaves out, rounding to nearest fills in.
+Everything else is rounded to nearest.
 """
 
 import hashlib
@@ -38,11 +38,11 @@ JSON_NAME, TENSORS_NAME = "calibration.json", "calibration.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationTable:
-    """What calibration decided for one checkpoint.
+    """The calibrated numbers of one checkpoint.
 
-    `schemes` has every quantized linear by canonical weight name; a linear that is not in it stays
-    as the target computes. `data` describes the samples, their fingerprint with them; `facts` are
-    measurements for the report, which nothing else reads.
+    `schemes` has every quantized linear by canonical weight name; other linears are stored as
+    floats. `data` describes the samples and their fingerprint. `facts` are measurements for the
+    report; nothing else reads them.
     """
 
     precision: str
@@ -65,11 +65,11 @@ class CalibrationTable:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over both files: what the manifest of a bundle names."""
-        return hashlib.sha256(_json(self)).hexdigest()  # the other file's digest is in it
+        """SHA-256 over both files, which the manifest of a bundle records."""
+        return hashlib.sha256(_json(self)).hexdigest()  # includes the digest of the other file
 
     def write(self, directory: Path) -> None:
-        """Write both files into `directory`, which must exist. The same table, the same bytes."""
+        """Write both files into the existing `directory`; the same table gives the same bytes."""
         with (directory / TENSORS_NAME).open("wb") as file:
             for part in _serialized(self.tensors):
                 file.write(part)
@@ -77,7 +77,7 @@ class CalibrationTable:
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read what `write` wrote. Raises MistralcError when it is damaged or of another schema."""
+        """Read what `write` wrote. Raises MistralcError if it is damaged or of another schema."""
         remedy = "Copy the table again from where it was made, or run `mistralc calibrate` again."
         path = directory / JSON_NAME
         try:
@@ -96,9 +96,9 @@ class CalibrationTable:
 
 
 def _check(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Take what only reading needs out of `data`. Raises ValueError where it does not fit."""
+    """Check `data` and remove what only reading needs. Raises ValueError or TypeError."""
     if data["schema"] != SCHEMA:
-        raise ValueError(f"its schema is {data['schema']!r} and {SCHEMA} is expected")
+        raise ValueError(f"its schema is {data['schema']!r} ; expected {SCHEMA}")
     if data.pop("sha256") != _checksum(data):
         raise ValueError(f"{JSON_NAME} was changed after it was written")
     if data.pop("tensors_sha256") != _sha256(tensors):
@@ -133,9 +133,9 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _serialized(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, a tensor at a time: a table of a 7B is 4 GB.
+    """Yield the bytes of a safetensors file, one tensor at a time: a table of a 7B has 4 GB.
 
-    Wide elements come first, so that every tensor lies at a multiple of its element's size.
+    Wide elements come first, so every tensor is aligned to its element size.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries, end = {}, 0

@@ -1,6 +1,6 @@
-"""The blocks of a GGUF file as codes and scales: nothing is rounded a second time.
+"""Read the blocks of a GGUF file as codes and scales, so nothing is rounded a second time.
 
-Three of GGUF's block types are what `MatMulNBits` computes with, 32 weights to a block. Layouts
+`MatMulNBits` can compute with three of GGUF's block types exactly, 32 weights to a block. Layouts
 from ggml's `ggml-common.h` (block_q4_0, block_q4_1, block_q8_0): `d` is the scale, `m` the minimum,
 both float16; the low halves of the sixteen bytes `qs` are the first sixteen codes, the high halves
 the others:
@@ -31,12 +31,12 @@ SCHEMES = {
 
 
 def block_scheme(dtype: str) -> Scheme | None:
-    """Return the scheme that stores blocks of a GGUF type exactly, if there is one."""
+    """The scheme that stores blocks of a GGUF type exactly; None if there is none."""
     return SCHEMES.get(dtype)
 
 
 def read_blocks(checkpoint: Checkpoint, name: str) -> Callable[[], Quantized]:
-    """Return what reads one weight's blocks; rows are in Hugging Face's order, as everywhere."""
+    """Return a function that reads one weight's blocks; rows are in Hugging Face's order."""
     return partial(_read, checkpoint, name)
 
 
@@ -62,5 +62,5 @@ def _read(checkpoint: Checkpoint, name: str) -> Quantized:
 
 
 def _float16(data: Tensor) -> Tensor:
-    """Two bytes of each block as a number, float32 [N, J]."""
+    """Read two bytes of each block as float16; returns float32 [N, J]."""
     return data.contiguous().view(torch.float16).squeeze(-1).float()

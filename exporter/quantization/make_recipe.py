@@ -17,7 +17,7 @@ from exporter.quantization.policy import WeightFacts
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, Recipe, touched
 from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
-from graphs.passes.quantize_linears import Quantization
+from graphs.passes.quantized_weights import Quantization
 from graphs.precisions import Precision
 from graphs.quant_scheme import SCALE, ZERO_POINT, groups
 from graphs.spec import ModelSpec
@@ -65,7 +65,7 @@ def make_recipe(build: Build, checkpoint: Checkpoint, table: CalibrationTable | 
 
 
 def quantization(recipe: Recipe) -> Quantization:
-    """Return what the graph must know of a recipe."""
+    """What the graph passes need to know of a recipe."""
     rounded = (n for n, scheme in recipe.schemes.items() if scheme.activation is not None)
     scales = {name: recipe.input_scale(name) for name in rounded}
     return Quantization(schemes=recipe.schemes, input_scales=scales, layouts=recipe.layouts)
@@ -74,7 +74,7 @@ def quantization(recipe: Recipe) -> Quantization:
 def describe(
     recipe: Recipe, table: CalibrationTable | None, quality: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
-    """Return what a manifest says of a recipe; None where nothing is quantized."""
+    """A recipe's record in the manifest; None if nothing is quantized."""
     if not recipe.schemes:
         return None
     return {
@@ -110,13 +110,13 @@ def stored_recipe(build: Build, record: Mapping[str, Any] | None) -> Recipe:
 def _check_table(table: CalibrationTable, precision: str, options: QuantizeOptions) -> None:
     if table.precision != precision:
         raise UsageError(
-            f"The calibration table was made for {table.precision} and --precision is {precision}. "
+            f"The calibration table is for {table.precision}, but --precision is {precision}. "
             "Give the table's precision, or calibrate again."
         )
     if options.block is not None or options.symmetric:
         raise UsageError(
-            "--block and --symmetric were decided when the calibration table was made. Leave them "
-            "out, or calibrate again with them."
+            "--block and --symmetric were fixed when the calibration table was made. Leave them "
+            "out, or calibrate again with other values."
         )
 
 
@@ -136,15 +136,15 @@ def _check_fit(table: CalibrationTable, spec: ModelSpec) -> None:
     ]
     if strange:
         raise MistralcError(
-            f"The calibration table does not fit its checkpoint: {strange[0]:.80} is missing, of "
-            "another shape, or not of this model. Run `mistralc calibrate` again."
+            f"The calibration table does not fit the checkpoint: {strange[0]:.80} is missing, has "
+            "another shape, or is not of this model. Run `mistralc calibrate` again."
         )
 
 
 def _allowed_shapes(
     table: CalibrationTable, spec: ModelSpec
 ) -> Mapping[str, Collection[tuple[int, ...]]]:
-    """The shapes that each tensor of a table may have, by name; see calibration_table.py."""
+    """The allowed shapes of each tensor of a table, by name; see calibration_table.py."""
     shapes, found = spec.weight_shapes(), {}
     for group in groups(spec):
         found[group.name + SMOOTHING] = {shapes[group.readers[0]][1:]}

@@ -1,4 +1,4 @@
-"""Quantized weights as bytes, in the layouts of `graphs.quant_scheme.stored_parts`, and back.
+"""Pack quantized weights in the layouts of `graphs.quant_scheme.stored_parts`, and unpack them.
 
 Rows are independent of each other in every part, so a weight may be packed a few rows at a time;
 only `transposed` codes need the whole weight.
@@ -12,13 +12,13 @@ from exporter.quantization.rounding import Quantized
 from graphs.quant_scheme import Scheme
 from graphs.targets import CodeLayout
 
-LOWEST = {4: 8, 8: 128}  # what makes codes start at 0, by bits
+LOWEST = {4: 8, 8: 128}  # added to signed codes to make them start at 0, by bits
 
 
 def pack_int4(codes: Tensor) -> Tensor:
     """Pack codes [N, K] of 4 bits two to a byte, the first in the low half: uint8 [N, K/2].
 
-    An odd last column is filled up with a zero.
+    An odd last column is padded with a zero.
     """
     halves = F.pad(codes.view(torch.uint8) & 0xF, (0, codes.shape[1] % 2))
     halves = halves.view(codes.shape[0], -1, 2)
@@ -33,7 +33,7 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def pack(quantized: Quantized, stored: torch.dtype, layout: CodeLayout) -> list[Tensor]:
-    """Return the parts of a weight [N, K] in `stored_parts`' order; scales become `stored`."""
+    """The tensors of a weight [N, K] in the order of `stored_parts`; scales become `stored`."""
     scheme, codes = quantized.scheme, quantized.codes
     match layout:
         case "nbits":
@@ -48,7 +48,7 @@ def pack(quantized: Quantized, stored: torch.dtype, layout: CodeLayout) -> list[
         points = (quantized.zero_point.to(torch.int16) + LOWEST[scheme.bits]).to(torch.uint8)
         parts.append(pack_int4(points) if scheme.bits == 4 else points)
     if quantized.minimum is not None:
-        # MatMulNBits takes codes from 0 up for codes from `LOWEST` up, so nothing changes here
+        # MatMulNBits reads unsigned codes as signed ones, so the minimum stays the same
         parts.append(quantized.minimum.to(stored))
     return [part.contiguous() for part in parts]
 
@@ -86,7 +86,7 @@ def unpack_unsigned(packed: Tensor) -> Tensor:
 
 
 def _nbits(codes: Tensor, scheme: Scheme) -> Tensor:
-    """Codes without a sign, in whole blocks: uint8 [N, J, bytes of a block]."""
+    """Unsigned codes in whole blocks: uint8 [N, J, bytes of a block]."""
     rows, columns = codes.shape
     blocks = scheme.blocks(columns)
     unsigned = (codes.to(torch.int16) + LOWEST[scheme.bits]).to(torch.uint8)

@@ -1,8 +1,9 @@
-"""Which weights a precision quantizes, and how, told from the model's shape. Knows no tensor.
+"""Decide which weights a precision quantizes and how, from the model's shape alone.
 
 The linears of the layers are always quantized, norms never. The output layer is stored in 8 bits,
-in 4 or as it is, as asked; for engines only by the precisions that quantize weights alone, and only
-where it is not the embedding too, which on the CPU is looked up among the same codes.
+in 4 bits or as floats, as the user chooses. A target may restrict that: engines quantize an output
+layer only if it is not tied to the embedding and only in weight-only precisions; on the CPU a tied
+embedding is looked up in the codes of the output layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -124,7 +125,7 @@ def _smaller(scheme: Scheme, name: str, columns: int, *, decided: bool) -> Schem
     if not fits or decided:
         raise UsageError(
             f"{name} has {columns} columns, which blocks of {scheme.block} do not divide, as "
-            f"TensorRT wants them to. {'Calibrate' if decided else 'Export'} with a --block that "
-            "does, or choose int8wo."
+            f"TensorRT requires. {'Calibrate' if decided else 'Export'} with a --block that does, "
+            "or choose int8wo."
         )
     return replace(scheme, block=max(fits))

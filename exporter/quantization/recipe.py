@@ -1,8 +1,8 @@
-"""From a checkpoint's weight to the codes that stand for it in a bundle. Knows nothing about files.
+"""Turn a checkpoint's weight into the codes of a bundle.
 
-What calibration decided comes as the named tensors of a `CalibrationTable`; without one, every
-weight is rounded to the nearest code. The same functions serve the streaming export and the
-PyTorch simulation, so both have the same codes.
+Calibrated numbers come as the named tensors of a `CalibrationTable`; without one, every weight is
+rounded to the nearest code. The streaming export and the PyTorch reference use the same functions,
+so both have the same codes.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.stored import FLOATS
+from exporter.checkpoint.stored import TORCH_FLOATS
 from exporter.quantization.packing import unpack_int4
 from exporter.quantization.rounding import Quantized, quantize
 from graphs.dtypes import Dtype
@@ -23,11 +23,11 @@ SMOOTHING, INPUT_SCALE = ".smoothing", ".input_scale"  # after a group's name
 
 
 def smoothed(name: str, weight: Tensor, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensor:
-    """Fold the smoothing of `tensors` into one weight, float32: the model computes the same.
+    """Fold the smoothing of `tensors` into one weight, in float32; the model's result is the same.
 
-    Columns of a group's readers are multiplied by the group's scales, and the gain or the rows of
-    what produces the group's input divided by them. With grouped queries a row of v feeds several
-    columns of o, which therefore share one scale.
+    Columns of a group's readers are multiplied by the group's scales. The gain or the rows of the
+    group's producer are divided by them. With grouped queries a row of v feeds several columns of
+    o, which therefore share one scale.
     """
     result = weight
     for group in groups(spec):
@@ -60,10 +60,10 @@ def touched(name: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> bool:
 def quantized(
     name: str, weight: Tensor, scheme: Scheme, stored: torch.dtype, tensors: Mapping[str, Tensor]
 ) -> Quantized:
-    """Quantize a weight [N, K] that is smoothed already, as the table says, else to the nearest."""
+    """Quantize a smoothed weight [N, K] by the table, or to the nearest codes without one."""
     scale, zero_point = tensors.get(name + SCALE), tensors.get(name + ZERO_POINT)
     codes = tensors.get(name)
-    if scale is not None:  # one for each row serves all its blocks
+    if scale is not None:  # one scale per row serves all blocks of the row
         scale = scale.expand(-1, scheme.blocks(weight.shape[1]))
     if codes is None or scale is None:
         return quantize(weight, scheme, stored, scale, zero_point)
@@ -78,8 +78,8 @@ def quantized(
 class Recipe:
     """How every weight of a model is stored: as floats of type `activation`, or by its scheme.
 
-    `layouts` says how codes lie where that is not `onnx`; `repacked` has the weights whose codes
-    the checkpoint holds already, so that nothing is rounded a second time.
+    `layouts` has the layouts of codes that are not `onnx`. `repacked` reads the weights whose codes
+    the checkpoint already has, so that nothing is rounded a second time.
     """
 
     spec: ModelSpec
@@ -91,27 +91,27 @@ class Recipe:
 
     @property
     def stored(self) -> torch.dtype:
-        """The type of floats and scales."""
-        return FLOATS[self.activation]
+        """The type of stored floats and scales."""
+        return TORCH_FLOATS[self.activation]
 
     def layout(self, name: str) -> CodeLayout:
-        """How the codes of a quantized weight lie in the file."""
+        """The layout of the codes of a quantized weight."""
         return self.layouts.get(name, "onnx")
 
     def calibrated(self, name: str) -> bool:
-        """Whether anything in the table concerns this weight."""
+        """Whether a calibration table affects this weight."""
         return touched(name, self.spec, self.tensors)
 
     def smoothed(self, name: str, weight: Tensor) -> Tensor:
-        """Return the weight as its numbers are before they are quantized."""
+        """Return the smoothed weight, before it is quantized."""
         return smoothed(name, weight, self.spec, self.tensors)
 
     def quantized(self, name: str, weight: Tensor) -> Quantized:
-        """Quantize a smoothed weight [N, K], or some rows of one that no table concerns."""
+        """Quantize a smoothed weight [N, K], or some rows of one that no table affects."""
         return quantized(name, weight, self.schemes[name], self.stored, self.tensors)
 
     def input_scale(self, name: str) -> float:
-        """Return the static scale of the input that the linear `name` rounds."""
+        """The static scale of the rounded input of the linear `name`."""
         for group in groups(self.spec):
             if name in group.readers:
                 return float(self.tensors[group.name + INPUT_SCALE])

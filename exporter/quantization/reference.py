@@ -1,17 +1,17 @@
-"""A quantized model in plain PyTorch: what a finished bundle is compared with.
+"""The reference for quantized bundles: a fake-quantized model in plain PyTorch.
 
-Weights and rounded inputs are dequantized; the arithmetic in between is float32. Knows nothing
-about graphs or files.
+Weights and rounded inputs are dequantized; the arithmetic in between is float32.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.decoder.model import Decoder, RMSNorm, StoredEmbedding, load_decoder
+from exporter.decoder.model import Decoder, RMSNorm, StoredEmbedding, StoredLinear, load_decoder
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized, blocked, round_activation
 from graphs.quant_scheme import Scheme
@@ -23,11 +23,11 @@ processor's cache; with 64 MiB each is mapped anew, which took five times as lon
 
 
 class QuantizedLinear(nn.Module):
-    """A fake-quantized linear: rounds and dequantizes its stored weight on every forward pass."""
+    """Fake-quantized linear: dequantizes its weight on every forward pass."""
 
-    def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
+    def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
         super().__init__()
-        self.name, self.weight, self.recipe = name, weight, recipe
+        self.name, self.read, self.recipe = name, read, recipe
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., K]."""
@@ -40,17 +40,17 @@ class QuantizedLinear(nn.Module):
         return torch.cat([_nbits(x, rounded, rows) for rows in self.blocks()], dim=-1)
 
     def blocks(self) -> Iterator[list[Quantized]]:
-        """The weight [N, K], up to `BLOCK` numbers at a time, each block in parts of some rows."""
-        exact = self.recipe.repacked.get(self.name)
-        columns = self.weight.shape[1]
+        """Yield the weight [N, K], up to `BLOCK` numbers at a time, each block in parts of rows."""
+        columns = self.recipe.spec.weight_shapes()[self.name][1]
         few, many = (max(1, size // columns) for size in (PART, BLOCK))
+        exact = self.recipe.repacked.get(self.name)
         if exact is not None:
             yield split_rows(exact(), few)
         elif self.recipe.calibrated(self.name):  # what calibration decided is for whole weights
-            weight = self.recipe.smoothed(self.name, self.weight)
+            weight = self.recipe.smoothed(self.name, self.read())
             yield split_rows(self.recipe.quantized(self.name, weight), few)
         else:
-            for block in self.weight.split(many):
+            for block in self.read().split(many):
                 yield [self.recipe.quantized(self.name, rows) for rows in block.split(few)]
 
 
@@ -74,7 +74,7 @@ def dequantized(parts: list[Quantized]) -> Tensor:
 def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
     """Round each block of the last axis of x [..., K] to int8 and back, as `MatMulNBits` does.
 
-    Its scale is the block's largest value / 127: `accuracy_level` 4 of ONNX Runtime's operator.
+    The scale is the block's largest absolute value / 127: `accuracy_level` 4 of ONNX Runtime.
     """
     blocks = blocked(x.reshape(-1, x.shape[-1]), scheme)  # [rows, J, block]
     scale = blocks.abs().amax(-1, keepdim=True) / 127
@@ -83,7 +83,7 @@ def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
 
 
 def _nbits(x: Tensor, rounded: Tensor, weight: list[Quantized]) -> Tensor:
-    """Multiply the rounded input with the codes, and the input as it is with the minimums."""
+    """Multiply the rounded input by the codes, and the unrounded input by the minimums."""
     result = F.linear(rounded, dequantized([replace(part, minimum=None) for part in weight]))
     minimums = [part.minimum for part in weight if part.minimum is not None]
     if not minimums:
@@ -93,26 +93,26 @@ def _nbits(x: Tensor, rounded: Tensor, weight: list[Quantized]) -> Tensor:
 
 
 class QuantizedEmbedding(QuantizedLinear):
-    """A tied embedding looked up among the codes of the output layer."""
+    """A tied embedding that looks rows up in the codes of the output layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up x [B, S]; returns float32 [B, S, E]."""
         exact = self.recipe.repacked.get(self.name)
         if exact is not None:
             return F.embedding(x, exact().dequantized())
-        rows = self.recipe.quantized(self.name, F.embedding(x.flatten(), self.weight))
+        rows = self.recipe.quantized(self.name, F.embedding(x.flatten(), self.read()))
         return rows.dequantized().view(*x.shape, -1)
 
 
 class Kept(QuantizedLinear):
-    """A fake-quantized linear that keeps its dequantized weight: fast, and 4 bytes a weight."""
+    """Fake-quantized linear that keeps its dequantized weight: fast, 4 bytes per weight."""
 
-    def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
-        super().__init__(name, weight, recipe)
+    def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
+        super().__init__(name, read, recipe)
         self.kept = torch.cat([dequantized(rows) for rows in self.blocks()])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., K], rounding it only where the scheme says so."""
+        """Multiply x [..., K], rounding it if the scheme rounds inputs."""
         scheme = self.recipe.schemes[self.name]
         if scheme.activation is not None:
             x = round_activation(x, scheme, self.recipe.input_scale(self.name))
@@ -120,9 +120,9 @@ class Kept(QuantizedLinear):
 
 
 def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = False) -> Decoder:
-    """Build the decoder that computes as `recipe` stores, from the checkpoint's `weight(name)`.
+    """Build the fake-quantized decoder of `recipe` from the checkpoint's `weight(name)`.
 
-    `keep` holds all dequantized weights in memory; without it a 7B fits in a few hundred megabytes.
+    `keep` holds all dequantized weights in memory; without it, a 7B takes a few hundred megabytes.
     """
     spec = recipe.spec
     decoder = load_decoder(spec, weight)
@@ -130,13 +130,17 @@ def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = Fa
     for path, module in list(decoder.named_modules()):
         name = f"{head if path == 'lm_head' else path}.weight"
         if name in recipe.schemes and isinstance(module, StoredEmbedding):
-            decoder.set_submodule(path, QuantizedEmbedding(name, weight(name), recipe))
-        elif name in recipe.schemes:
-            linear = (Kept if keep else QuantizedLinear)(name, weight(name), recipe)
+            decoder.set_submodule(path, QuantizedEmbedding(name, module.read, recipe))
+        elif name in recipe.schemes and isinstance(module, StoredLinear):
+            linear = (Kept if keep else QuantizedLinear)(name, module.read, recipe)
             decoder.set_submodule(path, linear)
         elif isinstance(module, RMSNorm):
             gain = recipe.smoothed(name, module.weight.detach())
             module.weight = nn.Parameter(gain, requires_grad=False)
-        elif recipe.calibrated(name):
-            module.weight = recipe.smoothed(name, weight(name))
+        elif isinstance(module, StoredLinear) and recipe.calibrated(name):
+            module.read = partial(_smoothed, recipe, name, module.read)
     return decoder
+
+
+def _smoothed(recipe: Recipe, name: str, read: Callable[[], Tensor]) -> Tensor:
+    return recipe.smoothed(name, read())

@@ -1,7 +1,7 @@
-"""A weight as codes and scales, and back. Knows nothing about models or files.
+"""Quantize a weight to codes and scales, and dequantize it.
 
-Every function works on one weight [N, K] at a time and is plain PyTorch, so it is at the same time
-the simulation that finished bundles are compared with.
+Every function is plain PyTorch on one weight [N, K], so the reference that finished bundles are
+compared with uses the same code.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from torch import Tensor
 from graphs.dtypes import ELEMENT_TYPES, Codes, code_range
 from graphs.quant_scheme import Scheme
 
-SMALLEST = 1e-12  # of a scale; a block of zeros has none of its own
+SMALLEST = 1e-12  # smallest scale; a block of zeros would have 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """A weight [N, K] as its scheme stores it. J is the number of blocks in a row.
+    """A weight [N, K] as its scheme stores it; J is the number of blocks in a row.
 
     `weight = scale * (codes - zero_point) + minimum`, each of the three [N, J].
     """
@@ -30,7 +30,7 @@ class Quantized:
     minimum: Tensor | None = None  # [N, J], float32
 
     def dequantized(self) -> Tensor:
-        """Return the weight [N, K] that the codes stand for, in float32."""
+        """Return the dequantized weight [N, K], in float32."""
         n, k = self.codes.shape
         codes = blocked(self.codes.float(), self.scheme)  # [N, J, block]
         if self.zero_point is not None:
@@ -42,7 +42,7 @@ class Quantized:
 
 
 def blocked(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Cut the rows of a weight [N, K] into blocks [N, J, block], the last filled up with zeros."""
+    """Cut the rows of a weight [N, K] into blocks [N, J, block], the last padded with zeros."""
     n, k = weight.shape
     blocks = scheme.blocks(k)
     return F.pad(weight, (0, blocks * (scheme.block or k) - k)).view(n, blocks, -1)
@@ -55,10 +55,10 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
 ) -> Quantized:
-    """Round `weight` [N, K] to the nearest code; `stored` is the type that scales are kept in.
+    """Round `weight` [N, K] to the nearest code; `stored` is the type of stored scales.
 
-    Scales and zero points that calibration found may be given; else a block's range is that of
-    its values, so that nothing is clipped.
+    Scales and zero points may come from calibration. Otherwise each block's range is that of its
+    values, so that nothing is clipped.
     """
     n, k = weight.shape
     blocks = blocked(weight.float(), scheme)  # [N, J, block]
@@ -80,7 +80,7 @@ def quantize(
 
 
 def round_activation(x: Tensor, scheme: Scheme, scale: float) -> Tensor:
-    """Return x as it is after it was rounded to the scheme's activation type and back."""
+    """Round x to the scheme's activation type and back."""
     if scheme.activation is None:
         return x
     codes = nearest_code(x.float() / scale, scheme.activation)
@@ -97,7 +97,7 @@ def nearest_code(scaled: Tensor, codes: Codes) -> Tensor:
 def _range(
     blocks: Tensor, scheme: Scheme, stored: torch.dtype
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Scale, zero point and minimum that just cover each block [N, J, block]."""
+    """The tightest scale, zero point and minimum for each block [N, J, block]."""
     least, most = code_range(scheme.codes)
     if scheme.offset == "none":
         scale = (blocks.abs().amax(-1) / most).clamp_min(SMALLEST).to(stored).float()

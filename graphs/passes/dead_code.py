@@ -1,7 +1,7 @@
-"""Removal of what nothing reads: nodes, initializers, optional outputs, duplicates.
+"""Remove nodes, initializers, optional outputs and duplicates that nothing reads.
 
-Knows nothing about models. The passes are onnx_ir's own; the one that matters most drops the
-unused key and value outputs of every `Attention` node, which a backend would otherwise fill.
+The passes are onnx_ir's own. The most important one drops the unused key and value outputs of every
+`Attention` node, which a backend would otherwise compute.
 """
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ def _remove(model: ir.Model) -> int:
         common.TopologicalSortPass(),
         common.ClearMetadataAndDocStringPass(),  # the tracer's stack traces, with its paths
     )(model)
-    for value in model.graph.initializers.values():  # the pass above leaves these out
+    for value in model.graph.initializers.values():  # the pass above does not clear these
         value.metadata_props.clear()
     return before - len(model.graph)
 

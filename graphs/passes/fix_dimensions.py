@@ -1,7 +1,7 @@
-"""Letters made numbers: a graph for one size of something. Knows nothing about targets.
+"""Replace symbolic dimensions with fixed sizes.
 
-TensorRT updates a cache in place only if its capacity is fixed, so the ring's letter is replaced
-by its capacity everywhere, and what was computed from it becomes a constant when it is folded.
+TensorRT updates a cache in place only if its capacity is fixed. Replacing the ring's letter with
+its capacity lets everything computed from it be folded into constants.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 
-def specialize(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Replace each letter in `sizes` by its number, in every shape of the graph, in place."""
+def fix_dimensions(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Replace each letter of `sizes` by its size in every shape of the graph, in place."""
     graph = model.graph
     values = [*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)]
     for value in values:

@@ -1,8 +1,8 @@
-"""Constant folding that never touches a weight. Knows nothing about models.
+"""Fold constants, but never a weight.
 
-What is computed from constants alone is computed now (the folding itself is onnxscript's). A
-node that reads a weight is left alone, whatever its size: weights have no numbers at this stage,
-and folding a `Transpose` into one would store it twice.
+Nodes that read only constants are computed now, by onnxscript's folder. A node that reads a weight
+is left alone, whatever its size: weights have no numbers at this stage, and folding a `Transpose`
+into one would store it twice.
 """
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ LARGEST_RESULT = 65_536  # bytes; room for rotary tables and ranges, not for ten
 
 
 def _reads_no_weight(node: ir.Node) -> bool | None:
-    """False forbids folding; None leaves the decision to the folder."""
+    """False forbids folding; None lets the folder decide."""
     return False if any(weight_of(value) is not None for value in node.inputs) else None
 
 

@@ -1,8 +1,8 @@
-"""Linears that read the same value become one: q, k, v, and gate, up. Knows nothing about files.
+"""Merge linears that read the same value: q, k and v; gate and up.
 
-One wide matrix product keeps a CPU's cores busier than three narrow ones, and its input is read
-once. The merged weight is the rows of its parts one after another, which costs nothing: in the
-bundle the parts lie next to each other anyway.
+One wide matrix product keeps a CPU's cores busier than three narrow ones, and reads its input once.
+The merged weight is the rows of its parts, one after another. That costs nothing, because the parts
+are adjacent in the bundle's file.
 
     x ─┬─ MatMul(Transpose(q)) ─          x ── MatMul(Transpose(q+k+v)) ── Split ─┬─ q
        ├─ MatMul(Transpose(k)) ─    →                                             ├─ k
@@ -29,14 +29,14 @@ class Linear(NamedTuple):
 
 
 class Siblings(NamedTuple):
-    """Linears that read one value, in the order in which their rows will be stacked."""
+    """Linears that read one value, in the order in which their rows are stacked."""
 
     merged_name: str
     linears: list[Linear]
 
 
 def linear_at(matmul: ir.Node) -> Linear | None:
-    """Recognize a linear layer by its `MatMul`; None when it is some other product."""
+    """The linear layer whose product is `matmul`; None if it is another kind of product."""
     if matmul.op_type != "MatMul" or matmul.inputs[1] is None:
         return None
     transpose = matmul.inputs[1].producer()

@@ -1,4 +1,4 @@
-"""Which passes run for which target, in which order. Read it aloud: it is the whole optimizer."""
+"""Which passes run for which target, and in which order. This is the whole optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,21 +11,22 @@ from graphs.dtypes import Dtype
 from graphs.passes.dead_code import DEAD_CODE
 from graphs.passes.fold_constants import FOLD_CONSTANTS
 from graphs.passes.merge_linears import MERGE_GATE_UP, MERGE_QKV
-from graphs.passes.onnxruntime.fold_attention_scale import SCALE_ROTATION
+from graphs.passes.onnxruntime.fold_attention_scale import FOLD_ATTENTION_SCALE
 from graphs.passes.onnxruntime.fuse_transpose import FUSE_TRANSPOSE
 from graphs.passes.onnxruntime.group_query_attention import GROUP_QUERY_ATTENTION
 from graphs.passes.onnxruntime.pad_query import PAD_QUERY
 from graphs.passes.onnxruntime.skip_norm import SKIP_NORM
-from graphs.passes.quantize_linears import Quantization, QuantizeLinears
+from graphs.passes.quantize_linears import QuantizeLinears
+from graphs.passes.quantized_weights import Quantization
 from graphs.passes.rule import CONTRIB, Pass
 from graphs.passes.tie_embedding import TIE_EMBEDDING
 from graphs.passes.trt.fold_query_groups import FOLD_QUERY_GROUPS
-from graphs.passes.trt.keep_gate_up_apart import PART_GATE_UP
+from graphs.passes.trt.keep_gate_up_apart import KEEP_GATE_UP_APART
 from graphs.spec import ModelSpec
 from graphs.targets import require_entry_per_target
 
 PORTABLE: tuple[Pass, ...] = (TIE_EMBEDDING, FOLD_CONSTANTS, DEAD_CODE)
-"""What every target begins with: after these the graph has standard operators only."""
+"""The first passes of every target. After them, the graph has standard operators only."""
 
 PASSES: Mapping[str, tuple[Pass, ...]] = {
     "portable": PORTABLE,
@@ -36,11 +37,11 @@ PASSES: Mapping[str, tuple[Pass, ...]] = {
         SKIP_NORM,
         GROUP_QUERY_ATTENTION,
         DEAD_CODE,
-        SCALE_ROTATION,
+        FOLD_ATTENTION_SCALE,
     ),
     "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, DEAD_CODE),
-    "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
-    "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, PART_GATE_UP),
+    "rtx": (*PORTABLE, FOLD_QUERY_GROUPS, KEEP_GATE_UP_APART),
+    "tensorrt": (*PORTABLE, FOLD_QUERY_GROUPS, KEEP_GATE_UP_APART),
 }
 
 require_entry_per_target(
@@ -49,10 +50,10 @@ require_entry_per_target(
 )
 
 BATCH_INVARIANT: Mapping[str, tuple[Pass, ...]] = {"cpu": (PAD_QUERY,)}
-"""What follows where a token must be the same in bits whatever is computed beside it."""
+"""Added if logits must have the same bits for any batch and step size."""
 
 LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
-"""What follows when the quantized linears are written: it is for those that are left."""
+"""Run after the quantized linears are written, for the linears that are left."""
 
 
 def pass_names(build: Build) -> tuple[str, ...]:
@@ -77,10 +78,10 @@ def lower(
 ) -> dict[str, int]:
     """Run the passes of `target` on `model` in place; returns how often each fired.
 
-    Quantized linears are written last, when the passes have merged what they merge. `context` is
-    how many positions there will be, by default as many as the model was trained for. With
-    `batch_invariant` a token is the same in bits whatever is computed beside it. Raises PassError
-    when a pass that must fire does not.
+    Quantized linears are written after the passes have merged linears. `context` is the longest
+    text, by default as many positions as the model was trained for. With `batch_invariant`, logits
+    have the same bits for any batch and step size. Raises PassError if a pass that must fire
+    does not.
     """
     fired: dict[str, int] = {}
     positions = context or spec.max_position_embeddings

@@ -1,8 +1,8 @@
-"""The contract of a graph pass: pattern, check, rewrite. Knows no particular pass.
+"""The contract of a graph pass: pattern, check, rewrite.
 
-A pass says beforehand how often it must fire on a given model. One that fires less often stops
-the export with the reasons its check gave: a rewrite that silently stops matching is how a graph
-gets slow, or wrong, without anyone noticing.
+A pass declares how often it must fire on a given model. If it fires less often, the export stops
+with the reasons that its check gave: a rewrite that silently stops matching makes a graph slow or
+wrong without anyone noticing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,30 +15,33 @@ from graphs.spec import ModelSpec
 
 Match = TypeVar("Match")
 Attributes = Mapping[str, int | float | str]
-CONTRIB = "com.microsoft"  # the domain of ONNX Runtime's own operators; never in a portable graph
+CONTRIB = (
+    "com.microsoft"  # the domain of ONNX Runtime's own operators; not allowed in a portable graph
+)
 
 
 class Pass(Protocol):
-    """Anything that rewrites a model in place and says how often it did."""
+    """Rewrites a model in place and returns how often it did."""
 
     @property
     def name(self) -> str:
-        """Name in reports and errors."""
+        """The name in reports and errors."""
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
-        """Rewrite `model` in place; return how many times the pass fired."""
+        """Rewrite `model` in place; returns how many times the pass fired."""
 
 
 class PassError(AssertionError):
-    """A pass did not do what it must on this model: a defect of the pipeline, not of the input."""
+    """A pass did not fire as declared: a defect of the pipeline, not of the input."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule(Generic[Match]):
-    """A pass made of three functions and a promise.
+    """A pass made of three functions and the number of times that it must fire.
 
-    `pattern` finds candidates, `check` gives the reason why one cannot be rewritten (naming the
-    dimension or value) or None, `rewrite` does it, `expected` is how often it must happen.
+    `pattern` yields candidates. `check` returns None, or the reason why a candidate cannot be
+    rewritten, naming the dimension or value. `rewrite` rewrites one. `expected` returns how many
+    rewrites a model needs.
     """
 
     name: str
@@ -58,28 +61,27 @@ class Rule(Generic[Match]):
             else:
                 reasons.append(reason)
         if fired != self.expected(spec):
-            why = "; ".join(dict.fromkeys(reasons)) or "nothing in the graph had its pattern"
+            why = "; ".join(dict.fromkeys(reasons)) or "its pattern matched nothing in the graph"
             raise PassError(
-                f"pass {self.name} fired {fired} times where {self.expected(spec)} are expected: "
-                f"{why}"
+                f"pass {self.name} fired {fired} times; expected {self.expected(spec)}: {why}"
             )
         return fired
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cleanup:
-    """A pass that may find nothing to do: folding, dead code."""
+    """A pass that may find nothing to do, such as constant folding."""
 
     name: str
     run: Callable[[ir.Model], int]
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:  # noqa: ARG002
-        """Clean `model` in place; returns how many nodes that removed."""
+        """Clean `model` in place; returns how many nodes were removed."""
         return self.run(model)
 
 
-def maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that makes `value`, if it is of this kind."""
+def producer_of(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node that computes `value`, if it is of type `op_type`."""
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
 
@@ -87,7 +89,10 @@ def maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def shared(
     graph: ir.Graph, op_type: str, inputs: Sequence[ir.Value], attributes: Attributes | None = None
 ) -> ir.Value:
-    """`op_type` of `inputs`, of the first's type: made where the first is, once for all readers."""
+    """The result of `op_type` on `inputs`, computed once for all readers.
+
+    The node is inserted after the producer of the first input, whose type the result has.
+    """
     first = inputs[0]
     for node in first.consumers():
         if node.op_type == op_type and node.inputs == tuple(inputs):
@@ -103,7 +108,7 @@ def shared(
 
 
 def constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    """The initializer that has the tensor's name, made of it if there is none."""
+    """The initializer of the tensor's name; it is created from the tensor if there is none."""
     value = graph.initializers.get(str(tensor.name))
     if value is None:
         value = ir.Value(

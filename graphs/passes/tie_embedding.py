@@ -1,7 +1,7 @@
-"""A tied embedding is one initializer, used by the lookup and by the language-model head.
+"""Share one initializer between a tied embedding and the output layer.
 
-Knows nothing about files. The tracer sees two parameters; this pass sees that both are made of
-the same checkpoint tensor, so the bundle stores it once.
+The tracer sees two parameters. Both are made of the same checkpoint tensor, so the bundle stores it
+once.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""Weights by name: what stands in a graph where the numbers will be. Knows nothing about files.
+"""Placeholders for weights in a graph.
 
-A `WeightRef` has a shape, a dtype and the names of the checkpoint tensors it is made of, and no
-numbers at all: a pass that tried to compute with one would fail loudly. So a 7B graph is
-rewritten in a few megabytes, and merging q, k and v means joining three names.
+A `WeightRef` has a shape, a dtype, the names of the checkpoint tensors it is made of, and no
+numbers: a pass that tries to compute with one fails. So a 7B graph is rewritten in a few megabytes,
+and merging q, k and v means joining three names.
 """
 
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ ONNX_DTYPE: Mapping[str, ir.DataType] = {
 
 
 class WeightRef(ir.LazyTensor):
-    """A weight that has not been read: rows of `parts`, one after another (axis 0).
+    """A weight that has not been read: the rows of `parts`, one after another (axis 0).
 
-    `parts` are canonical checkpoint names (see ModelSpec.weight_shapes); `dtype` is the element
-    type in the bundle, which may differ from the checkpoint's. Asking for numbers is a TypeError.
+    `parts` are canonical checkpoint names (see `ModelSpec.weight_shapes`). `dtype` is the element
+    type in the bundle, which may differ from the checkpoint's. Reading its numbers raises
+    TypeError.
     """
 
     def __init__(
@@ -42,6 +43,6 @@ class WeightRef(ir.LazyTensor):
 
 
 def weight_of(value: ir.Value | None) -> WeightRef | None:
-    """Return the weight that `value` stands for, or None if it is computed or a small constant."""
+    """The weight that `value` stands for; None if it is computed or a small constant."""
     tensor = None if value is None else value.const_value
     return tensor if isinstance(tensor, WeightRef) else None

@@ -1,7 +1,7 @@
-"""The first CUDA device: memory, one stream, captured graphs; every call checked. Knows no model.
+"""The first CUDA device: memory, one stream, captured graphs. Knows no model.
 
-CUDA is reached through `cuda.bindings.runtime`, imported when a device is opened. Memory that a
-session takes is given back with it, in the reverse order, also when its constructor fails.
+Every call is checked. CUDA is reached through `cuda.bindings.runtime`, which is imported when a
+device is opened. Closing the device frees all that was allocated, in reverse order.
 """
 
 import ctypes
@@ -23,7 +23,10 @@ BINDINGS = "cuda.bindings.runtime"
 
 
 class Gpu:
-    """An open device with a stream of its own. Addresses are plain integers."""
+    """An open device with its own stream. Addresses are plain integers.
+
+    `target` is the name of the target that needs the device; error messages name it.
+    """
 
     def __init__(self, target: str) -> None:
         self._cudart = _bindings(target)
@@ -32,19 +35,19 @@ class Gpu:
         self._finalizer = weakref.finalize(self, self._resources.close)
         self._finalizer.atexit = False  # the driver frees everything when the process ends
         self.call("cudaSetDevice", 0)
-        # not the default stream, which TensorRT would wait for and CUDA cannot capture
+        # Not the default stream: TensorRT would synchronize on it, and CUDA cannot capture it.
         self._stream = self.call("cudaStreamCreateWithFlags", self._cudart.cudaStreamNonBlocking)
         self._on_close("cudaStreamDestroy", self._stream)
 
     @property
     def stream(self) -> int:
-        """The stream as the number that other libraries take."""
+        """The stream as an integer, as other libraries take it."""
         return int(self._stream)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the CUDA runtime; returns its value, if it has one.
 
-        Raises MistralcError with CUDA's own words when it fails.
+        Raises MistralcError with CUDA's description if the call fails.
         """
         error, *values = getattr(self._cudart, name)(*arguments)
         if error != self._cudart.cudaError_t.cudaSuccess:
@@ -52,7 +55,7 @@ class Gpu:
         return values[0] if values else None
 
     def free(self) -> tuple[int, int]:
-        """Bytes of device memory that are free, and all there are."""
+        """Free and total bytes of device memory."""
         cudart = self._cudart
         error, free, total = cudart.cudaMemGetInfo()
         if error != cudart.cudaError_t.cudaSuccess:
@@ -60,40 +63,43 @@ class Gpu:
         return int(free), int(total)
 
     def allocate(self, nbytes: int, what: str) -> int:
-        """Address of `nbytes` of zeroed device memory; `what` says in an error what it was for."""
+        """Allocate `nbytes` of zeroed device memory; returns the address.
+
+        `what` says what the memory is for, in the error if there is too little.
+        """
         address = int(self._allocate("cudaMalloc", nbytes, what))
         self._on_close("cudaFree", address)
         self.clear(address, nbytes)
         return address
 
     def pinned(self, nbytes: int, what: str) -> Bytes:
-        """Host memory that the device can reach by itself; valid until the device is closed."""
+        """Allocate pinned host memory for asynchronous copies; valid until the device is closed."""
         address = int(self._allocate("cudaMallocHost", nbytes, what))
         self._on_close("cudaFreeHost", address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def clear(self, address: int, nbytes: int) -> None:
-        """Put zeros there, in the order of the stream."""
+        """Enqueue zeroing `nbytes` of device memory."""
         self.call("cudaMemsetAsync", address, 0, nbytes, self._stream)
 
     def copy_in(self, address: int, source: Bytes) -> None:
-        """Copy pinned memory to the device, in the order of the stream."""
+        """Enqueue a copy from pinned memory to the device."""
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", address, source.ctypes.data, source.nbytes, kind, self._stream)
 
     def copy_out(self, target: Bytes, address: int) -> None:
-        """Copy from the device to pinned memory, in the order of the stream."""
+        """Enqueue a copy from the device to pinned memory."""
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", target.ctypes.data, address, target.nbytes, kind, self._stream)
 
     def wait(self) -> None:
-        """Return when everything in the stream is done; errors of the device show up here."""
+        """Wait until the stream is idle; asynchronous errors of the device are raised here."""
         self.call("cudaStreamSynchronize", self._stream)
 
     def capture(self, work: Callable[[], None]) -> Any:
-        """The graph of what `work` puts into the stream, which is not run; None if that fails.
+        """Capture what `work` enqueues as a graph, without running it; None if that fails.
 
-        The graph keeps shapes and addresses as they are now.
+        Shapes and addresses in the graph are those of now.
         """
         mode = self._cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         done = False
@@ -105,7 +111,7 @@ class Gpu:
             executable = self.call("cudaGraphInstantiate", graph, 0)
             self.call("cudaGraphDestroy", graph)
         except MistralcError:
-            if not done:  # leave the mode all the same
+            if not done:  # the stream must leave capture mode in any case
                 self._cudart.cudaStreamEndCapture(self._stream)
             self._cudart.cudaGetLastError()
             return None
@@ -113,11 +119,11 @@ class Gpu:
         return executable
 
     def launch(self, graph: Any) -> None:
-        """Put a captured graph into the stream."""
+        """Enqueue a captured graph."""
         self.call("cudaGraphLaunch", graph, self._stream)
 
     def close(self) -> None:
-        """Give everything back. What `pinned` returned must not be touched any more."""
+        """Free everything. Arrays from `pinned` must not be used afterwards."""
         if self._finalizer.alive:
             self._cudart.cudaStreamSynchronize(self._stream)
         self._finalizer()
@@ -132,12 +138,12 @@ class Gpu:
         return address
 
     def _on_close(self, name: str, argument: Any) -> None:
-        # the function, not `self`, or the device would keep itself alive
+        # The function and not `self`, because the finalizer must not keep the device alive.
         self._resources.callback(getattr(self._cudart, name), argument)
 
 
 def out_of_memory(what: str, needed: int, free: int, total: int) -> MistralcError:
-    """Say that the GPU has too little memory; sizes are in bytes."""
+    """The error for too little GPU memory; sizes are in bytes."""
     return MistralcError(
         f"The GPU has no room for {what}: {needed:,} bytes are needed, {free:,} of {total:,} are "
         "free. nvidia-smi shows what else is using it. Free some, take a larger GPU, or export "

@@ -1,7 +1,7 @@
-"""Where a step's numbers lie on the device: ring, inputs, logits. Knows no backend.
+"""Device memory of a session: ring, inputs and logits. Knows no backend.
 
-Addresses never change, so that a decode step can be captured once and replayed. Ids, positions
-and indices lie in one block, host and device alike, and go over in one copy.
+Addresses never change, so a decode step can be captured once and replayed. Ids, positions and
+indices are in one block on the host and one on the device, so that one copy transfers all three.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from runtime.backends.cuda_device import Bytes, Gpu
 from runtime.backends.float_conversion import to_float32
 from runtime.backends.session import Caches, Ids, Logits, Slots
 
-_ALIGNMENT = 256  # bytes, what cudaMalloc aligns to; each input begins on such a boundary
+_ALIGNMENT = 256  # bytes, as cudaMalloc aligns; each input begins on such a boundary
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsBuffer:
-    """One output: on the device, in pinned memory, and as float32, which outlives both."""
+    """One output: on the device, in pinned memory, and as float32 that outlives both."""
 
     device: int
     host: Bytes
@@ -29,19 +29,23 @@ class LogitsBuffer:
 
 
 class StepBuffers:
-    """All memory that a session's steps use, but for the backend's own. It belongs to `gpu`."""
+    """All memory that a session's steps use, except the backend's own; `gpu` owns and frees it.
+
+    `addresses` and `shapes` are by tensor name; `past_*` and `present_*` share an address.
+    """
 
     def __init__(self, gpu: Gpu, contract: GraphContract, batch: int) -> None:
         self._gpu, self._contract, self._batch = gpu, contract, batch
         self._spec, self._item_size = contract.spec, item_size(contract.activation)
         sizes = contract.sizes(batch=batch, tokens=1, wanted=1)
-        self.shapes = {row.name: row.sized(sizes) for row in (*contract.inputs, *contract.outputs)}
-        self.addresses: dict[str, int] = {}  # by tensor name; past and present share one
-        for row in contract.inputs:
-            if row.name not in STEP_INPUTS:
-                address = gpu.allocate(self._cache_bytes(row.name), "the KV ring")
-                present = row.name.replace("past_", "present_", 1)
-                self.addresses[row.name] = self.addresses[present] = address
+        tensors = (*contract.inputs, *contract.outputs)
+        self.shapes = {tensor.name: tensor.sized(sizes) for tensor in tensors}
+        self.addresses: dict[str, int] = {}
+        for tensor in contract.inputs:
+            if tensor.name not in STEP_INPUTS:
+                address = gpu.allocate(self._cache_bytes(tensor.name), "the KV ring")
+                present = tensor.name.replace("past_", "present_", 1)
+                self.addresses[tensor.name] = self.addresses[present] = address
         self._stride = -(-8 * batch * contract.ring.chunk // _ALIGNMENT) * _ALIGNMENT
         self._block = gpu.pinned(len(STEP_INPUTS) * self._stride, "a step's tokens")
         self._ids = self._block.view(np.int64).reshape(len(STEP_INPUTS), -1)
@@ -52,18 +56,19 @@ class StepBuffers:
         self._many: LogitsBuffer | None = None
 
     def write(self, ids: Ids, positions: Ids, indices: Ids) -> None:
-        """Put a step's tokens [B, S], positions [B, S] and indices [B, T] into pinned memory."""
+        """Write a step's tokens [B, S], positions [B, S] and indices [B, T] to pinned memory."""
         for row, values in zip(self._ids, (ids, positions, indices), strict=True):
             row[: values.size] = values.ravel()
 
     def copy_in(self) -> None:
-        """Send what `write` left to the device, in the order of the stream."""
+        """Enqueue the copy of what `write` wrote to the device."""
         self._gpu.copy_in(self._device, self._block)
 
     def logits(self, wanted: int) -> LogitsBuffer:
-        """The output for `wanted` rows; that for one row, which decoding uses, is always the same.
+        """The output buffer for `wanted` rows of logits.
 
-        That for more holds a chunk of them, and is made when it is first asked for.
+        Decoding asks for one row and always gets the same buffer. The buffer for more rows holds
+        a chunk of them and is allocated on first use.
         """
         if wanted == 1:
             return self._one
@@ -72,12 +77,12 @@ class StepBuffers:
         return self._many
 
     def copy_out(self, wanted: int) -> None:
-        """Fetch the logits of `wanted` rows, in the order of the stream."""
+        """Enqueue the copy of `wanted` rows of logits to pinned memory."""
         buffer = self.logits(wanted)
         self._gpu.copy_out(buffer.host[: self._logits_bytes(wanted)], buffer.device)
 
     def result(self, wanted: int) -> Logits:
-        """The fetched logits [B, T, V] as float32, valid until the next step."""
+        """The copied logits [B, T, V] as float32, valid until the next step."""
         buffer = self.logits(wanted)
         count = self._batch * wanted * self._spec.vocab_size
         found = buffer.result[:count]
@@ -85,13 +90,13 @@ class StepBuffers:
         return found.reshape(self._batch, wanted, self._spec.vocab_size)
 
     def clear_ring(self) -> None:
-        """Empty the ring, in the order of the stream."""
+        """Enqueue zeroing the whole ring."""
         for name, address in self.addresses.items():
             if name.startswith("past_"):
                 self._gpu.clear(address, self._cache_bytes(name))
 
     def read_row(self, row: int, slots: Slots) -> Caches:
-        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        """Copy these slots of one row out of the ring; half precision comes as uint16 bits."""
         item = np.dtype(np.float32 if self._item_size == 4 else np.uint16)
         heads, dim = self._spec.num_key_value_heads, self._spec.head_dim
         found: Caches = []
@@ -104,13 +109,13 @@ class StepBuffers:
         return found
 
     def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
-        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        """Write what `read_row` returned for as many slots; other rows are not touched."""
         for part, address in self._parts(row, slots, caches):
             self._gpu.copy_in(address, part)
         self._gpu.wait()
 
     def _parts(self, row: int, slots: Slots, caches: Caches) -> Iterator[tuple[Bytes, int]]:
-        """Where each head of `caches` is on the device: its slots lie one after the other."""
+        """Yield each head of `caches` with its device address: a head's slots are contiguous."""
         names = [name for name in self.addresses if name.startswith("past_")]
         windows = [size for size in self._spec.layer_windows for _ in ("key", "value")]
         for name, size, cache in zip(names, windows, caches, strict=True):

@@ -1,6 +1,6 @@
-"""Numbers as backends give them, as float32. Knows bytes, not devices.
+"""Convert a backend's logits to float32. Knows bytes, not devices.
 
-NumPy has no bfloat16, and needs none: a bfloat16 is the upper half of the float32 of equal value.
+NumPy has no bfloat16 and needs none: a bfloat16 is the upper half of the float32 of equal value.
 """
 
 import numpy as np
@@ -10,9 +10,9 @@ from graphs.dtypes import Dtype
 
 
 def to_float32(raw: NDArray[np.uint8], activation: Dtype, out: NDArray[np.float32]) -> None:
-    """Write the numbers in `raw`, little-endian `activation`, to the one-dimensional `out`.
+    """Convert `raw`, little-endian numbers of type `activation`, to float32 in `out` [n].
 
-    Exact: every float16 and bfloat16 is a float32. Allocates nothing.
+    The conversion is exact, since float32 holds every float16 and bfloat16. Allocates nothing.
     """
     if activation == "bfloat16":
         bits = raw.view("<u2")

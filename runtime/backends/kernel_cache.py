@@ -1,39 +1,31 @@
-"""Kernels that TensorRT-RTX compiled for this GPU, kept for the next start. Knows no TensorRT.
+"""Keep the kernels that TensorRT-RTX compiled for this GPU, for the next start. No TensorRT here.
 
-A file per plan in the user's cache, never in the bundle: a bundle is the same on every host, these
-kernels are not. Losing or damaging it costs time at the next start, and nothing else: the file
-begins with the SHA-256 of its contents, and is ignored where that does not fit.
+There is one file for each plan. It is in the user's cache and never in the bundle, because a
+bundle is the same on every host and these kernels are not. A lost or damaged file only costs time
+at the next start: it begins with the SHA-256 of its contents and is ignored if that does not match.
 """
 
 import hashlib
-import os
-from contextlib import suppress
 from pathlib import Path
 
 from runtime.system.atomic_file import replacing
+from runtime.system.cache import cache_directory
 
 _DIGEST = hashlib.sha256().digest_size
 
 
-def cache_file(plan_sha256: str) -> Path | None:
-    """Where the kernels of a plan are kept; None for a user without a home."""
-    return _cached("kernels", plan_sha256)
+def kernels_file(plan_sha256: str) -> Path | None:
+    """The file for the kernels of a plan; None for a user without a home directory."""
+    return _file("kernels", plan_sha256)
 
 
 def timing_file(version: str) -> Path | None:
-    """Where the builder of this version of TensorRT keeps what it measured; None likewise."""
-    return _cached("timings", f"tensorrt-{version}")
-
-
-def _cached(folder: str, name: str) -> Path | None:
-    home = os.environ.get("XDG_CACHE_HOME")
-    with suppress(RuntimeError):
-        home = home or str(Path.home() / ".cache")
-    return Path(home) / "mistralc" / folder / f"{name}.bin" if home else None
+    """The file for the kernel timings of this version of TensorRT's builder; None likewise."""
+    return _file("timings", f"tensorrt-{version}")
 
 
 def read(path: Path) -> bytes | None:
-    """The kernels in `path`; None when there are none, or they are damaged."""
+    """Read the kernels in `path`; None if the file is missing or damaged."""
     try:
         data = path.read_bytes()
     except OSError:
@@ -43,7 +35,7 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, kernels: bytes) -> bool:
-    """Put the kernels there, whole or not at all; False when that cannot be done."""
+    """Write the kernels to `path` atomically; returns False if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
@@ -51,3 +43,8 @@ def write(path: Path, kernels: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+def _file(folder: str, name: str) -> Path | None:
+    directory = cache_directory()
+    return None if directory is None else directory / folder / f"{name}.bin"

@@ -1,9 +1,9 @@
 """A session on ONNX Runtime CUDA, with the ring updated in place. Knows nothing about text.
 
-The ring, the inputs and the logits lie in memory that is allocated here and bound by address:
-`past_*` and `present_*` to the same, and decoding always to the same, so that ONNX Runtime can
-capture it as a CUDA graph. Logits are copied out here too, because ONNX Runtime's Python values
-cannot be read as bfloat16.
+The ring, the inputs and the logits are in memory that is allocated here and bound by address.
+`past_*` and `present_*` share an address, and a decode step's addresses never change, so ONNX
+Runtime can capture it as a CUDA graph. Logits are copied to the host here as well, because ONNX
+Runtime's Python values cannot be read as bfloat16.
 """
 
 from collections.abc import Mapping
@@ -18,33 +18,33 @@ import onnxruntime as ort
 from graphs.contract import GraphContract, TensorSpec
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
+from graphs.targets import Target
 from runtime.backends.cuda_device import Gpu
 from runtime.backends.device_buffers import StepBuffers
 from runtime.backends.session import Caches, Ids, Logits, Slots
 from runtime.backends.step_bounds import check_capacities, check_step
 
 PROVIDER = "CUDAExecutionProvider"
-DEVICE = "cuda"  # as ONNX Runtime's bindings call where the memory is
-GRAPH, NO_GRAPH = "1", "-1"  # `gpu_graph_id`: the decode step's, and none
+# The provider's memory as ONNX Runtime's bindings name it: "CUDA" in lower case.
+DEVICE = PROVIDER.removesuffix("ExecutionProvider").lower()
+GRAPH, NO_GRAPH = "1", "-1"  # `gpu_graph_id`: the decode step's graph, and none
 
 
 class CudaOrtSession:
     """`model.onnx` loaded on ONNX Runtime's CUDA provider with a full ring of `batch` rows.
 
-    `captured` says whether decoding is a CUDA graph, which ONNX Runtime refuses for a graph that
-    it puts on the CPU in part.
+    `captured` says whether decoding is a CUDA graph. ONNX Runtime does not capture a model of which
+    it places some nodes on the CPU.
     """
 
-    def __init__(self, model: Path, contract: GraphContract, *, batch: int = 1) -> None:
+    def __init__(
+        self, model: Path, contract: GraphContract, target: Target, *, batch: int = 1
+    ) -> None:
         self.partial = False  # a captured graph has the shapes of all rows
-        self.spec, self.ring, self.contract, self.batch = (
-            contract.spec,
-            contract.ring,
-            contract,
-            batch,
-        )
-        _require_provider()
-        self._gpu = Gpu("cuda")
+        self.spec, self.ring, self.contract = contract.spec, contract.ring, contract
+        self.batch = batch
+        _require_provider(target)
+        self._gpu = Gpu(target.name)
         with ExitStack() as undo:
             undo.callback(self.close)
             self._session: Any
@@ -59,17 +59,17 @@ class CudaOrtSession:
             undo.pop_all()
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
-        """Check the capacities, by window: this ring is full from the start and keeps its size."""
+        """Check the capacities, by window: this ring is full from the start and never resized."""
         check_capacities(self.spec, self.ring, capacities)
 
     def step(
         self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
     ) -> Logits:
-        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+        """Write tokens [B, S] at positions [B, S]; returns the logits [B, T, V] at the indices.
 
-        All rows take part, so `first` is 0. The result is the session's own buffer, valid until
-        the next step. Raises MistralcError, before anything is written, for a step that the ring
-        cannot take.
+        All rows take part, so `first` must be 0. The result is the session's own buffer, valid
+        until the next step. Raises MistralcError before anything is written if the step does not
+        fit into the ring.
         """
         if self._session is None:
             raise MistralcError("This session was closed. Load the bundle again.")
@@ -77,7 +77,7 @@ class CudaOrtSession:
         self._buffers.write(input_ids, position_ids, logits_indices)
         self._buffers.copy_in()
         tokens, wanted = input_ids.shape[1], logits_indices.shape[1]
-        self._gpu.wait()  # ONNX Runtime works in a stream of its own
+        self._gpu.wait()  # ONNX Runtime runs in its own stream
         if tokens == 1 and wanted == 1:
             self._run(self._decode, GRAPH)
         else:
@@ -88,15 +88,15 @@ class CudaOrtSession:
         return self._buffers.result(wanted)
 
     def read_row(self, row: int, slots: Slots) -> Caches:
-        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        """Copy these slots of one row out of the ring; half precision comes as uint16 bits."""
         return self._buffers.read_row(row, slots)
 
     def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
-        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        """Write what `read_row` returned for as many slots; other rows are not touched."""
         self._buffers.write_row(row, slots, caches)
 
     def close(self) -> None:
-        """Give all memory back; may be called twice."""
+        """Free all memory; may be called twice."""
         self._decode = self._prefill = self._session = None
         self._gpu.close()
 
@@ -112,7 +112,7 @@ class CudaOrtSession:
         self.close()
 
     def _run(self, binding: Any, graph: str) -> None:
-        """Run a binding; returns when the device is done."""
+        """Run a binding; returns when the device has finished."""
         try:
             self._session.run_with_iobinding(binding, self._options[graph])
         except Exception as error:
@@ -124,55 +124,56 @@ class CudaOrtSession:
             ) from error
 
     def _bind_ring(self, binding: Any) -> None:
-        for row in self.contract.inputs:
-            if row.name.startswith("past_"):
-                self._bind(binding.bind_input, row, self._buffers.shapes[row.name])
-        for row in self.contract.outputs:
-            if row.name.startswith("present_"):
-                self._bind(binding.bind_output, row, self._buffers.shapes[row.name])
+        for tensor in self.contract.inputs:
+            if tensor.name.startswith("past_"):
+                self._bind(binding.bind_input, tensor, self._buffers.shapes[tensor.name])
+        for tensor in self.contract.outputs:
+            if tensor.name.startswith("present_"):
+                self._bind(binding.bind_output, tensor, self._buffers.shapes[tensor.name])
 
     def _bind_step(self, binding: Any, tokens: int, wanted: int) -> None:
         sizes = self.contract.sizes(batch=self.batch, tokens=tokens, wanted=wanted)
-        for row in self.contract.inputs:
-            if not row.name.startswith("past_"):
-                self._bind(binding.bind_input, row, row.sized(sizes))
+        for tensor in self.contract.inputs:
+            if not tensor.name.startswith("past_"):
+                self._bind(binding.bind_input, tensor, tensor.sized(sizes))
         logits = self.contract.outputs[0]
         address = self._buffers.logits(wanted).device
         self._bind(binding.bind_output, logits, logits.sized(sizes), address)
 
     def _bind(
-        self, bind: Any, row: TensorSpec, shape: tuple[int, ...], address: int | None = None
+        self, bind: Any, tensor: TensorSpec, shape: tuple[int, ...], address: int | None = None
     ) -> None:
-        where = self._buffers.addresses[row.name] if address is None else address
-        bind(row.name, DEVICE, 0, ELEMENT_TYPES[row.dtype].onnx, shape, where)
+        if address is None:
+            address = self._buffers.addresses[tensor.name]
+        bind(tensor.name, DEVICE, 0, ELEMENT_TYPES[tensor.dtype].onnx, shape, address)
 
 
-def _require_provider() -> None:
-    """Raise MistralcError unless this is ONNX Runtime for CUDA."""
+def _require_provider(target: Target) -> None:
+    """Raise MistralcError unless the installed ONNX Runtime has the CUDA provider."""
     if PROVIDER not in ort.get_available_providers():
         raise MistralcError(
-            f"This bundle was built for the target cuda, and the installed ONNX Runtime "
+            f"This bundle was built for the target {target.name}, and the installed ONNX Runtime "
             f"{ort.__version__} has no {PROVIDER} (it has "
             f"{', '.join(ort.get_available_providers())}). The packages onnxruntime and "
             "onnxruntime-gpu exclude each other: pip uninstall onnxruntime, then "
-            "pip install 'mistralc[cuda]'."
+            f"pip install 'mistralc[{target.name}]'."
         )
 
 
 def _open(model: Path) -> tuple[Any, bool]:
-    """Load `model`, with CUDA graphs where ONNX Runtime allows them; whether it did comes second.
+    """Load `model`; returns the session, and whether ONNX Runtime accepted CUDA graphs.
 
-    Raises MistralcError where ONNX Runtime fell back to the CPU, which it does with a warning only.
+    Raises MistralcError if ONNX Runtime fell back to the CPU, of which it only warns.
     """
-    with redirect_stdout(StringIO()):  # it prints what it did not find; the check below says it
-        ort.preload_dlls()  # CUDA and cuDNN from their Python packages, if they are there
+    with redirect_stdout(StringIO()):  # it prints what it did not find; the check below reports it
+        ort.preload_dlls()  # CUDA and cuDNN from their Python packages, if installed
     session, captured = None, True
     for captured in (True, False):
         try:
             session = ort.InferenceSession(model, ort.SessionOptions(), providers(graphs=captured))
             break
         except Exception as error:
-            # a graph with a node on the CPU cannot be captured; it runs all the same
+            # A model with a node on the CPU cannot be captured, but it can run.
             if not captured or "graph capture" not in str(error):
                 raise _not_loaded(model, error) from error
     if session is None or PROVIDER not in session.get_providers():
@@ -193,7 +194,7 @@ def _options(graph: str) -> Any:
 
 
 def providers(*, graphs: bool) -> list[tuple[str, dict[str, str]]]:
-    """What to run on. Weights are allocated as they are, not in powers of two."""
+    """ONNX Runtime's providers and their options; memory is not rounded up to powers of two."""
     return [
         (
             PROVIDER,

@@ -1,8 +1,8 @@
-"""Whether a loaded plan is the engine that the manifest describes. Runs nothing, loads nothing.
+"""Compare a loaded plan with the graph contract. Neither loads nor runs anything.
 
-A plan has its ring's capacity, its chunk and its batch compiled into it. One that was built for
-other sizes would read and write beyond what it was given, so it is compared before memory is
-allocated: names, types, shapes, the caches' aliasing, and the optimization profiles.
+The ring's capacity, the chunk and the batch are compiled into a plan. A plan built for other sizes
+would read and write out of bounds, so these are compared before memory is allocated: names, types,
+shapes, the aliasing of the caches, and the optimization profiles.
 """
 
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
 from graphs.spec import RingSpec
 
-_REMEDY = "The plan is not the one of this manifest: export the checkpoint again."
+_REMEDY = "The plan does not belong to this manifest: export the checkpoint again."
 
 
 class Profiles(NamedTuple):
-    """Which optimization profile serves a step of one token, and which serves any other."""
+    """Indices of the optimization profiles: for steps of one token, and for all other steps."""
 
     decode: int
     prefill: int
@@ -25,39 +25,39 @@ class Profiles(NamedTuple):
 def check_plan(trt: Any, engine: Any, contract: GraphContract, batch: int) -> Profiles:
     """Compare an engine with the graph contract; returns the profiles to run it with.
 
-    Raises MistralcError, naming the first tensor that differs.
+    Raises MistralcError that names the first tensor that differs.
     """
     expected = [
-        *((row, trt.TensorIOMode.INPUT) for row in contract.inputs),
-        *((row, trt.TensorIOMode.OUTPUT) for row in contract.outputs),
+        *((tensor, trt.TensorIOMode.INPUT) for tensor in contract.inputs),
+        *((tensor, trt.TensorIOMode.OUTPUT) for tensor in contract.outputs),
     ]
     found = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
-    names = {row.name for row, _ in expected}
+    names = {tensor.name for tensor, _ in expected}
     if found != names:
         first = sorted(found ^ names)[0]
         raise MistralcError(
             f"The plan has {len(found)} inputs and outputs and the model {len(names)}; {first} is "
             f"only in {'the plan' if first in found else 'the model'}. {_REMEDY}"
         )
-    for row, mode in expected:
-        _check_tensor(trt, engine, row, mode, contract.capacities)
+    for tensor, mode in expected:
+        _check_tensor(trt, engine, tensor, mode, contract.capacities)
     return _profiles(engine, contract.ring, batch)
 
 
 def _check_tensor(
-    trt: Any, engine: Any, row: TensorSpec, mode: Any, letters: dict[str, int]
+    trt: Any, engine: Any, tensor: TensorSpec, mode: Any, capacities: dict[str, int]
 ) -> None:
-    name = row.name
-    dtype = getattr(trt.DataType, str(ELEMENT_TYPES[row.dtype].tensorrt))
+    name = tensor.name
+    dtype = getattr(trt.DataType, str(ELEMENT_TYPES[tensor.dtype].tensorrt))
     facts = {
         "direction": (engine.get_tensor_mode(name), mode),
         "type": (engine.get_tensor_dtype(name), dtype),
-        "place": (engine.get_tensor_location(name), trt.TensorLocation.DEVICE),
-        "shape": (tuple(engine.get_tensor_shape(name)), row.sized(letters)),
+        "location": (engine.get_tensor_location(name), trt.TensorLocation.DEVICE),
+        "shape": (tuple(engine.get_tensor_shape(name)), tensor.sized(capacities)),
     }
     if name.startswith("present_"):
         past = name.replace("present_", "past_", 1)
-        # None, or an empty name: another buffer is written, and the ring would stay empty
+        # None or "" means that another buffer is written, and the ring would stay empty.
         facts["memory"] = (engine.get_aliased_input_tensor(name) or "its own", past)
     for what, (got, wanted) in facts.items():
         if got != wanted:
@@ -68,7 +68,7 @@ def _check_tensor(
 
 
 def _profiles(engine: Any, ring: RingSpec, batch: int) -> Profiles:
-    """The first profile that covers one token, and the first that covers 1 to chunk of them."""
+    """The first profile that covers one token, and the first that covers 1 to `chunk` tokens."""
     decode, chunk = {"S": 1, "T": 1}, {"S": ring.chunk, "T": ring.chunk}
     serving: list[list[int]] = [[], []]
     seen = []
@@ -84,13 +84,13 @@ def _profiles(engine: Any, ring: RingSpec, batch: int) -> Profiles:
                 found.append(index)
     if not all(serving):
         raise MistralcError(
-            f"This session is for {batch} rows and steps of 1 to {ring.chunk} tokens, with logits "
-            f"of as many; the plan was built for {'; and for '.join(seen)}. Ask for no more rows "
-            "than --max-batch, or export the checkpoint again with these sizes."
+            f"This session is for {batch} rows and steps of 1 to {ring.chunk} tokens, with as many "
+            f"rows of logits; the plan was built for {'; and for '.join(seen)}. Ask for no more "
+            "rows than --max-batch, or export the checkpoint again with these sizes."
         )
     return Profiles(serving[0][0], serving[1][0])
 
 
 def _range(engine: Any, name: str, profile: int) -> list[tuple[int, ...]]:
-    """Least, best and largest shape of an input."""
+    """Smallest, optimal and largest shape of an input in a profile."""
     return [tuple(shape) for shape in engine.get_tensor_profile_shape(name, profile)]

@@ -1,8 +1,8 @@
-"""Whether a TensorRT plan may run here, by TensorRT's own word. Loads no plan, knows no bundle.
+"""Ask TensorRT whether a plan can run on this host. Loads no plan, knows no bundle.
 
-`Runtime.get_engine_validity` reads a plan's header only: a damaged body is for the manifest's
-hashes to find. On a host without a GPU it stops before it compares versions and reports no
-reason, so the manifest's version is compared first and the reason is taken from the driver.
+`Runtime.get_engine_validity` reads only a plan's header, so a damaged body is not found here. On a
+host without a GPU it stops before it compares versions and reports no reason: callers should
+compare versions first, and take the reason from the driver.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 REBUILD, DRIVER, MEMORY, COPY = "rebuild", "driver", "memory", "copy"
 
 REASONS: Mapping[str, tuple[str, str]] = {
-    "MALFORMED_ENGINE": ("it is damaged or is no plan", COPY),
+    "MALFORMED_ENGINE": ("it is damaged or not a plan", COPY),
     "VERSION_MISMATCH": ("another version of TensorRT built it", REBUILD),
     "UNSUPPORTED_CC": ("it was built for GPUs of another compute capability", REBUILD),
     "OLD_CUDA_DRIVER": ("the NVIDIA driver is older than the plan needs", DRIVER),
@@ -23,14 +23,14 @@ REASONS: Mapping[str, tuple[str, str]] = {
     "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory for it", MEMORY),
     "CUDA_ERROR": ("CUDA does not work", DRIVER),
 }
-"""By name of TensorRT's `EngineInvalidityDiagnostics`: what is wrong, and what kind of remedy."""
+"""By name in TensorRT's `EngineInvalidityDiagnostics`: what is wrong, and the kind of remedy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validity:
-    """TensorRT's verdict on a plan. `remedies` are from REBUILD, DRIVER, MEMORY and COPY."""
+    """TensorRT's verdict on a plan. `remedies` are among REBUILD, DRIVER, MEMORY and COPY."""
 
-    verdict: str  # VALID, SUBOPTIMAL or INVALID; UNKNOWN where TensorRT has no such check
+    verdict: str  # VALID, SUBOPTIMAL or INVALID; UNKNOWN if this TensorRT has no such check
     reasons: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
 
@@ -38,8 +38,8 @@ class Validity:
 def validity(plan: Path, module: str) -> Validity:
     """Ask TensorRT (`module` is `tensorrt_rtx` or `tensorrt`) about the plan's header.
 
-    INVALID without a reason is what it answers when it finds no GPU. Raises OSError when the file
-    cannot be read, and ImportError when the library is not installed.
+    If TensorRT finds no GPU, it answers INVALID without a reason. Raises OSError if the file cannot
+    be read, and ImportError if the library is not installed.
     """
     trt = importlib.import_module(module)
     if not hasattr(trt.Runtime, "get_engine_validity"):
@@ -53,7 +53,7 @@ def validity(plan: Path, module: str) -> Validity:
 
 
 def explain(verdict: str, diagnostics: list[str]) -> Validity:
-    """Put TensorRT's diagnostics, by name, into words."""
+    """Describe TensorRT's diagnostics, given by name."""
     known = [REASONS.get(name, (f"TensorRT says {name}", REBUILD)) for name in diagnostics]
     return Validity(
         verdict=verdict,
@@ -64,11 +64,11 @@ def explain(verdict: str, diagnostics: list[str]) -> Validity:
 
 @cache
 def _runtime(module: str) -> Any:
-    """One runtime with a silent logger, kept: TensorRT holds on to the first logger it is given."""
+    """One runtime with a silent logger for the process: TensorRT keeps its first logger."""
     trt = importlib.import_module(module)
 
     class Silent(trt.ILogger):  # type: ignore[name-defined, misc]
-        """What TensorRT writes is said again in the checks, in words."""
+        """Drops what TensorRT prints: the verdict carries the same reasons."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

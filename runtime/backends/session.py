@@ -1,4 +1,4 @@
-"""What the generator asks of a backend. Knows none of them.
+"""The interface of a backend. Knows none of the backends.
 
 A session owns the memory of the ring and runs the graph; it knows nothing about text, sampling
 or where a sequence stands.
@@ -19,7 +19,7 @@ Caches = list[NDArray[Any]]  # each layer's key, then its value: [K, slots, D]
 
 
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:
-    """Raise MistralcError unless all of `ids` are tokens of a model with `vocab_size` of them."""
+    """Raise MistralcError unless all of `ids` are below `vocab_size` and none is negative."""
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise MistralcError(
@@ -29,7 +29,7 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
 
 
 def check_prompt(ids: Sequence[int], vocab_size: int) -> None:
-    """Raise MistralcError unless `ids` are at least one token, and all are the model's."""
+    """Raise MistralcError unless `ids` has at least one token and all are the model's."""
     if not len(ids):
         raise MistralcError("No token was given; at least one is expected.")
     check_ids(ids, vocab_size)
@@ -38,36 +38,35 @@ def check_prompt(ids: Sequence[int], vocab_size: int) -> None:
 class Session(Protocol):
     """A loaded model with a ring of `batch` rows.
 
-    Where `partial` is false, the shapes that the backend was given are fixed and every step takes
-    all rows.
+    If `partial` is false, the backend's shapes are fixed and every step takes all rows.
     """
 
     batch: int
     partial: bool
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
-        """Give the ring these capacities, by window, keeping the prefix that it holds."""
+        """Give the ring these capacities, by window, and keep the prefix that it holds."""
 
     def step(
         self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
     ) -> Logits:
-        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+        """Write tokens [B, S] at positions [B, S]; returns the logits [B, T, V] at the indices.
 
-        A session that is `partial` may be given n rows, [n, S], which are `first` and those after
-        it; the others are not touched. The result is the session's own buffer, valid until the
-        next step.
+        `logits_indices` [B, T] are indices into S. A `partial` session also takes n rows, [n, S]:
+        row `first` and those after it; the other rows are not touched. The result is the session's
+        own buffer, valid until the next step.
         """
 
     def read_row(self, row: int, slots: Slots) -> Caches:
-        """Copy these slots of one row out of the ring, in the type that the backend keeps."""
+        """Copy these slots of one row out of the ring, in the backend's own type."""
 
     def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
-        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        """Write what `read_row` returned for as many slots; other rows are not touched."""
 
 
 def fewest_rows(session: Session) -> int:
-    """The least rows of a decoding step for which a row's logits do not depend on their number.
+    """The smallest number of rows in a decode step from which a row's logits stay the same.
 
-    Kernels for one row alone round otherwise than those for two and more, which agree.
+    Single-row kernels round differently from multi-row ones; all multi-row ones agree.
     """
     return min(2, session.batch) if session.partial else session.batch

@@ -1,9 +1,9 @@
 """A session on TensorRT or TensorRT-RTX, with the ring updated in place. Knows nothing about text.
 
-Every cache is one allocation bound as `past_*` and as `present_*`. Two execution contexts share
-the weights: one always decodes a token, with shapes and addresses that never change, the other
-takes prompts. Decoding is one CUDA graph: TensorRT-RTX captures its own, TensorRT is captured here
-together with the copies to and from the host.
+Every cache is one allocation bound as both `past_*` and `present_*`. Two execution contexts share
+the weights. One decodes single tokens, with shapes and addresses that never change; the other
+reads prompts. Decoding is one CUDA graph: TensorRT-RTX captures its own, and TensorRT is captured
+here together with the copies to and from the host.
 """
 
 import mmap
@@ -27,13 +27,13 @@ from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validi
 from runtime.backends.session import Caches, Ids, Logits, Slots
 from runtime.backends.step_bounds import check_capacities, check_step
 
-KEPT_WORDS = 20  # errors of TensorRT, the last of which explain a failure
+KEPT_ERRORS = 20  # of TensorRT's log, to explain a failure
 
 _REMEDY: Mapping[str, str] = {
     REBUILD: "Export the checkpoint again, for this GPU and with this version of TensorRT, or "
     "install the version that built the plan.",
     DRIVER: "Update the NVIDIA driver.",
-    MEMORY: "Free some of the GPU's memory, or take a larger GPU.",
+    MEMORY: "Free some of the GPU's memory, or use a larger GPU.",
     COPY: "Copy the bundle again from where it was built.",
 }
 
@@ -41,9 +41,9 @@ _REMEDY: Mapping[str, str] = {
 class TrtSession:
     """`engine.plan` loaded on the first GPU with a full ring of `batch` rows.
 
-    `cache` is where TensorRT-RTX's compiled kernels are kept (`kernel_cache.cache_file`).
-    `weight_budget` is how many bytes of weights stay on the GPU, for a plan built with weight
-    streaming; None lets as many stay as fit. `captured` says whether decoding is a CUDA graph.
+    `cache` is the file for the kernels that TensorRT-RTX compiles (`kernel_cache.kernels_file`).
+    `weight_budget` is the number of bytes of weights that stay on the GPU, for a plan built with
+    weight streaming; None keeps as many as fit. `captured` says whether decoding is a CUDA graph.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class TrtSession:
         self.spec, self.ring, self.batch, self.target = contract.spec, contract.ring, batch, target
         self._trt = tensorrt_library.load(target)
         self._log = _log(target)
-        self._log.words.clear()
+        self._log.errors.clear()
         self._cache = cache
         self._kernels: Any = None
         self._decode: Any = None
         self._prefill: Any = None
         self._graph: Any = None
-        self._kept: list[Any] = []  # what the contexts need alive, in the order it was made
+        self._owned: list[Any] = []  # what the contexts need alive, in order of creation
         self._streams = self.captured = False
         self._gpu = Gpu(target.name)
         with ExitStack() as undo:
@@ -81,17 +81,17 @@ class TrtSession:
             undo.pop_all()
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
-        """Check the capacities, by window: this ring is full from the start and keeps its size."""
+        """Check the capacities, by window: this ring is full from the start and never resized."""
         check_capacities(self.spec, self.ring, capacities)
 
     def step(
         self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
     ) -> Logits:
-        """Write tokens [B, S] at positions [B, S]; return logits [B, T, V] of the rows asked for.
+        """Write tokens [B, S] at positions [B, S]; returns the logits [B, T, V] at the indices.
 
-        All rows take part, so `first` is 0. The result is the session's own buffer, valid until
-        the next step. Raises MistralcError, before anything is written, for a step that the ring
-        cannot take.
+        All rows take part, so `first` must be 0. The result is the session's own buffer, valid
+        until the next step. Raises MistralcError before anything is written if the step does not
+        fit into the ring.
         """
         if self._decode is None:
             raise MistralcError("This session was closed. Load the bundle again.")
@@ -109,15 +109,15 @@ class TrtSession:
         return self._buffers.result(wanted)
 
     def read_row(self, row: int, slots: Slots) -> Caches:
-        """Copy these slots of one row out of the ring; half precision comes as its bits, uint16."""
+        """Copy these slots of one row out of the ring; half precision comes as uint16 bits."""
         return self._buffers.read_row(row, slots)
 
     def write_row(self, row: int, slots: Slots, caches: Caches) -> None:
-        """Put back what `read_row` gave for as many slots; the other rows are not touched."""
+        """Write what `read_row` returned for as many slots; other rows are not touched."""
         self._buffers.write_row(row, slots, caches)
 
     def close(self) -> None:
-        """Keep the compiled kernels, and give all memory back; may be called twice."""
+        """Save the compiled kernels and free all memory; may be called twice."""
         if self._decode is not None:
             self._save_kernels()
         self._release()
@@ -134,16 +134,16 @@ class TrtSession:
         self.close()
 
     def _release(self) -> None:
-        if self._kept:
+        if self._owned:
             with suppress(MistralcError):  # an interrupted step may still be running
                 self._gpu.wait()
         self._graph = self._decode = self._prefill = self._kernels = None
-        while self._kept:  # contexts' settings, engine, runtime: the last made goes first
-            self._kept.pop()
+        while self._owned:  # the contexts' settings, the engine, the runtime: newest first
+            self._owned.pop()
         self._gpu.close()
 
-    def _load(self, plan: Path, ring: int) -> Any:
-        """Deserialize the plan out of the page cache, so that the host never holds a copy."""
+    def _load(self, plan: Path, ring_bytes: int) -> Any:
+        """Deserialize the plan from the page cache, so that the host never holds a copy."""
         runtime = self._trt.Runtime(self._log)
         nbytes = plan.stat().st_size if plan.is_file() else 0
         if nbytes == 0:
@@ -156,20 +156,24 @@ class TrtSession:
         if engine is None:
             free, total = self._gpu.free()
             if free < nbytes:
-                raise out_of_memory("the weights and the ring", nbytes + ring, free, total)
+                raise out_of_memory("the weights and the ring", nbytes + ring_bytes, free, total)
             raise _not_loaded(plan, self._trt, self._log)
-        self._kept += [runtime, engine]
+        self._owned += [runtime, engine]
         return engine
 
     def _set_budget(self, engine: Any, budget: int | None) -> None:
-        """How many weights stay on the GPU; after the ring was allocated, before any context."""
+        """Set how many bytes of weights stay on the GPU.
+
+        The automatic budget depends on free memory, so the ring must be allocated before. TensorRT
+        takes the budget only as long as there is no context.
+        """
         streamable = int(engine.streamable_weights_size)
         if streamable == 0:
             if budget is not None:
                 raise MistralcError(
-                    f"A budget of {budget:,} bytes for weights was given, and this plan keeps all "
+                    f"A budget of {budget:,} bytes for weights was given, but this plan keeps all "
                     "its weights on the GPU. Export the checkpoint again with --weight-streaming, "
-                    "or leave the budget out."
+                    "or omit the budget."
                 )
             return
         if budget is None:
@@ -178,11 +182,11 @@ class TrtSession:
         self._streams = budget < streamable
 
     def _context(self, engine: Any, profile: int, *, decode: bool) -> Any:
-        """An execution context with everything bound that does not change from step to step."""
+        """Make an execution context and bind everything that does not change between steps."""
         if self.target.compiles_kernels_at_load:
             config = self._config(engine, decode=decode)
             context = engine.create_execution_context(config)
-            self._kept.append(config)
+            self._owned.append(config)
         else:
             context = engine.create_execution_context()
         if context is None:
@@ -200,15 +204,15 @@ class TrtSession:
     def _config(self, engine: Any, *, decode: bool) -> Any:
         """TensorRT-RTX's settings of a context.
 
-        A decode step has one shape, whose kernels are compiled at once and captured; prompts have
-        many, which are compiled beside the work where they come up.
+        A decode step has one shape: its kernels are compiled at once and captured. Prompts have
+        many shapes: their kernels are compiled in the background when they first occur.
         """
         config = engine.create_runtime_config()
         graphs, kernels = (
             self._trt.CudaGraphStrategy,
             self._trt.DynamicShapesKernelSpecializationStrategy,
         )
-        capture = decode and not self._streams  # what comes over the host link is not captured
+        capture = decode and not self._streams  # streamed weights cannot be captured
         config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if capture else graphs.DISABLED
         config.dynamic_shapes_kernel_specialization_strategy = (
             kernels.EAGER if decode else kernels.LAZY
@@ -217,14 +221,15 @@ class TrtSession:
             if self._kernels is None:
                 self._kernels = config.create_runtime_cache()
                 known = kernel_cache.read(self._cache)
-                if known is not None:  # False where they are another GPU's: then it starts anew
+                if known is not None:
+                    # Returns False for another GPU's kernels; the cache then starts empty.
                     self._kernels.deserialize(known)
-                self._kept.append(self._kernels)
+                self._owned.append(self._kernels)
             config.set_runtime_cache(self._kernels)
         return config
 
     def _shape(self, context: Any, tokens: int, wanted: int) -> None:
-        """Tell the context how large this step is, and where its logits go."""
+        """Set the shapes of this step's inputs and the address of its logits."""
         for name in STEP_INPUTS:
             count = wanted if name == "logits_indices" else tokens
             self._require(context.set_input_shape(name, (self.batch, count)), name)
@@ -232,16 +237,16 @@ class TrtSession:
         self._require(context.set_tensor_address("logits", address), "logits")
 
     def _enqueue(self, context: Any, wanted: int) -> None:
-        """Put a whole step into the stream: inputs in, network, logits out."""
+        """Enqueue a whole step: copy the inputs in, run, copy the logits out."""
         self._buffers.copy_in()
         if not context.execute_async_v3(self._gpu.stream):
             raise self._failed("run a step")
         self._buffers.copy_out(wanted)
 
     def _warm_up(self) -> None:
-        """Decode one token twice, so that everything is compiled and captured; then empty the ring.
+        """Decode one token twice to compile and capture everything, then empty the ring.
 
-        TensorRT has to run a shape once before it can be captured.
+        TensorRT can capture a shape only after it has run once.
         """
         zero = np.zeros((self.batch, 1), np.int64)
         self._buffers.write(zero, zero, zero)
@@ -270,24 +275,24 @@ class TrtSession:
             raise self._failed(f"accept the shape or address of {name or 'a profile'}")
 
     def _failed(self, doing: str) -> MistralcError:
-        words = _words(self._log)
-        if "memory" in words.lower():
+        errors = _last_errors(self._log)
+        if "memory" in errors.lower():
             free, total = self._gpu.free()
             return MistralcError(
                 f"TensorRT could not {doing}, with {free:,} of {total:,} bytes of the GPU free: "
-                f"{words}. nvidia-smi shows what else is using it. Free some, take a larger GPU, "
+                f"{errors}. nvidia-smi shows what else is using it. Free some, use a larger GPU, "
                 "or export with a smaller --chunk, --window or --max-batch."
             )
         return MistralcError(
-            f"TensorRT could not {doing}: {words}. Update the driver, or report this with the GPU "
+            f"TensorRT could not {doing}: {errors}. Update the driver, or report this with the GPU "
             f"and the version of {self.target.distributions[0]}."
         )
 
 
 def _not_loaded(plan: Path, trt: Any, log: Any) -> MistralcError:
-    """Say why a plan was refused: TensorRT's verdict on its header, else its own words."""
+    """The error for a refused plan: TensorRT's verdict on its header, else its logged errors."""
     verdict = validity(plan, trt.__name__)
-    why = " and ".join(verdict.reasons) or _words(log)
+    why = " and ".join(verdict.reasons) or _last_errors(log)
     remedy = " ".join(_REMEDY[kind] for kind in verdict.remedies or (COPY,))
     return MistralcError(
         f"TensorRT {trt.__version__} could not load {plan} ({plan.stat().st_size:,} bytes): {why}. "
@@ -295,13 +300,13 @@ def _not_loaded(plan: Path, trt: Any, log: Any) -> MistralcError:
     )
 
 
-def _words(log: Any) -> str:
-    return " ".join(" ".join(log.words).split())[:600] or "it gave no reason"
+def _last_errors(log: Any) -> str:
+    return " ".join(" ".join(log.errors).split())[:600] or "it gave no reason"
 
 
 @once
 def _log(target: Target) -> Any:
-    """One logger for the process: TensorRT holds on to the first that it is given."""
+    """One logger for the process, because TensorRT keeps the first that it is given."""
     trt = tensorrt_library.load(target)
 
     class Log(trt.ILogger):  # type: ignore[name-defined, misc]
@@ -309,11 +314,11 @@ def _log(target: Target) -> Any:
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.words: list[str] = []
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            """Take one message."""
+            """Keep `message` if it is an error."""
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.words = [*self.words[1 - KEPT_WORDS :], message]
+                self.errors = [*self.errors[1 - KEPT_ERRORS :], message]
 
     return Log()

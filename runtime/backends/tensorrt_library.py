@@ -1,7 +1,7 @@
-"""One name for two libraries: `tensorrt` and `tensorrt_rtx` share one API. Knows no engine.
+"""Import a target's TensorRT: `tensorrt` and `tensorrt_rtx` share one API. Knows no engine.
 
-Building and running import TensorRT through here and nowhere else, so that a missing library is
-one clear message and the rest of the code does not know which of the two it has.
+The builder and the session import TensorRT only through this module, so a missing library gives
+one clear message and no other code depends on which of the two it has.
 """
 
 import importlib

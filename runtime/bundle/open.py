@@ -26,6 +26,7 @@ from graphs.manifest import (
     parse_manifest,
 )
 from runtime.bundle.signature import check_signature, required_key
+from runtime.system.cache import cache_directory
 
 BLOCK = 1 << 22  # bytes read at once while hashing: 4 MiB
 
@@ -162,10 +163,8 @@ def _check_file(
 
 def cache_file() -> Path | None:
     """Where digests are kept; None for a user without a home, as containers have them."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    with suppress(RuntimeError):
-        home = home or str(Path.home() / ".cache")
-    return Path(home) / "mistralc" / "hashes.json" if home else None
+    directory = cache_directory()
+    return None if directory is None else directory / "hashes.json"
 
 
 class _HashCache:

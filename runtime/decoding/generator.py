@@ -1,11 +1,12 @@
-"""The loop: plan the pieces, run, sample. Knows token ids, not text, and no backend.
+"""The generation loop: plan the pieces, run, sample. Knows token ids, not text, and no backend.
 
-One generator is one sequence on a live ring. What was said stays in the ring, so the next turn
-feeds only what is new, and going back a little costs nothing.
+One generator is one sequence on a live ring. Earlier turns stay in the ring, so the next turn feeds
+only what is new, and going back by a few tokens costs nothing.
 """
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -14,50 +15,53 @@ from runtime.backends.session import Ids, Logits, Session, check_prompt
 from runtime.decoding.prompt_lookup import Draft, PromptLookup
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import Floats, Sampled, Sampler, SamplingParams
+from runtime.decoding.sequence import Sequence
 
 FinishReason = Literal["stop", "length"]
 Progress = Callable[[int], None]  # called with the number of prompt tokens just taken
 
 
 class Generator:
-    """One sequence: its tokens, its place in the ring, and the logits after its last token."""
+    """One sequence: its tokens, its place in the ring, and sampling from its logits."""
 
     def __init__(self, session: Session, ring: Ring, vocab_size: int) -> None:
-        self.session, self.ring, self.vocab_size = session, ring, vocab_size
-        self.tokens = array("i")  # what the ring has seen; four bytes a token
+        self.sequence, self.ring, self.vocab_size = Sequence(session, ring), ring, vocab_size
+        self.tokens = array("i")  # those in the ring; four bytes each
         self.finish_reason: FinishReason | None = None
         self.fed_from = 0  # how many tokens the last `feed_from_common_prefix` found in the ring
-        self._ids, self._positions, self._index = np.zeros((3, 1, 1), np.int64)
-        session.resize(ring.capacities)
+
+    @property
+    def session(self) -> Session:
+        """The session that the sequence is read through."""
+        return self.sequence.session
 
     @property
     def position(self) -> int:
         """The position of the next token."""
         return self.ring.positions[0]
 
-    def feed(self, ids: Sequence[int], progress: Progress | None = None) -> Floats:
+    def feed(self, ids: abc.Sequence[int], progress: Progress | None = None) -> Floats:
         """Write `ids` into the ring; returns the logits [V] after the last of them.
 
-        The row is the session's buffer, valid until the next step. Raises ContextFullError before
-        anything is written when they do not fit.
+        The logits are the session's buffer, valid until the next step. Raises ContextFullError
+        before anything is written if the ids do not fit.
         """
         check_prompt(ids, self.vocab_size)
-        row = np.asarray(ids, np.int64)[None]  # [1, n]
-        done = 0
-        for piece in self.ring.pieces(len(ids)):
-            rows = self._step(row[:, done : done + piece])
-            done += piece
+        row = np.asarray(ids, np.int64)  # [n]
+        for piece in self.sequence.feed(row):
+            self.tokens.extend(row[piece.start : piece.start + piece.length].tolist())
             if progress is not None:
-                progress(piece)
-        last: Floats = rows[-1]
+                progress(piece.length)
+        last: Floats = piece.logits[-1]
         return last
 
     def feed_from_common_prefix(
-        self, ids: Sequence[int], progress: Progress | None = None
+        self, ids: abc.Sequence[int], progress: Progress | None = None
     ) -> Floats:
-        """Make the sequence be `ids`, keeping what the ring already holds of them.
+        """Make the sequence equal to `ids`, reusing their common prefix with the ring.
 
-        Goes back to where the two part, or starts over where the ring has forgotten too much.
+        Rewinds to where the two differ, or starts over if the ring cannot go back that far. Returns
+        what `feed` returns, for the ids that were not in the ring.
         """
         self.drop_interrupted()
         common = 0
@@ -74,11 +78,11 @@ class Generator:
         return self.feed(ids[common:], progress)
 
     def drop_interrupted(self) -> None:
-        """Make tokens and ring agree again, which an interrupted step may part."""
+        """Cut tokens and ring to the same length; an interrupted step may leave them different."""
         self.rewind(min(len(self.tokens), self.position))
 
     def rewind(self, position: int) -> None:
-        """Forget everything from `position` on; raises MistralcError beyond the ring's slack."""
+        """Forget everything from `position` on; raises MistralcError as `Ring.rewind` does."""
         self.ring.rewind(position)
         del self.tokens[position:]
 
@@ -94,18 +98,18 @@ class Generator:
         """Sample tokens, beginning with the `logits` that `feed` returned.
 
         With `speculate` N, up to N tokens are guessed from the text so far and verified in one
-        step. Every token is drawn as it would be without, so this changes the speed alone (as far
-        as a backend computes the same logits for a token alone and among others).
+        step. Each token is sampled as it would be without, so only the speed changes, as far as a
+        backend computes the same logits for a token alone and among others.
 
-        Ends with `finish_reason` "stop" at one of `stop_ids`, which is yielded too, and "length"
-        after `max_new_tokens` or at the end of the context.
-        The last token is yielded before it is written to the ring: `feed` it to go on from it.
+        Ends with `finish_reason` "stop" at one of `stop_ids`, which is yielded too, or "length"
+        after `max_new_tokens` or at the end of the context. The last token is yielded but not
+        written to the ring: `feed` it to continue after it.
         """
         sampler = Sampler(params, self.vocab_size, self.tokens)
         lookup = PromptLookup(self.tokens, speculate) if speculate else None
         room = self.ring.room()
         limit = max_new_tokens
-        if room is not None:  # the token after the last position needs no place of its own
+        if room is not None:  # the last token is never written, so it needs no slot
             limit = room + 1 if limit is None else min(limit, room + 1)
         self.finish_reason = None
         if limit is not None and limit < 1:
@@ -123,50 +127,34 @@ class Generator:
             if self.finish_reason is not None:
                 return
             token = sampled.token_id
-            if draft.confirms(token):  # it is in the ring, written by the draft's step
+            if draft.confirms(token):  # the draft's step has written it to the ring
                 self.ring.advance(1)
                 self.tokens.append(token)
             else:
                 if lookup is not None and draft.ids:
-                    lookup.learn(len(draft.ids), draft.right)
+                    lookup.learn(len(draft.ids), draft.accepted)
                 left = None if limit is None else limit - count - 1
-                draft = self._verified(token, lookup, left)
-            logits = draft.logits[draft.right]
+                draft = self._draft_step(token, lookup, left)
+            logits = draft.logits[draft.accepted]
 
-    def _verified(self, token: int, lookup: PromptLookup | None, left: int | None) -> Draft:
-        """Run a step for `token` and what may follow it, of which at most `left` is of use.
+    def _draft_step(self, token: int, lookup: PromptLookup | None, left: int | None) -> Draft:
+        """Run a step for `token` and a draft of at most `left` tokens that may follow it.
 
-        The sequence then ends with `token`, and the ring holds the draft beyond it.
+        Afterwards the sequence ends with `token`, and the ring holds the draft beyond it.
         """
         ids: list[int] = []
         if lookup is not None:
             room = self.ring.room_of_a_piece() - 1
             ids = lookup.draft(token, room if left is None else min(room, left))
         if not ids:
-            self._ids[0, 0] = token
-            return Draft(ids, self._step(self._ids))
-        rows = self._step(np.array([[token, *ids]], np.int64), len(ids) + 1)
-        self.rewind(self.position - len(ids))
+            rows = self._step([token])
+        else:
+            rows = self._step([token, *ids], np.arange(len(ids) + 1))
+            self.rewind(self.position - len(ids))
         return Draft(ids, rows)
 
-    def _step(self, ids: Ids, wanted: int = 1) -> Logits:
-        """Write ids [1, S] and return the logits [T, V] after the last `wanted` of them."""
-        count = ids.shape[1]
-        if self.ring.grow(count):
-            self.session.resize(self.ring.capacities)
-        here = self.position
-        if count == 1:
-            self._positions[0, 0] = here
-            positions = self._positions
-        else:
-            positions = np.arange(here, here + count, dtype=np.int64)[None]
-        if wanted == 1:
-            self._index[0, 0] = count - 1
-            indices = self._index
-        else:
-            indices = np.arange(count - wanted, count, dtype=np.int64)[None]
-        logits = self.session.step(np.ascontiguousarray(ids), positions, indices)
-        self.ring.advance(count)
-        self.tokens.extend(ids[0].tolist())
-        rows: Logits = logits[0]
+    def _step(self, ids: list[int], wanted: Ids | None = None) -> Logits:
+        """Run one step and record its tokens; arguments and result as in `Sequence.step`."""
+        rows = self.sequence.step(ids, wanted)
+        self.tokens.extend(ids)
         return rows

@@ -1,10 +1,10 @@
-"""Drafts for speculative decoding, looked up in the text itself. Knows no model and no backend.
+"""Prompt lookup: drafts for speculative decoding from the text itself. Knows no model or backend.
 
-Prompt lookup: where the last few tokens stood before, what followed them then may follow now. The
-model verifies a whole draft in one step, which costs little more than a step for one token, since
-both read all weights once. With a share p of guesses right, the n-th token of a draft comes to use
-with p^n, so drafts are as long as that is worth the token's cost, and pause while not even one is:
-text without repetition runs as if there were none.
+If the last few tokens occurred before, the tokens that followed them then are the draft. The model
+verifies a whole draft in one step, which costs little more than a step for one token, because both
+read all weights once. If a share p of the guesses is accepted, the n-th token of a draft is used
+with probability p^n. A draft is as long as p^n exceeds the cost of one more token. Drafts pause
+while not even one token is worth its cost, so text without repetition is not slowed down.
 """
 
 from array import array
@@ -14,56 +14,56 @@ from math import log
 import numpy as np
 from numpy.typing import NDArray
 
-SIZE = 3  # tokens that must have stood together before
-COST = 0.2  # of a step, for one token more in it: 0.06 in int8 and up to 0.28 in int4wo were seen
-LIKELY = 0.6  # the share of right guesses that is assumed at first, and its bounds
-LEAST, MOST = 0.01, 0.999
-NEWEST = 0.15  # weight of the newest guess in that share
-PROBE = 2  # tokens of a draft that finds out whether guesses are right again
+NGRAM = 3  # tokens that must have occurred together before
+COST = 0.2  # of one more token, in steps: 0.06 in int8 and up to 0.28 in int4wo were measured
+FIRST_SHARE = 0.6  # the share of accepted guesses that is assumed at first
+MIN_SHARE, MAX_SHARE = 0.01, 0.999
+NEWEST_WEIGHT = 0.15  # of the newest guess in the share's moving average
+PROBE_TOKENS = 2  # length of a draft that tests whether guesses are accepted again
 LONGEST_PAUSE = 64  # tokens between such drafts
 
 
 @dataclass(slots=True)
 class Draft:
-    """Guessed tokens that a step has looked at, of which the first `right` have come so far.
+    """Guessed tokens that one step has verified; the first `accepted` were sampled so far.
 
-    Of `logits` [n + 1, V], row i is what follows the first i of the n `ids`.
+    Row i of `logits` [n + 1, V] follows the first i of the n `ids`.
     """
 
     ids: list[int] = field(default_factory=list)
     logits: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))
-    right: int = 0
+    accepted: int = 0
 
     def confirms(self, token: int) -> bool:
-        """Whether `token` is the next guess; then that one is right."""
-        found = self.right < len(self.ids) and self.ids[self.right] == token
-        self.right += found
+        """Accept the next guess if it is `token`; returns whether it is."""
+        found = self.accepted < len(self.ids) and self.ids[self.accepted] == token
+        self.accepted += found
         return found
 
 
 class PromptLookup:
     """Drafts of at most `longest` tokens for one sequence, whose tokens so far are `tokens`.
 
-    `tokens` is the caller's own array and may grow between calls; it may not be cut.
+    `tokens` is the caller's own array. It may grow between calls but must not shrink.
     """
 
     def __init__(self, tokens: "array[int]", longest: int) -> None:
         self._tokens, self._longest = tokens, longest
-        self._after: dict[tuple[int, ...], int] = {}  # SIZE tokens: index of what followed last
-        self._indexed = 0  # how many of the tokens have been something's followers
-        self._likely, self._pause, self._waited = LIKELY, 1, 0
+        self._after: dict[tuple[int, ...], int] = {}  # by NGRAM tokens: index of what last followed
+        self._indexed = 0  # number of tokens that are in `_after` as followers
+        self._share, self._pause, self._waited = FIRST_SHARE, 1, 0
 
     def draft(self, token: int, room: int) -> list[int]:
-        """Guess at most `room` tokens after `token`, which comes after all `tokens`."""
+        """Guess at most `room` tokens after `token`, which itself follows all `tokens`."""
         self._index()
         self._waited += 1
         if self._waited < self._pause:
             return []
-        start = self._after.get((*self._tokens[1 - SIZE :], token))
+        start = self._after.get((*self._tokens[1 - NGRAM :], token))
         if start is None:
             return []
-        length = min(self._worth() or PROBE, self._longest, room)
-        # What follows may run into the draft itself, where a text repeats a few tokens.
+        length = min(self._worthwhile() or PROBE_TOKENS, self._longest, room)
+        # In a text that repeats a few tokens, what followed may reach into the draft itself.
         known = [*self._tokens[start : start + length], token]
         draft = known[: min(length, len(self._tokens) - start + 1)]
         period = len(draft)
@@ -71,22 +71,23 @@ class PromptLookup:
             draft.append(draft[-period])
         return draft
 
-    def learn(self, drafted: int, right: int) -> None:
-        """Take note that the first `right` of `drafted` tokens were those that came."""
-        for guess in (True,) * right + (False,) * (right < drafted):  # after one, none counts
-            likely = self._likely + NEWEST * (guess - self._likely)
-            self._likely = min(max(likely, LEAST), MOST)
-        self._pause = 1 if self._worth() else min(2 * self._pause, LONGEST_PAUSE)
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Update the share of accepted guesses: the first `accepted` of `drafted` tokens were."""
+        # Guesses after the first rejected one say nothing.
+        for guess in (True,) * accepted + (False,) * (accepted < drafted):
+            share = self._share + NEWEST_WEIGHT * (guess - self._share)
+            self._share = min(max(share, MIN_SHARE), MAX_SHARE)
+        self._pause = 1 if self._worthwhile() else min(2 * self._pause, LONGEST_PAUSE)
         self._waited = 0
 
-    def _worth(self) -> int:
-        """How long a draft may be for its last token to be worth its cost: p^n > COST."""
-        return int(log(COST) / log(self._likely))
+    def _worthwhile(self) -> int:
+        """The longest draft whose last token is worth its cost: p^n > COST."""
+        return int(log(COST) / log(self._share))
 
     def _index(self) -> None:
-        """Note what followed every SIZE tokens; a later place replaces an earlier one."""
-        first = max(self._indexed, SIZE)
-        before = (self._tokens[first - SIZE + i :] for i in range(SIZE))
+        """Record what followed every NGRAM tokens; a later occurrence replaces an earlier one."""
+        first = max(self._indexed, NGRAM)
+        before = (self._tokens[first - NGRAM + i :] for i in range(NGRAM))
         followers = range(first, len(self._tokens))
         self._after.update(zip(zip(*before, strict=False), followers, strict=False))
         self._indexed = len(self._tokens)

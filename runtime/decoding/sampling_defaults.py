@@ -1,4 +1,4 @@
-"""Join a checkpoint's sampling defaults with what a request gives. Knows no command."""
+"""Combine a checkpoint's sampling defaults with a request's values. Knows no command."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def sampling_params(defaults: dict[str, Any], given: dict[str, Any]) -> SamplingParams:
-    """Join what the user gave with the checkpoint's defaults."""
+    """Sampling parameters; `given` overrides `defaults`. Greedy if neither asks for sampling."""
     values: dict[str, Any] = {"temperature": 0.0}
     values |= {name: defaults[name] for name in DEFAULTS if name in defaults}
     if defaults.get("do_sample") is False:

@@ -1,13 +1,13 @@
-"""A row of the ring, put aside and brought back: in memory or in a file. Knows no backend, no text.
+"""Save and restore a row of the ring, in memory or in a file. Knows no backend and no text.
 
-A snapshot has the tokens, where the row stood, and keys and values as far as the ring is filled, so
-a text goes on from it as if it had never been put aside, to the bit. It fits any row of a session
-of the same bundle, and no other bundle's. The file:
+A snapshot has the row's tokens, its position, and the keys and values of all filled slots. A text
+that continues from it gets bit-identical logits. A snapshot can be restored into any row of a
+session of the same bundle, and of no other bundle. The file:
 
     "MCLCRING"   header's length, 4 bytes   header, JSON   tokens, int32   caches   SHA-256 of all
 
-Numbers are little-endian. Layers are in order, each key before its value, [K, slots, D].
-Nothing of a file is looked at before its SHA-256 was found right.
+Numbers are little-endian. Layers are in order, each with its key before its value, [K, slots, D].
+Nothing in a file is parsed before its SHA-256 has been checked.
 """
 
 import hashlib
@@ -34,15 +34,16 @@ FORMAT = 1
 MAGIC = b"MCLCRING"
 DIGEST = hashlib.sha256().digest_size
 
-_FIELDS = {"bundle": str, "tokens": int, "written": int, "note": dict}  # of the header, and format
+# Fields of the header, apart from `format`.
+_FIELDS = {"bundle": str, "tokens": int, "written": int, "note": dict}
 _REMEDY = "Start over without it, or save it again."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """One row: `tokens`, of which it has all, and the slots that `written` tokens have filled.
+    """One row: all its `tokens`, and the slots that `written` tokens have filled.
 
-    `bundle` is the SHA-256 of the bundle's manifest, `note` whatever the caller wants back (JSON).
+    `bundle` is the SHA-256 of the bundle's manifest. `note` is the caller's own data, as JSON.
     """
 
     bundle: str
@@ -53,12 +54,12 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that it takes, but for its note."""
+        """Bytes of memory of the tokens and caches, without the note."""
         return len(self.tokens) * 4 + sum(cache.nbytes for cache in self.caches)
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """What a snapshot is bound to: the SHA-256 of the manifest, which has those of all files."""
+    """What identifies a bundle: the SHA-256 of its manifest, which has those of all files."""
     return hashlib.sha256(manifest.to_text().encode()).hexdigest()
 
 
@@ -71,12 +72,12 @@ def take(
     row: int = 0,
     note: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """Copy a row, which holds `tokens`, out of the ring."""
+    """Copy a row out of the ring; `tokens` must be those that it holds."""
     written = ring.written[row]
     if len(tokens) != ring.positions[row]:
         raise MistralcError(
             f"{len(tokens)} tokens were given for a row that holds {ring.positions[row]}. Give "
-            "those that were written."
+            "the tokens that were written to it."
         )
     return Snapshot(
         bundle=fingerprint(manifest),
@@ -90,9 +91,9 @@ def take(
 def restore(
     snapshot: Snapshot, session: Session, ring: Ring, manifest: Manifest, *, row: int = 0
 ) -> None:
-    """Make a row be what the snapshot was taken of; the other rows stay as they are.
+    """Restore a snapshot into a row; the other rows are not touched.
 
-    Raises MistralcError, and changes nothing, for a snapshot of another bundle.
+    Raises MistralcError, and changes nothing, if the snapshot is of another bundle.
     """
     check(snapshot, manifest)
     if ring.grow_to(snapshot.written):
@@ -102,24 +103,24 @@ def restore(
 
 
 def check(snapshot: Snapshot, manifest: Manifest) -> None:
-    """Raise MistralcError unless the snapshot is one of this bundle."""
+    """Raise MistralcError unless the snapshot is of this bundle and fits its ring."""
     if snapshot.bundle != fingerprint(manifest):
         raise MistralcError(
-            f"The snapshot was taken of another bundle (manifest {snapshot.bundle[:12]}…; this "
-            f"one's is {fingerprint(manifest)[:12]}…). Use the bundle that it was taken of, or "
+            f"The snapshot was taken from another bundle (manifest {snapshot.bundle[:12]}…; this "
+            f"one's is {fingerprint(manifest)[:12]}…). Use the bundle that it was taken from, or "
             "start over without it."
         )
     spec, ring = manifest.model, manifest.ring
     tokens, written = snapshot.tokens, snapshot.written
     position = len(tokens)
     oldest = max(window.oldest_rewind(written, size, ring.capacity(size)) for size in spec.windows)
-    right = (
+    fits = (
         position <= written
         and (oldest <= position or not position)  # a text may always start over
         and all(0 <= token < spec.vocab_size for token in tokens)
         and [cache.shape for cache in snapshot.caches] == _shapes(manifest, written)
     )
-    if not right or (not spec.slides and written > ring.capacity(None)):
+    if not fits or (not spec.slides and written > ring.capacity(None)):
         raise MistralcError(
             f"The snapshot's {position} tokens and {len(snapshot.caches)} caches are not what this "
             f"bundle's ring holds. {_REMEDY}"
@@ -127,7 +128,7 @@ def check(snapshot: Snapshot, manifest: Manifest) -> None:
 
 
 def save(snapshot: Snapshot, path: Path) -> None:
-    """Write the snapshot to `path`, whole or not at all, readable by this user only."""
+    """Write the snapshot to `path` atomically; only this user can read the file."""
     header = json.dumps(
         {
             "format": FORMAT,
@@ -149,7 +150,7 @@ def save(snapshot: Snapshot, path: Path) -> None:
             file.write(digest.digest())
     except OSError as error:
         raise MistralcError(
-            f"The snapshot could not be written to {path} ({error}). Free some of the disk, or "
+            f"The snapshot could not be written to {path} ({error}). Free some disk space, or "
             "name a file in a directory that this user may write to."
         ) from error
 
@@ -157,7 +158,7 @@ def save(snapshot: Snapshot, path: Path) -> None:
 def load(path: Path, manifest: Manifest) -> Snapshot:
     """Read a snapshot of this bundle.
 
-    Raises MistralcError when the file is damaged, cut, no snapshot, of another format, or of
+    Raises MistralcError if the file is damaged, truncated, not a snapshot, of another format, or of
     another bundle.
     """
     try:
@@ -191,7 +192,7 @@ def load(path: Path, manifest: Manifest) -> Snapshot:
 
 
 def _checked(path: Path) -> memoryview:
-    """What is in the file before its SHA-256, which is right."""
+    """The file's contents without its SHA-256, which was checked."""
     with path.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise MistralcError(f"{path} is not a snapshot, or its beginning is damaged. {_REMEDY}")
@@ -199,17 +200,18 @@ def _checked(path: Path) -> memoryview:
         file.seek(0)
         data = bytearray(size)
         if file.readinto(data) != size:
-            raise MistralcError(f"{path} changed while it was read. {_REMEDY}")
+            raise MistralcError(f"{path} changed while it was being read. {_REMEDY}")
     body = memoryview(data)[: size - DIGEST]
     if size < len(MAGIC) + 4 + DIGEST or hashlib.sha256(body).digest() != data[-DIGEST:]:
         raise MistralcError(
-            f"{path} is damaged: its SHA-256 is not that of its {size:,} bytes. {_REMEDY}"
+            f"{path} is damaged: the SHA-256 at its end does not match its {size:,} bytes. "
+            f"{_REMEDY}"
         )
     return body
 
 
 def _counts(header: dict[str, Any]) -> tuple[int, int]:
-    """Tokens and slots, once every field is of its type. Raises ValueError where one is not."""
+    """The header's `tokens` and `written`. Raises ValueError if a field is invalid."""
     for name, kind in _FIELDS.items():
         if type(header[name]) is not kind:
             raise ValueError(f"{name} is {header[name]!r:.40}; a JSON {kind.__name__} is expected")
@@ -220,7 +222,7 @@ def _counts(header: dict[str, Any]) -> tuple[int, int]:
 
 
 def _caches(data: memoryview, manifest: Manifest, written: int) -> Caches:
-    """Cut the bytes into each layer's key and value. Raises ValueError unless that comes out."""
+    """Split the bytes into each layer's key and value. Raises ValueError if sizes differ."""
     item = np.dtype("<f4" if item_size(manifest.activation) == 4 else "<u2")
     found, begin = [], 0
     for shape in _shapes(manifest, written):
@@ -242,5 +244,5 @@ def _shapes(manifest: Manifest, written: int) -> list[tuple[int, int, int]]:
 
 
 def _filled(ring: Ring, written: int) -> Slots:
-    """The slots that hold anything: all, once a ring has wrapped."""
+    """The slots that hold anything, by window: all of them once a ring has wrapped."""
     return {size: slice(0, min(written, full)) for size, full in ring.full.items()}

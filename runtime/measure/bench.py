@@ -1,4 +1,4 @@
-"""How fast a bundle is, and on what. Knows nothing about peers or correctness."""
+"""Measure how fast a bundle runs on this machine. Knows nothing about peers or correctness."""
 
 import importlib.util
 import os
@@ -6,7 +6,6 @@ import platform
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import repeat as repeat_value
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -17,10 +16,12 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
-from runtime.backends.session import Ids, Logits, Session
+from runtime.backends.session import Session
 from runtime.bundle.sizes import step_bytes
 from runtime.decoding.sampling import SamplingParams
+from runtime.decoding.sequence import Sequence
 from runtime.load import Loaded, make_ring
+from runtime.measure.clocked_session import ClockedSession
 from runtime.system.host import BACKENDS, huge_page_bytes, peak_memory_bytes
 from runtime.system.memory_bandwidth import Memory
 from runtime.system.progress import Stage
@@ -29,7 +30,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 def machine() -> dict[str, Any]:
-    """What this ran on: processor, cores this process may use, Python, backend."""
+    """This machine: processor, cores that this process may use, Python, backend versions."""
     found = {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -44,11 +45,11 @@ def machine() -> dict[str, Any]:
 def measure(
     loaded: Loaded, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
 ) -> dict[str, Any]:
-    """Rounds of one prompt and one answer from an empty ring, after one to warm up.
+    """Measure rounds of one prompt and one answer from an empty ring, after a warm-up round.
 
-    Medians, but for the inter-token latencies, whose percentiles are of all rounds together. The
-    bandwidth is read after every round, since other machines on the same host change it. Memory is
-    what the first round leaves, which does all that the others do.
+    Returns medians; the percentiles of the inter-token latency are over all rounds together. The
+    memory bandwidth is measured after every round, because other virtual machines on the same host
+    change it. Memory is that after the warm-up round, which does all that the others do.
     """
     rounds, bandwidths = [], []
     with stage("Measuring", repeat + 1) as advance:
@@ -91,8 +92,8 @@ def measure(
 def measure_batch(
     loaded: Loaded, prompt_tokens: int, new_tokens: int, repeat: int, stage: Stage
 ) -> dict[str, Any]:
-    """Decode a sequence in each loaded row: tokens per second of all of them, medians."""
-    manifest, session = loaded.bundle.manifest, loaded.generator.session
+    """Decode one sequence in each loaded row; returns medians, tokens per second of all rows."""
+    manifest, session = loaded.bundle.manifest, loaded.session
     rows = session.batch
     seconds = []
     with stage("Measuring", repeat + 1) as advance:
@@ -115,7 +116,7 @@ def measure_batch(
 def measure_positions(
     loaded: Loaded, positions: int, plot: Path | None, stage: Stage
 ) -> dict[str, Any]:
-    """Generate `positions` tokens, one step each, and relate latency and memory to position."""
+    """Generate `positions` tokens, one step each; returns latency and memory by position."""
     generator = loaded.generator
     generator.rewind(0)
     latency = np.empty(positions, np.float64)  # seconds
@@ -148,7 +149,7 @@ def measure_positions(
 
 
 def to_text(result: dict[str, Any]) -> str:
-    """One measurement a line, what it ran on first."""
+    """One measurement per line, the machine first."""
     lines = [f"{name}: {value}" for name, value in result.pop("machine").items()]
     for name, value in result.items():
         lines.append(f"{name}: {value:,.3f}" if isinstance(value, float) else f"{name}: {value}")
@@ -156,7 +157,7 @@ def to_text(result: dict[str, Any]) -> str:
 
 
 def _setting(loaded: Loaded) -> dict[str, Any]:
-    """What was measured, and on what."""
+    """The bundle that was measured, and the machine."""
     manifest = loaded.bundle.manifest
     return {
         "machine": machine(),
@@ -171,7 +172,7 @@ def _threads(loaded: Loaded) -> int:
 
 
 def check_plot(path: Path) -> None:
-    """Raise unless a plot can be drawn and written to `path`; before the measurement, not after."""
+    """Raise unless a plot can be drawn and written to `path`; called before measuring."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MistralcError(
             "--plot needs matplotlib, which is not installed: pip install 'mistralc[report]'."
@@ -184,13 +185,13 @@ def check_plot(path: Path) -> None:
 
 def _ended(made: int, wanted: int) -> MistralcError:
     return MistralcError(
-        f"The text ended at {made} tokens of {wanted}: this bundle has no room for more. Export "
-        "it with --window to let it slide, or ask for fewer."
+        f"The text ended after {made} of {wanted} tokens: this bundle has no room for more. Export "
+        "it with a sliding --window, or request fewer tokens."
     )
 
 
 def _prompt(vocab_size: int, count: int) -> list[int]:
-    """Pseudo-random tokens, the same every time."""
+    """Pseudo-random tokens, the same on every call."""
     bits = np.random.Generator(np.random.PCG64(0))
     ids: list[int] = bits.integers(0, vocab_size, count).tolist()
     return ids
@@ -198,9 +199,11 @@ def _prompt(vocab_size: int, count: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One answer. Seconds: to the first token, of all others, outside the backend, between two.
+    """Seconds of one answer.
 
-    `host` is what sampling, detokenizing and the loop take.
+    `ttft` is the time to first token, `decode` that of all other tokens and `latencies` those
+    between two tokens. `host` is the part of `decode` outside the backend: sampling, detokenizing
+    and the loop.
     """
 
     ttft: float
@@ -209,31 +212,13 @@ class Round:
     latencies: NDArray[np.float64]
 
 
-class _Clocked:
-    """A session that adds up the time spent in it."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.batch, self.partial = session.batch, session.partial
-        self.resize, self.read_row = session.resize, session.read_row
-        self.write_row = session.write_row
-        self.seconds = 0.0
-
-    def step(
-        self, input_ids: Ids, position_ids: Ids, logits_indices: Ids, first: int = 0
-    ) -> Logits:
-        began = perf_counter()
-        logits = self._session.step(input_ids, position_ids, logits_indices, first)
-        self.seconds += perf_counter() - began
-        return logits
-
-
 def _round(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> Round:
-    """Answer once, as `generate` does: sampled, detokenized, searched for the end."""
+    """Answer once as `generate` does: sample, detokenize, and check for the end."""
     generator, text = loaded.generator, loaded.tokenizer.stream()
     generator.rewind(0)
-    session = generator.session
-    clocked = generator.session = _Clocked(session)
+    sequence = generator.sequence
+    session = sequence.session
+    clocked = sequence.session = ClockedSession(session)
     try:
         began = perf_counter()
         logits = generator.feed(_prompt(generator.vocab_size, prompt_tokens))
@@ -245,7 +230,7 @@ def _round(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> Round:
             text.push(step.token_id)
             times.append(perf_counter())
     finally:
-        generator.session = session
+        sequence.session = session
     if len(times) < new_tokens:
         raise _ended(len(times), new_tokens)
     decode = times[-1] - times[0]
@@ -258,29 +243,22 @@ def _round(loaded: Loaded, prompt_tokens: int, new_tokens: int) -> Round:
 def _batch_round(
     session: Session, manifest: Manifest, rows: int, prompt_tokens: int, new_tokens: int
 ) -> tuple[float, float]:
-    """Seconds for the prompts and for the answers of `rows` equal sequences, without sampling."""
-    ring = make_ring(manifest.build, rows)
-    session.resize(ring.capacities)
-    ring.check_room(prompt_tokens + new_tokens)
-    prompt = np.tile(_prompt(manifest.model.vocab_size, prompt_tokens), (rows, 1))
-    done, marks = 0, [perf_counter()]
-    for steps in (ring.pieces(prompt_tokens), repeat_value(1, new_tokens - 1)):
-        for count in steps:
-            if ring.grow(count):
-                session.resize(ring.capacities)
-            ids = prompt[:, done : done + count] if done < prompt_tokens else prompt[:, :1]
-            positions = np.tile(np.arange(done, done + count), (rows, 1))
-            last = np.full((rows, 1), count - 1)
-            session.step(np.ascontiguousarray(ids), positions, last)
-            for row in range(rows):
-                ring.advance(count, row)
-            done += count
-        marks.append(perf_counter())
+    """Seconds for the prompts and the answers of `rows` equal sequences, without sampling."""
+    sequence = Sequence(session, make_ring(manifest.build, rows), rows)
+    sequence.ring.check_room(prompt_tokens + new_tokens)
+    prompt = np.array(_prompt(manifest.model.vocab_size, prompt_tokens))
+    marks = [perf_counter()]
+    for _ in sequence.feed(prompt):
+        pass
+    marks.append(perf_counter())
+    for _ in range(new_tokens - 1):
+        sequence.step(prompt[:1])
+    marks.append(perf_counter())
     return marks[1] - marks[0], marks[2] - marks[1]
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM now, its mapped files included."""
+    """This process's memory in RAM in bytes, mapped files included."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,43 +1,44 @@
-"""What differs between two bundles: what they say, hold and compute. Prints nothing.
+"""Compare two bundles: manifests, files, logits and speed. Prints nothing.
 
-What they compute is compared on the golden texts of both, so that no text need be at hand, and
-timed in turns, so that a machine that is busy for a while is busy for both.
+Logits are compared on the golden texts of both bundles, so no other text is needed. The bundles are
+timed in turns, so that a busy period of the machine affects both.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
-from runtime.backends.session import Ids, Logits, Session
+from runtime.backends.session import Ids, Logits
 from runtime.bundle.open import Bundle
-from runtime.decoding.ring import Ring
+from runtime.decoding.sequence import Sequence
 from runtime.load import import_backend, load_session, make_ring
 from runtime.measure.bench import machine, resident_bytes
-from runtime.measure.perplexity import divergences, feed
+from runtime.measure.clocked_session import ClockedSession
+from runtime.measure.perplexity import divergences
 from runtime.system.progress import Stage, silent
 
 WARM_UP, STEPS = 8, 64  # one-token steps of each bundle: not counted, and counted
-BLOCK = 8  # steps in a row: threads of the other backend still spin during the first of them
+BLOCK = 8  # steps of one bundle in a row: the other's threads still spin during the first ones
 
-ABSENT = object()  # what the other manifest has and this one does not
+ABSENT = object()  # the value of a field that only the other manifest has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A field of the manifest, as the path to it, and what each bundle says there."""
+    """A field of the manifest, as a path of names, and its value in each bundle."""
 
     field: tuple[str, ...]
     a: Any
     b: Any
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; the side that does not have the field is left out."""
+        """Plain data; a bundle that does not have the field is left out."""
         sides = {"a": self.a, "b": self.b}
         said = {name: value for name, value in sides.items() if value is not ABSENT}
         return {"field": list(self.field), **said}
@@ -45,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
-    """A file's bytes in each bundle, None where it is missing, and whether they are the same."""
+    """A file's size in each bundle, None if it is missing, and whether the contents are equal."""
 
     name: str
     a: int | None
@@ -55,10 +56,10 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitsDifference:
-    """How far logits are apart over `positions` of `texts` golden texts.
+    """How far the logits of A and B differ over `positions` of `texts` golden texts.
 
-    `max_abs` is the largest difference of a logit, `top1` the share of positions where both
-    prefer the same token; `kl` and `max_kl` are KL(A || B) in nats, on average and at most.
+    `max_abs` is the largest difference of a logit, `top1` the share of positions where both prefer
+    the same token; `kl` and `max_kl` are the mean and the maximum of KL(A || B) in nats.
     """
 
     texts: int
@@ -80,9 +81,9 @@ class Latency:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes: of the bundle's files, of its full ring, and by how much loading it grew the process.
+    """Bytes of the bundle's files and of its full ring, and what the process grew by loading it.
 
-    `resident` is None where the bundle was not loaded.
+    `resident`, the growth, is None if the bundle was not loaded.
     """
 
     files: int
@@ -92,7 +93,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """All that was found. `left_out` says what was not compared, and why."""
+    """The result. `left_out` says what was not compared, and why."""
 
     identical: bool
     changes: tuple[Change, ...]
@@ -122,7 +123,7 @@ def compare(
 ) -> Difference:
     """Compare two open bundles; `static` loads neither.
 
-    A bundle that cannot be loaded here costs the comparison of what they compute, and no more.
+    If one cannot be loaded here, logits, latency and memory in use are left out.
     """
     one, two = a.manifest, b.manifest
     logits, latency, left_out = None, None, []
@@ -153,7 +154,7 @@ def compare(
 
 
 def changes(a: Any, b: Any, field: tuple[str, ...] = ()) -> Iterator[Change]:
-    """Every value that differs in two trees of plain data, in the order of `a`."""
+    """Yield every value that differs in two trees of plain data, in the order of `a`."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         for name in dict.fromkeys([*a, *b]):
             yield from changes(a.get(name, ABSENT), b.get(name, ABSENT), (*field, name))
@@ -165,7 +166,7 @@ def changes(a: Any, b: Any, field: tuple[str, ...] = ()) -> Iterator[Change]:
 
 
 def files(a: Manifest, b: Manifest) -> Iterator[File]:
-    """Every file of either bundle, by name."""
+    """Yield every file of either bundle, by name."""
     for name in sorted({*a.files, *b.files}):
         one, two = a.files.get(name), b.files.get(name)
         yield File(
@@ -181,7 +182,7 @@ def _lists(a: Any, b: Any) -> bool:
 
 
 def _fields(manifest: Manifest) -> dict[str, Any]:
-    """What a manifest says, but for its files, which have a table of their own."""
+    """A manifest's fields without its files, which are compared separately."""
     found = asdict(manifest)
     del found["files"]
     return found
@@ -197,26 +198,26 @@ class _Side:
     """A loaded bundle."""
 
     manifest: Manifest
-    session: Session
-    ring: Ring
+    session: ClockedSession
+    sequence: Sequence
     resident: int
 
     def restart(self) -> None:
-        self.ring.rewind(0)
-        self.session.resize(self.ring.capacities)
+        """Forget the text; the ring keeps its size."""
+        self.sequence.ring.rewind(0)
 
 
 def _load(bundle: Bundle, threads: int | None) -> _Side:
     build = bundle.manifest.build
-    import_backend(build.target)  # the library's own memory is neither bundle's
+    import_backend(build.target)  # the library's own memory belongs to neither bundle
     before = resident_bytes()
-    session = load_session(bundle.path, build, bundle.manifest.files, threads=threads)
-    ring = make_ring(build)
-    session.resize(ring.capacities)
-    for _ in feed(session, ring, np.zeros(1, np.int64), 0):
-        pass  # the first step allocates what all others use
+    session = ClockedSession(
+        load_session(bundle.path, build, bundle.manifest.files, threads=threads)
+    )
+    sequence = Sequence(session, make_ring(build))
+    sequence.step([0])  # the first step allocates what all later ones use
     grown = resident_bytes() - before
-    return _Side(manifest=bundle.manifest, session=session, ring=ring, resident=grown)
+    return _Side(manifest=bundle.manifest, session=session, sequence=sequence, resident=grown)
 
 
 def _logits(sides: tuple[_Side, _Side], left_out: list[str]) -> LogitsDifference | None:
@@ -241,8 +242,8 @@ def _logits(sides: tuple[_Side, _Side], left_out: list[str]) -> LogitsDifference
     )  # fmt: skip
 
 
-def golden_texts(manifests: Sequence[Manifest]) -> list[Ids]:
-    """The golden texts of the bundles, ids [n] each and each once, that all of them can hold."""
+def golden_texts(manifests: abc.Sequence[Manifest]) -> list[Ids]:
+    """The distinct golden texts of the bundles that all of them can hold, ids [n] each."""
     found = dict.fromkeys(tuple(text["ids"]) for one in manifests for text in one.golden)
     room = [one.ring.context for one in manifests if not one.model.slides]
     return [np.array(ids, np.int64) for ids in found if len(ids) <= min(room, default=len(ids))]
@@ -251,15 +252,18 @@ def golden_texts(manifests: Sequence[Manifest]) -> list[Ids]:
 def _read(side: _Side, ids: Ids) -> Logits:
     """Logits [n, V] of a text [n], read from an empty ring."""
     side.restart()
-    return np.concatenate([logits.copy() for _, logits in feed(side.session, side.ring, ids, 0)])
+    pieces = side.sequence.feed(ids, np.arange(len(ids)))
+    return np.concatenate([piece.logits.copy() for piece in pieces])
 
 
 def _latency(sides: tuple[_Side, _Side], left_out: list[str]) -> Latency | None:
-    """Time one-token steps of both, a few of the one and then a few of the other."""
+    """Time one-token steps of both bundles, in alternating blocks."""
     rooms = [side.manifest.ring.context for side in sides if not side.manifest.model.slides]
     steps = min([STEPS, *(room - WARM_UP for room in rooms)]) // BLOCK * BLOCK
     if steps < BLOCK:
-        left_out.append(f"latency: a bundle that holds {min(rooms)} tokens is too short to time")
+        left_out.append(
+            f"latency: a bundle that holds {min(rooms)} tokens is too short to be timed"
+        )
         return None
     seconds: tuple[list[float], list[float]] = ([], [])
     for side in sides:
@@ -272,13 +276,7 @@ def _latency(sides: tuple[_Side, _Side], left_out: list[str]) -> Latency | None:
 
 
 def _timed_step(side: _Side) -> float:
-    """Seconds of one step, without the growing of a ring, which is once in a while."""
-    if side.ring.grow(1):
-        side.session.resize(side.ring.capacities)
-    token, index = np.zeros((2, 1, 1), np.int64)
-    position = np.full((1, 1), side.ring.positions[0], np.int64)
-    began = perf_counter()
-    side.session.step(token, position, index)
-    took = perf_counter() - began
-    side.ring.advance(1)
-    return took
+    """Seconds that the session took for one step, without growing the ring."""
+    side.session.seconds = 0.0
+    side.sequence.step([0])
+    return side.session.seconds

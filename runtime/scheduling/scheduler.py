@@ -1,152 +1,98 @@
-"""Many requests on one session: who gets a row, whose turn it is. Knows token ids, no text.
+"""Serve many requests on one session: who gets a row, whose turn it is. Knows nothing about text.
 
     submit ──▶ waiting ──▶ prompt, a chunk a turn ──▶ running, a token a turn ──▶ End
 
 One turn of the loop reads one chunk of one prompt and then decodes one token of every running
-row. So nobody waits for more than one chunk between two tokens, and a prompt is read whatever the
-others do. Requests are served in the order in which they came.
+row. So no row waits for more than one chunk between two tokens, and running rows never stop a
+prompt from being read. Requests are served in the order in which they came.
 
-`runtime/scheduling/batch.py` sees to it that a request's logits are the same in bits whoever
-else is there.
+`runtime/scheduling/batch.py` makes a request's logits bit-identical whoever else is there.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from time import monotonic, perf_counter
-from typing import Literal, Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
-from graphs.errors import MistralcError
 from runtime.backends.session import Session
 from runtime.decoding.ring import Ring
-from runtime.decoding.sampling import Floats, Sampled, Sampler, SamplingParams
+from runtime.decoding.sampling import Floats, Sampler
 from runtime.scheduling.batch import Batch
-from runtime.scheduling.prefix_cache import PrefixStore
+from runtime.scheduling.prefix_cache import PREFIX_BYTES, PrefixCache
+from runtime.scheduling.request import (
+    Deliver,
+    End,
+    EndReason,
+    QueueFullError,
+    Request,
+    Stats,
+    StoppedError,
+    Ticket,
+)
 
-PREFIX_BYTES = 1 << 29  # of prompts' chunks kept in memory: 11,000 tokens of SmolLM2, 4,000 of 7B
-
-
-class Constraint(Protocol):
-    """What a text has to look like, token by token."""
-
-    def mask(self, logits: Floats) -> None:
-        """Set the logits [V] of tokens that may not come next to -inf, in place."""
-
-    def accept(self, token_id: int) -> bool:
-        """Note the token; True when the text is complete and only a stop may follow."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A prompt and how to go on from it; ends with one of `stop_ids`, which is delivered too."""
-
-    ids: tuple[int, ...]
-    params: SamplingParams
-    max_new_tokens: int | None = None
-    stop_ids: frozenset[int] = frozenset()
-    constraint: Constraint | None = None
+MAX_WAITING = 256  # requests
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """How a request ended. `cached_tokens` of its prompt did not have to be computed."""
+class Loaded(Protocol):
+    """The parts of a `runtime.load.Loaded` that a scheduler takes over."""
 
-    reason: Literal["stop", "length", "cancelled", "error"]
-    cached_tokens: int
-    error: Exception | None = None
+    @property
+    def session(self) -> Session:
+        """The session, with as many rows as the ring."""
 
-
-Deliver = Callable[[Sampled | End], None]
-
-
-class Ticket:
-    """A request on its way; what it holds beside `request` and `started` is the scheduler's.
-
-    `started` is when it got its row, in `perf_counter`'s seconds; None while it waits.
-    """
-
-    def __init__(self, request: Request, deliver: Deliver) -> None:
-        self.request = request
-        self.started: float | None = None
-        self._deliver = deliver
-        self._cancelled = False
-        self._row = -1
-        self._cached = 0
-        self._sampler: Sampler
-        self._left: int | None = None  # tokens that may still come
-        self._token = -1  # the last, which is not in the ring yet
-
-
-class QueueFullError(MistralcError):
-    """As many requests are waiting as may."""
-
-
-class StoppedError(MistralcError):
-    """The scheduler takes no more requests: it is draining, closed, or its backend failed."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stats:
-    """Where the scheduler stands. Totals count from its start.
-
-    `positions` are the rows' next positions and `capacity` the slots of the largest ring.
-    `fault` is what the backend said when it failed, after which nothing is served.
-    """
-
-    rows: int
-    running: int
-    waiting: int
-    positions: tuple[int, ...]
-    capacity: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    steps: int
-    fault: str | None = None
+    @property
+    def ring(self) -> Ring:
+        """The ring, at position 0 in all rows."""
 
 
 class Scheduler:
-    """Serves requests on the rows of a session, which belongs to it from now on.
+    """Serves requests on the rows of a session. Nothing else may use session or ring meanwhile.
 
-    `prefix_bytes` of prompts' chunks are kept in memory beside the ring, for prompts that begin
-    like one before. `chunk` is that of `Batch`.
+    Up to `max_waiting` requests wait for a row. Up to `prefix_bytes` of prompt chunks are kept in
+    memory beside the ring, for prompts that begin alike. `chunk` is passed to `Batch`.
     """
 
     def __init__(
         self,
         session: Session,
         ring: Ring,
-        vocab_size: int,
         *,
-        max_waiting: int = 256,
+        max_waiting: int = MAX_WAITING,
         prefix_bytes: int = PREFIX_BYTES,
         chunk: int | None = None,
     ) -> None:
-        self._batch = Batch(session, ring, vocab_size, PrefixStore(prefix_bytes), chunk)
+        self._batch = Batch(session, ring, PrefixCache(prefix_bytes), chunk)
         self._max_waiting = max_waiting
-        self._wake = threading.Condition()  # guards all that follows but what the loop alone uses
+        # Guards the attributes that other threads read or write: the queue, flags and totals.
+        self._wake = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._stopping = self._closed = False
-        self._in_turn = False  # Ends may still be on their way
+        self._in_turn = False  # while True, some Ends may not have been delivered yet
         self._fault: Exception | None = None
         self._thread: threading.Thread | None = None
-        self._reading: Ticket | None = None  # whose prompt is being read
+        self._reading: Ticket | None = None  # the request whose prompt is being read
         self._running: dict[int, Ticket] = {}  # by row
-        self._scores = np.empty(vocab_size, np.float32)
+        self._masked = np.empty(ring.spec.vocab_size, np.float32)  # logits under a constraint
         self._prompt = self._cached = self._generated = self._steps = 0
 
-    # From any thread
+    @classmethod
+    def of(
+        cls, loaded: Loaded, *, max_waiting: int = MAX_WAITING, prefix_bytes: int = PREFIX_BYTES
+    ) -> Self:
+        """Make the scheduler of a loaded bundle. `loaded.generator` must not be used any more."""
+        return cls(loaded.session, loaded.ring, max_waiting=max_waiting, prefix_bytes=prefix_bytes)
+
+    # Called from any thread
 
     def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """Queue a request. `deliver` gets each token and at last an End, on the loop's thread.
+        """Queue a request. `deliver` is called with each token and then an End.
 
-        It must not wait for anything: everyone would wait with it. Raises ContextFullError when
-        the prompt does not fit, QueueFullError and StoppedError when nothing is taken now,
-        MistralcError for tokens that are not this model's.
+        It runs on the loop's thread and must not block, because every other request would wait.
+        Raises ContextFullError if the prompt does not fit, QueueFullError if too many wait,
+        StoppedError if nothing is taken any more, MistralcError for ids outside the vocabulary.
         """
         self._batch.check(request.ids)
         self._batch.check_ids(request.params.logit_bias)
@@ -157,21 +103,22 @@ class Scheduler:
                     f"The backend has failed ({self._fault}) and nothing is served. Start again."
                 )
             if self._stopping:
-                raise StoppedError("This server is about to end. Send the request to another.")
+                raise StoppedError("This server is shutting down. Send the request to another one.")
             if len(self._waiting) >= self._max_waiting:
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, and no more may. Try again later."
+                    f"{len(self._waiting)} requests are waiting, which is the most allowed. Try "
+                    "again later."
                 )
             self._waiting.append(ticket)
             self._wake.notify_all()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
-        """End a request, if it has not ended yet: it is delivered End("cancelled")."""
-        ticket._cancelled = True  # seen at the beginning of the next turn
+        """Cancel a request: End("cancelled") is delivered, unless it has ended already."""
+        ticket.cancelled = True  # takes effect at the start of the next turn
 
     def stats(self) -> Stats:
-        """Where things stand now."""
+        """Return the current state."""
         ring = self._batch.ring
         with self._wake:
             return Stats(
@@ -193,9 +140,9 @@ class Scheduler:
         self._thread.start()
 
     def drain(self, seconds: float) -> bool:
-        """Take nothing new; True when all that is running and waiting ended within `seconds`.
+        """Take no new requests and wait for the others to end.
 
-        Else the rest is cancelled.
+        Returns True if all ended within `seconds`; otherwise the rest is cancelled.
         """
         deadline = monotonic() + seconds
         with self._wake:
@@ -208,7 +155,7 @@ class Scheduler:
         return False
 
     def close(self) -> None:
-        """Cancel what there is and end the loop; may be called twice."""
+        """Cancel all requests and end the loop. May be called more than once."""
         with self._wake:
             self._stopping = self._closed = True
             self._wake.notify_all()
@@ -217,17 +164,17 @@ class Scheduler:
         elif self._thread is None:
             self._end_all("cancelled")
 
-    # On the loop's thread
+    # Called on the loop's thread
 
     def turn(self) -> bool:
-        """One turn of the loop, for those who have not started it; False when all is done."""
+        """Run one turn of the loop, without `start`; False if no request is left."""
         with self._wake:
             self._in_turn = True
         try:
             self._drop_cancelled()
-            self._read_a_chunk()
+            self._read_chunk()
             self._decode()
-        except Exception as error:  # the backend's: a request's own are met where they arise
+        except Exception as error:  # the backend failed; errors of one request end only that one
             with self._wake:
                 self._fault, self._stopping = error, True
             self._end_all("error", error)
@@ -253,100 +200,93 @@ class Scheduler:
 
     def _drop_cancelled(self) -> None:
         with self._wake:
-            gone = [ticket for ticket in self._waiting if ticket._cancelled]
+            gone = [ticket for ticket in self._waiting if ticket.cancelled]
             for ticket in gone:
                 self._waiting.remove(ticket)
         served = [*self._running.values(), *([self._reading] if self._reading else [])]
-        for ticket in (*gone, *(ticket for ticket in served if ticket._cancelled)):
+        for ticket in (*gone, *(ticket for ticket in served if ticket.cancelled)):
             self._end(ticket, "cancelled")
 
-    def _read_a_chunk(self) -> None:
-        """Go on with the prompt at hand, or begin with the next that waits if a row is free."""
+    def _read_chunk(self) -> None:
+        """Read one chunk of the current prompt, or of the next waiting one if a row is free."""
         if (ticket := self._reading) is None:
             with self._wake:
-                if not self._waiting or not self._batch.room():
+                if not self._waiting or not self._batch.has_free_row():
                     return
                 ticket = self._waiting.popleft()
                 self._reading = ticket
             if not self._begin(ticket):
                 return
-        logits = self._batch.prefill(ticket._row)
+        logits = self._batch.prefill(ticket.row)
         if logits is not None:
             self._reading = None
-            self._running[ticket._row] = ticket
+            self._running[ticket.row] = ticket
             self._sample(ticket, logits)
 
     def _begin(self, ticket: Ticket) -> bool:
-        """Give the request a row; False when it has ended already."""
-        request = ticket.request
+        """Give the request a row; False if it ended at once because no token may be sampled."""
+        request, ring = ticket.request, self._batch.ring
         ids, limit = request.ids, request.max_new_tokens
-        room = self._batch.ring.limits.context - len(ids)
-        if not self._batch.ring.spec.slides:  # the last token needs no place of its own
-            limit = room + 1 if limit is None else min(limit, room + 1)
-        ticket._left = limit
+        if not ring.spec.slides:
+            room = ring.limits.context - len(ids) + 1  # the last token is not written to the ring
+            limit = room if limit is None else min(limit, room)
+        ticket.tokens_left = limit
         if limit is not None and limit < 1:
             self._end(ticket, "length")
             return False
-        ticket._sampler = Sampler(request.params, self._batch.vocab_size, ids)
-        ticket._row, ticket._cached = self._batch.claim(ids)
+        ticket.sampler = Sampler(request.params, ring.spec.vocab_size, ids)
+        ticket.row, ticket.cached_tokens = self._batch.claim(ids)
         ticket.started = perf_counter()
         self._prompt += len(ids)
-        self._cached += ticket._cached
+        self._cached += ticket.cached_tokens
         return True
 
     def _decode(self) -> None:
         if not self._running:
             return
         tickets = dict(self._running)
-        logits = self._batch.decode({row: ticket._token for row, ticket in tickets.items()})
+        logits = self._batch.decode({row: ticket.last_token for row, ticket in tickets.items()})
         self._steps += 1
         for row, ticket in tickets.items():
             self._sample(ticket, logits[row])
 
     def _sample(self, ticket: Ticket, logits: Floats) -> None:
-        """Choose and deliver a request's next token, and end it if that was the last."""
-        request, sampler = ticket.request, ticket._sampler
+        """Sample and deliver a request's next token; end the request if it was the last one."""
+        request = ticket.request
         try:
             if request.constraint is not None:
-                np.copyto(self._scores, logits)
-                request.constraint.mask(self._scores)
-                logits = self._scores
-            sampled = sampler.sample(logits)
+                np.copyto(self._masked, logits)
+                request.constraint.mask(self._masked)
+                logits = self._masked
+            sampled = ticket.sampler.sample(logits)
             token, stopped = sampled.token_id, sampled.token_id in request.stop_ids
             if request.constraint is not None and not stopped:
                 stopped = request.constraint.accept(token)
             self._generated += 1
-            ticket._deliver(sampled)
+            ticket.deliver(sampled)
         except Exception as error:
             self._end(ticket, "error", error)
             return
-        ticket._token = token
-        if ticket._left is not None:
-            ticket._left -= 1
+        ticket.last_token = token
+        if ticket.tokens_left is not None:
+            ticket.tokens_left -= 1
         if stopped:
             self._end(ticket, "stop")
-        elif ticket._left == 0:
+        elif ticket.tokens_left == 0:
             self._end(ticket, "length")
 
-    def _end(
-        self,
-        ticket: Ticket,
-        reason: Literal["stop", "length", "cancelled", "error"],
-        error: Exception | None = None,
-    ) -> None:
-        """Take the request's row back and deliver its End, whatever its receiver does."""
+    def _end(self, ticket: Ticket, reason: EndReason, error: Exception | None = None) -> None:
+        """Free the request's row and deliver its End, even if its receiver raises."""
         if self._reading is ticket:
             self._reading = None
-        if self._running.get(ticket._row) is ticket:
-            del self._running[ticket._row]
-        if ticket._row >= 0:
-            self._batch.release(ticket._row)
+        if self._running.get(ticket.row) is ticket:
+            del self._running[ticket.row]
+        if ticket.row >= 0:
+            self._batch.release(ticket.row)
         with suppress(Exception):
-            ticket._deliver(End(reason=reason, cached_tokens=ticket._cached, error=error))
+            ticket.deliver(End(reason=reason, cached_tokens=ticket.cached_tokens, error=error))
 
-    def _end_all(
-        self, reason: Literal["cancelled", "error"], error: Exception | None = None
-    ) -> None:
+    def _end_all(self, reason: EndReason, error: Exception | None = None) -> None:
         with self._wake:
             waiting = list(self._waiting)
             self._waiting.clear()

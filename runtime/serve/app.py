@@ -1,6 +1,6 @@
-"""The paths of the server. Knows neither sockets nor the scheduler.
+"""The HTTP paths of the server. Knows nothing about sockets or the scheduler.
 
-Every error leaves here in OpenAI's shape; what FastAPI would answer with 422 is a 400.
+Every error is sent in OpenAI's form; FastAPI's status 422 becomes 400.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from runtime.serve.openai.schemas import (
     ModelList,
     State,
 )
-from runtime.serve.openai.shapes import ChatShape, CompletionShape, Named
+from runtime.serve.openai.shapes import AnswerId, ChatShape, CompletionShape
 from runtime.serve.openai.streaming import Reply
 from runtime.serve.page import page_response
 from runtime.serve.service import Engine, Service
@@ -39,7 +39,7 @@ SSE = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
 def make_app(service: Service) -> FastAPI:
-    """The application of one service; it begins to load when the server starts."""
+    """Build the application of one service, which starts loading when the server starts."""
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> Any:
@@ -48,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
 
     app = FastAPI(
         title="mistralc", version="1", docs_url=None, redoc_url=None, lifespan=lifespan
-    )  # the usual documentation pages load scripts from elsewhere
+    )  # FastAPI's documentation pages load scripts from other hosts
     _add_state(app, service)
     _add_api(app, service)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -58,9 +58,9 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    protected = _announced_key(service)
+    protected = _key_in_schema(service)
 
-    def told(status: schemas.Status, *, good: bool) -> Response:
+    def state(status: schemas.Status, *, good: bool) -> Response:
         return JsonResponse({"status": status}, 200 if good else 503)
 
     @app.get("/", include_in_schema=False)
@@ -69,14 +69,14 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/health", response_model=State, responses={503: {"model": State}})
     async def health() -> Response:
-        """200 while the process can serve at all; 503 once its backend failed."""
+        """200 while the process can serve requests; 503 once its backend has failed."""
         failed = service.state == "failed"
-        return told("failed" if failed else "ok", good=not failed)
+        return state("failed" if failed else "ok", good=not failed)
 
     @app.get("/ready", response_model=State, responses={503: {"model": State}})
     async def ready() -> Response:
-        """200 while new requests are taken: the bundle is loaded, checked, and not draining."""
-        return told(service.state, good=service.state == "ready")
+        """200 while new requests are accepted; 503 while loading, draining or failed."""
+        return state(service.state, good=service.state == "ready")
 
     @app.get("/metrics", response_class=PlainTextResponse, dependencies=protected, responses=ERRORS)
     async def metrics() -> Response:
@@ -85,17 +85,17 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
-    protected = _announced_key(service)
+    protected = _key_in_schema(service)
     model = Model(id=service.settings.model, created=service.created)
 
     @app.get("/v1/models", dependencies=protected, responses=ERRORS)
     async def models() -> ModelList:
-        """The one model of this server."""
+        """List the one model of this server."""
         return ModelList(data=[model])
 
     @app.get("/v1/models/{name:path}", dependencies=protected, responses=ERRORS)
     async def one_model(name: str) -> Model:
-        """The model by its name."""
+        """Describe the model of this name."""
         _check_model(name, model.id)
         return model
 
@@ -105,11 +105,11 @@ def _add_api(app: FastAPI, service: Service) -> None:
         _check_model(name, model.id)
         engine = service.ready()
         call = await asyncio.to_thread(translate, engine)
-        named = Named(prefix=prefix, model=model.id, system_fingerprint=engine.fingerprint)
+        answer = AnswerId(prefix=prefix, model=model.id, system_fingerprint=engine.fingerprint)
         return Reply(
             service.start(call),
             call,
-            shape(engine.tokenizer, named, logprobs=call.logprobs is not None),
+            shape(engine.tokenizer, answer, logprobs=call.logprobs is not None),
             engine.tokenizer,
             service.settings.limits.timeout_s,
         )
@@ -130,15 +130,15 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return await reply(body.model, lambda e: e.translator.chat(body), ChatShape, "chatcmpl")
 
 
-def _announced_key(service: Service) -> list[Any]:
-    """Tells the schema that a key is asked for, if one is; `Gate` asks for it."""
+def _key_in_schema(service: Service) -> list[Any]:
+    """Put the API key into the OpenAPI schema, if one is needed. `Gate` checks it."""
     return [Security(HTTPBearer(auto_error=False))] if service.settings.api_keys else []
 
 
-def _check_model(asked: str, served: str) -> None:
-    if asked != served:
+def _check_model(requested: str, served: str) -> None:
+    if requested != served:
         raise ApiError(
-            404, f"There is no model {asked!r} here; this server has {served!r}.",
+            404, f"There is no model {requested!r} here; this server has {served!r}.",
             param="model", code="model_not_found",
         )  # fmt: skip
 
@@ -148,15 +148,15 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         return error.response()
     if not isinstance(error, HTTPException):
         raise error
-    said = str(error.detail).rstrip(".")
-    told = ApiError(error.status_code, f"{request.method} {request.url.path}: {said}.")
-    response = told.response()
+    reason = str(error.detail).rstrip(".")
+    answer = ApiError(error.status_code, f"{request.method} {request.url.path}: {reason}.")
+    response = answer.response()
     response.headers.update(error.headers or {})
     return response
 
 
 async def _on_invalid(_request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with a body, in words."""
+    """Report the first error in a body."""
     if not isinstance(error, RequestValidationError):
         raise error
     errors = error.errors()
@@ -164,23 +164,23 @@ async def _on_invalid(_request: Request, error: Exception) -> Response:
     where: Sequence[Any] = first["loc"][1:]  # after "body"
     param = str(where[0]) if where else None
     if first["type"] == "json_invalid":
-        told = ApiError(400, f"The body is not JSON: {first['ctx']['error']}.")
+        answer = ApiError(400, f"The body is not JSON: {first['ctx']['error']}.")
     elif first["type"] == "extra_forbidden":
-        told = ApiError(
+        answer = ApiError(
             400, f"{'.'.join(map(str, where))} is not supported here, and ignoring it could change "
             "the answer. Leave it out.", param=param, code="unsupported_parameter",
         )  # fmt: skip
     elif param is None:
-        told = ApiError(
+        answer = ApiError(
             400, "The body is not a JSON object; send one, with the header Content-Type: "
             "application/json.",
         )  # fmt: skip
     else:
         same = [other for other in errors if list(other["loc"][1:2]) == [where[0]]]
-        said = dict.fromkeys(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in same[:4])
-        told = ApiError(400, f"{'; or '.join(said)}.", param=param)
-    return told.response()
+        reasons = dict.fromkeys(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in same[:4])
+        answer = ApiError(400, f"{'; or '.join(reasons)}.", param=param)
+    return answer.response()
 
 
 async def _on_defect(_request: Request, _error: Exception) -> Response:
-    return ApiError(500, "The server failed on this request; its log says how.").response()
+    return ApiError(500, "The server failed on this request; see its log.").response()

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them. Knows nothing about requests or models.
+"""Errors in the form that OpenAI's clients expect. Knows nothing about requests or models.
 
 {"error": {"message": "…", "type": "invalid_request_error", "param": "seed", "code": null}}
 """
@@ -11,11 +11,8 @@ from fastapi.responses import Response
 
 from graphs.errors import MistralcError
 
-RETRY_AFTER_S = (
-    1  # a row is free after some tokens; a client that waits a second meets another queue
-)
-
-LONGEST_PARAM = 100  # characters; it may be a name that the client made up
+RETRY_AFTER_S = 1  # rows become free every few tokens, so the queue has moved on after a second
+MAX_PARAM = 100  # characters; the client may have made the name up
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -25,37 +22,37 @@ TYPES = {
 
 
 class ApiError(HTTPException):
-    """A refusal or a failure with its HTTP status, and what the client is told."""
+    """An error with its HTTP status and the message for the client."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(status, str(MistralcError(message)), _headers(status))  # one paragraph
-        self.param, self.code = None if param is None else param[:LONGEST_PARAM], code
+        self.param, self.code = None if param is None else param[:MAX_PARAM], code
 
     def body(self) -> dict[str, Any]:
-        """The JSON object of the response."""
+        """Return the JSON object of the response."""
         return error_body(self.status_code, str(self.detail), self.param, self.code)
 
     def response(self) -> Response:
-        """The whole response."""
+        """Return the whole response."""
         return JsonResponse(self.body(), self.status_code, dict(self.headers or {}))
 
 
 class JsonResponse(Response):
-    """JSON in ASCII: a message may quote half of a surrogate pair, which UTF-8 cannot hold."""
+    """JSON in ASCII: a message may quote half of a surrogate pair, which is not valid UTF-8."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The body."""
+        """Encode the body."""
         return json.dumps(content, separators=(",", ":")).encode("ascii")
 
 
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's error object for an HTTP status."""
+    """Return OpenAI's error object for an HTTP status."""
     kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

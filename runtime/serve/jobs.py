@@ -1,7 +1,7 @@
-"""Between the scheduler's thread and the event loop's tasks. Knows neither HTTP nor text.
+"""Pass tokens from the scheduler's thread to the event loop. Knows nothing about HTTP or text.
 
-The scheduler delivers a token for each running row in every step. They are collected, and the
-event loop is woken once for all of them.
+In every step the scheduler delivers a token for each running row. They are collected, and the event
+loop is woken once for all of them.
 """
 
 import asyncio
@@ -15,13 +15,14 @@ from typing import NamedTuple
 from graphs.errors import MistralcError, UsageError
 from runtime.decoding.ring import ContextFullError
 from runtime.decoding.sampling import Sampled
-from runtime.scheduling.scheduler import End, QueueFullError, Request, Scheduler, Ticket
+from runtime.scheduling.request import End, QueueFullError, Request, Ticket
+from runtime.scheduling.scheduler import Scheduler
 from runtime.serve.errors import ApiError
 from runtime.serve.metrics import Metrics
 
 
 class Arrival(NamedTuple):
-    """What the scheduler delivered for one choice, and when (`perf_counter`)."""
+    """A token or End that the scheduler delivered for one choice, and when (`perf_counter`)."""
 
     choice: int
     at: float
@@ -29,7 +30,7 @@ class Arrival(NamedTuple):
 
 
 class Inbox:
-    """Hands over what the scheduler's thread delivers."""
+    """Hands deliveries from the scheduler's thread to jobs on the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -37,15 +38,15 @@ class Inbox:
         self._waking = False
 
     def post(self, job: "Job", choice: int, item: Sampled | End) -> None:
-        """Take one delivery; called on the scheduler's thread, never waits."""
+        """Take one delivery. Called on the scheduler's thread; never blocks."""
         self._new.append((job, Arrival(choice, perf_counter(), item)))
         if not self._waking:
             self._waking = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody reads
+            with contextlib.suppress(RuntimeError):  # the event loop has ended
                 self._loop.call_soon_threadsafe(self._distribute)
 
     def _distribute(self) -> None:
-        self._waking = False  # first: what comes from now on wakes the loop again
+        self._waking = False  # first, so that later deliveries wake the loop again
         while self._new:
             job, arrival = self._new.popleft()
             job.put(arrival)
@@ -56,18 +57,21 @@ class Job:
 
     def __init__(self, scheduler: Scheduler, inbox: Inbox, metrics: Metrics, buffered: int) -> None:
         self.open = 0  # choices that have not ended
-        self.overflow = asyncio.Event()  # the client does not keep up
+        self.overflow = asyncio.Event()  # set when the client does not keep up
         self._scheduler, self._inbox, self._metrics = scheduler, inbox, metrics
         self._buffered = buffered
         self._tickets: list[Ticket] = []
-        self._latest: list[float | None] = []  # when each choice's last token came
+        self._latest: list[float | None] = []  # when each choice got its last token
         self._arrivals: list[Arrival] = []
         self._arrived = asyncio.Event()
         self._began = perf_counter()
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Submit one request a choice: all of them, or none and ApiError is raised."""
-        self._latest = [None] * len(requests)  # first: tokens may come before the last is refused
+        """Submit one request for each choice.
+
+        Raises ApiError if one of them is refused; the others are then cancelled.
+        """
+        self._latest = [None] * len(requests)  # first: tokens may come before all are submitted
         try:
             for choice, request in enumerate(requests):
                 deliver = partial(self._inbox.post, self, choice)
@@ -78,7 +82,7 @@ class Job:
         self.open = len(self._tickets)
 
     def put(self, arrival: Arrival) -> None:
-        """Note what came for a choice; on the event loop."""
+        """Store an arrival; called on the event loop."""
         if isinstance(arrival.item, End):
             self.open -= 1
         else:
@@ -90,18 +94,18 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether every choice has ended, and all that came has been taken."""
+        """Whether every choice has ended and every arrival was taken."""
         return not self.open and not self._arrivals
 
     async def take(self) -> list[Arrival]:
-        """Everything that came since the last call; waits until there is something."""
+        """Return all arrivals since the last call; waits until there is one."""
         await self._arrived.wait()
         self._arrived.clear()
         taken, self._arrivals = self._arrivals, []
         return taken
 
     def cancel(self, choice: int | None = None) -> None:
-        """Give up one choice or all of them. What has ended is not touched."""
+        """Cancel one choice, or all of them. Choices that have ended stay as they are."""
         for ticket in self._tickets if choice is None else [self._tickets[choice]]:
             self._scheduler.cancel(ticket)
 

@@ -1,7 +1,7 @@
-"""Who is let in, and how much of a request is taken. Knows nothing about what is asked.
+"""Check keys and enforce limits. Knows nothing about what requests contain.
 
-One layer around the application, before any body is read: keys, state, size, time. And the
-connection itself: a client that takes nothing is cut off.
+`Gate` is a layer around the application that runs before any body is read: it checks key, state,
+size and time. `PatientProtocol` cuts off connections whose clients do not read or send.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from runtime.serve.errors import ApiError
 from runtime.serve.metrics import Metrics
 from runtime.serve.settings import Limits
 
-OPEN_PATHS = ("/", "/health", "/ready")  # no key is asked for here
+OPEN_PATHS = ("/", "/health", "/ready")  # these need no key
 WORK_PATHS = ("/v1/completions", "/v1/chat/completions")
 KNOWN_PATHS = (*OPEN_PATHS, *WORK_PATHS, "/v1/models", "/metrics", "/openapi.json")
-DISCARDED = 64 << 20  # bytes of a body that is too large which are read and dropped
-CLIENT_LEFT = 499  # as nginx logs it
+DISCARDED = 64 << 20  # bytes read and dropped of a body that is too large
+CLIENT_LEFT = 499  # the status that nginx logs for this
 
 
 class Gate:
-    """The outermost layer of the application; counts what passes."""
+    """The outermost layer of the application: refuses requests, limits and counts the others."""
 
     def __init__(
         self,
@@ -36,20 +36,20 @@ class Gate:
         api_keys: Sequence[str],
         metrics: Metrics,
     ) -> None:
-        self.refusal: ApiError | None = None  # while set, no work is taken
-        self.running = 0  # requests for work that have not ended
+        self.refusal: ApiError | None = None  # while set, work is refused with it
+        self.running = 0  # requests for work that have not ended yet
         self._app, self._limits, self._metrics = app, limits, metrics
         self._keys = [key.encode() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on, or refuse it."""
+        """Pass one request to the application, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         began, path, status = perf_counter(), scope["path"], CLIENT_LEFT
         work = path in WORK_PATHS
 
-        async def noting(message: Message) -> None:
+        async def recording(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -59,12 +59,12 @@ class Gate:
         try:
             refusal = self._refused(scope, work=work)
             if refusal is not None:
-                await refusal.response()(scope, receive, noting)
+                await refusal.response()(scope, receive, recording)
             else:
-                await self._app(scope, Body(receive, self._limits), noting)
+                await self._app(scope, Body(receive, self._limits), recording)
         finally:
             self.running -= work
-            self._metrics.requests.labels(_known(path), str(status)).inc()
+            self._metrics.requests.labels(_path_label(path), str(status)).inc()
             if work:
                 self._metrics.duration.observe(perf_counter() - began)
 
@@ -80,12 +80,12 @@ class Gate:
         """Compare with every key, each in constant time."""
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
-        matches = [hmac.compare_digest(key.strip(), known) for known in self._keys]
+        matches = [hmac.compare_digest(key.strip(), valid) for valid in self._keys]
         return scheme.lower() == b"bearer" and any(matches)
 
 
 class Body:
-    """Receives a request's body, up to a size and within a time."""
+    """Receives the body of a request, within the limits of size and time."""
 
     def __init__(self, receive: Receive, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
@@ -94,14 +94,18 @@ class Body:
         self._deadline = asyncio.get_running_loop().time() + limits.read_s
 
     async def __call__(self) -> Message:
-        """The next message. Raises ApiError 413 or 408, the former once the body is gone."""
-        if self._complete:  # what comes now is the client's leaving, whenever that is
+        """Return the next message.
+
+        Raises ApiError 408 if the body is late, 413 if it is too large. The latter is raised after
+        the rest has been read, since a client that is still sending would not read the answer.
+        """
+        if self._complete:  # the next message is the disconnect, whenever that is
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._next()
                 while self._too_large() and message.get("more_body") and self._size < DISCARDED:
-                    message = await self._next()  # who still sends would not read the answer
+                    message = await self._next()
         except TimeoutError as error:
             raise ApiError(
                 408, f"The request's body was not complete after {self._limits.read_s:g} s."
@@ -124,74 +128,74 @@ class Body:
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 with an end to patience.
+    """HTTP/1.1 that cuts off clients which stall for `stall_s` seconds.
 
-    Up to 64 KiB wait for a client; then the writer does. A client for which the writer waits
-    `stall_s` seconds is cut off. So is one whose request takes longer to begin: uvicorn's own
-    clock runs between requests only, and any byte stops it.
+    Up to 64 KiB are buffered for a client that does not read; then the writer waits, for at most
+    `stall_s`. The head of a request must arrive within `stall_s` too: uvicorn's own timeout runs
+    only between requests, and any byte stops it.
     """
 
     stall_s = 30.0
     _timers: dict[str, asyncio.TimerHandle]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Start the timer for the first request."""
         super().connection_made(transport)
         self._timers = {}
-        self._abort_after_stall("request")
+        self._start_timer("request")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Stop all timers."""
         super().connection_lost(exc)
         for name in list(self._timers):
-            self._forget(name)
+            self._stop_timer(name)
 
     def data_received(self, data: bytes) -> None:
-        """See whether that completed the head of a request, or began one."""
+        """Stop the timer if the head of a request is complete; start it if one has begun."""
         super().data_received(data)
         if not self._is_owed_more():
-            self._forget("request")
+            self._stop_timer("request")
         elif "request" not in self._timers:
-            self._abort_after_stall("request")
+            self._start_timer("request")
 
     def pause_writing(self) -> None:
-        """The client does not take what waits for it."""
+        """Start the timer for a client that does not read."""
         super().pause_writing()
-        self._abort_after_stall("stalled")
+        self._start_timer("stalled")
 
     def resume_writing(self) -> None:
-        """It took most of it."""
+        """Stop that timer: the client has read most of the buffer."""
         super().resume_writing()
-        self._forget("stalled")
+        self._stop_timer("stalled")
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close an idle connection, and be sure that it closes."""
+        """Close an idle connection, and abort it if the client keeps it open."""
         super().timeout_keep_alive_handler()
-        self._abort_after_stall("closing")
+        self._start_timer("closing")
 
     def _is_owed_more(self) -> bool:
-        """Whether there is half a head, or half a body that nobody wants any more."""
+        """Whether a head is incomplete, or the body of an answered request is."""
         theirs = self.conn.their_state
         if theirs is h11.IDLE:
             return bool(self.conn.trailing_data[0])
         return theirs is h11.SEND_BODY and self.conn.our_state is h11.DONE
 
-    def _abort_after_stall(self, name: str) -> None:
+    def _start_timer(self, name: str) -> None:
         self._timers[name] = self.loop.call_later(self.stall_s, self.transport.abort)
 
-    def _forget(self, name: str) -> None:
+    def _stop_timer(self, name: str) -> None:
         if name in self._timers:
             self._timers.pop(name).cancel()
 
 
 def protocol(limits: Limits) -> type[PatientProtocol]:
-    """The protocol with this server's patience."""
+    """Return the protocol class with this server's `stall_s`."""
     attributes: dict[str, Any] = {"stall_s": limits.stall_s}
     return type("Protocol", (PatientProtocol,), attributes)
 
 
-def _known(path: str) -> str:
-    """The path as a label; every other path is one label, or a scan would make thousands."""
+def _path_label(path: str) -> str:
+    """Return the metric label of a path. Unknown paths share one: a scan would make thousands."""
     if path.startswith("/v1/models/"):
         return "/v1/models/{model}"
     return path if path in KNOWN_PATHS else "other"

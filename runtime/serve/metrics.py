@@ -1,6 +1,6 @@
-"""What Prometheus is told. Knows nothing about requests.
+"""Prometheus metrics. Knows nothing about requests.
 
-The scheduler's own counts are read when Prometheus asks.
+The scheduler's own counts are read when Prometheus scrapes.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from runtime.scheduling.scheduler import Stats
+from runtime.scheduling.request import Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -25,10 +25,8 @@ class Metrics:
         self.ttft = self._histogram(
             "time_to_first_token", "From a request's arrival to its first token", LONG
         )
-        self.inter_token = self._histogram(
-            "inter_token", "Between a token and the next of its choice", SHORT
-        )
-        self.queue = self._histogram("queue", "From a request's arrival to its row", LONG)
+        self.inter_token = self._histogram("inter_token", "Between two tokens of a choice", SHORT)
+        self.queue = self._histogram("queue", "From a request's arrival until it gets a row", LONG)
         self.duration = self._histogram("request", "From a request's arrival to its end", LONG)
         self.requests = Counter(
             "mistralc_requests", "Requests by path and HTTP status; 499: the client left",
@@ -36,17 +34,17 @@ class Metrics:
         )  # fmt: skip
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _histogram(self, name: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
+    def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(
-            f"mistralc_{name}_seconds", meaning, buckets=buckets, registry=self._registry
+            f"mistralc_{name}_seconds", description, buckets=buckets, registry=self._registry
         )
 
 
 class _SchedulerCollector(Collector):
-    """Reads the scheduler when Prometheus does; nothing while the bundle is being loaded."""
+    """Reads the scheduler's stats on each scrape; has no metrics while the bundle loads."""
 
     def __init__(self, stats: Callable[[], Stats | None]) -> None:
         self._stats = stats
@@ -56,12 +54,12 @@ class _SchedulerCollector(Collector):
         if stats is None:
             return
         yield _gauge("rows", "Rows of the ring", stats.rows)
-        yield _gauge("running_rows", "Rows that a request has", stats.running)
-        yield _gauge("waiting_requests", "Requests that wait for a row", stats.waiting)
+        yield _gauge("running_rows", "Rows in use", stats.running)
+        yield _gauge("waiting_requests", "Requests waiting for a row", stats.waiting)
         yield _gauge("ring_capacity_tokens", "Tokens that one row can hold", stats.capacity)
         held = [min(position, stats.capacity) for position in stats.positions]
         yield _gauge(
-            "ring_occupancy_ratio", "Filled part of all rows",
+            "ring_occupancy_ratio", "Filled share of all rows",
             sum(held) / max(1, stats.capacity * len(held)),
         )  # fmt: skip
         rows = GaugeMetricFamily(
@@ -70,15 +68,15 @@ class _SchedulerCollector(Collector):
         for row, count in enumerate(held):
             rows.add_metric([str(row)], count)
         yield rows
-        yield _counter("prompt_tokens", "Tokens of prompts", stats.prompt_tokens)
-        yield _counter("cached_tokens", "Of these, found in the ring", stats.cached_tokens)
+        yield _counter("prompt_tokens", "Prompt tokens", stats.prompt_tokens)
+        yield _counter("cached_tokens", "Prompt tokens not computed again", stats.cached_tokens)
         yield _counter("generated_tokens", "Tokens sampled", stats.generated_tokens)
         yield _counter("steps", "Steps of the model", stats.steps)
 
 
-def _gauge(name: str, meaning: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"mistralc_{name}", meaning, value=value)
+def _gauge(name: str, description: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"mistralc_{name}", description, value=value)
 
 
-def _counter(name: str, meaning: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(f"mistralc_{name}", meaning, value=value)
+def _counter(name: str, description: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(f"mistralc_{name}", description, value=value)

@@ -1,4 +1,4 @@
-"""The web page at `/`: one file, nothing from elsewhere. Knows nothing of what it shows."""
+"""Send the web page at `/`: one file, which loads nothing else."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 
 def page_response() -> Response:
-    """The page, with a policy that lets its own script and style run and nothing else."""
+    """Return the page, with a policy that allows only its own script and style."""
     text, policy = _page()
     return Response(
         text,
@@ -36,7 +36,7 @@ def _page() -> tuple[str, str]:
 
 
 def _source(text: str, tag: str) -> str:
-    """The one inline element of that name, by its hash (CSP Level 2)."""
+    """Return the policy source of the only inline `tag`: its SHA-256 (CSP Level 2)."""
     (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

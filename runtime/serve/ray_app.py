@@ -1,10 +1,10 @@
-"""One bundle in N replicas of a Ray Serve application. Knows Ray, and nothing about requests.
+"""Serve one bundle from N replicas with Ray Serve. Knows nothing about requests.
 
     serve run runtime.serve.ray_app:app bundle=/srv/BUNDLE replicas=2
 
-Each replica is the server of `mistralc serve` without its socket: that is Ray's proxy, which sends
-a request to the replica with the fewest. A replica is not sent any before its bundle is loaded and
-checked, and none any more once it drains or was found dead.
+Each replica is the server of `mistralc serve` without its socket. Ray's proxy listens instead and
+sends each request to the less busy of two replicas. A replica gets requests once its bundle is
+loaded and checked, and no more once it drains or is found dead.
 """
 
 import asyncio
@@ -21,19 +21,19 @@ from runtime.serve.limits import Gate
 from runtime.serve.service import Service, raise_failure
 from runtime.serve.settings import PREFIX_BYTES, Limits, Settings, read_api_keys
 
-REPLICA_HEADER = "mistralc-replica"  # of every response: which replica it is from
+REPLICA_HEADER = "mistralc-replica"  # in every response: the replica that sent it
 LOADING_POLL_S = 0.05
-HEALTH_PERIOD_S = 5.0  # a failed backend is found at the latest after so long
+HEALTH_PERIOD_S = 5.0  # how often Ray checks for a failed backend
 DRAIN_POLL_S = 0.5
-STARTS = 3  # of a replica whose bundle cannot be loaded; then Ray gives the application up
-SPARE = 64  # requests beyond those that run or wait: /health, /metrics, and those to be refused
+MAX_STARTS = 3  # if the bundle cannot be loaded, Ray gives up after these
+SPARE = 64  # requests beyond the running and waiting ones: /health, /metrics and refused ones
 
 
 class Arguments(BaseModel):
-    """What `serve run` takes as NAME=VALUE, and a Ray Serve configuration as `args`.
+    """Arguments: NAME=VALUE for `serve run`, or `args` in a Ray Serve configuration.
 
-    `bundle` lies at this path on every node. `cpus` and `gpus` are what Ray sets aside for a
-    replica; on the CPU they are its threads, too.
+    `bundle` is at the same path on every node. Ray reserves `cpus` and `gpus` for each replica;
+    `cpus` is also its number of threads.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -52,18 +52,18 @@ class Arguments(BaseModel):
 
     @field_validator("limits", mode="before")
     @classmethod
-    def _known(cls, given: Any) -> Any:
-        """Refuse unknown limits; pydantic would ignore them, and nothing be limited."""
+    def _reject_unknown(cls, given: Any) -> Any:
+        """Reject unknown limits, which pydantic would ignore."""
         unknown = (
-            set(given) - {one.name for one in fields(Limits)} if isinstance(given, dict) else ()
+            set(given) - {field.name for field in fields(Limits)} if isinstance(given, dict) else ()
         )
         if unknown:
             raise ValueError(f"there is no limit {', '.join(sorted(unknown))}")
         return given
 
     def settings(self) -> Settings:
-        """The same for the server of a replica; reads the keys. Raises UsageError."""
-        bundle = self.bundle.absolute()  # a replica's working directory is Ray's
+        """Return the settings of a replica. Raises UsageError if the keys cannot be read."""
+        bundle = self.bundle.absolute()  # a replica runs in a directory of Ray's
         return Settings(
             bundle=bundle,
             model=self.model_name or bundle.resolve().name,
@@ -78,7 +78,7 @@ class Arguments(BaseModel):
 
 
 class Server:
-    """The ASGI application of one replica, made where it runs; signs every response."""
+    """The ASGI application of one replica. It names the replica in every response."""
 
     def __init__(self, settings: Settings, replica: str) -> None:
         self.service = Service(settings)
@@ -88,39 +88,42 @@ class Server:
             api_keys=settings.api_keys,
             metrics=self.service.metrics,
         )
-        self._signature = (REPLICA_HEADER.encode(), replica.encode())
+        self._replica_header = (REPLICA_HEADER.encode(), replica.encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the application's start and end."""
+        """Serve one request, or handle the application's startup and shutdown."""
 
-        async def signed(message: Message) -> None:
+        async def with_header(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], self._signature]}
+                message = {**message, "headers": [*message["headers"], self._replica_header]}
             await send(message)
 
-        await self._gate(scope, receive, signed)
+        await self._gate(scope, receive, with_header)
 
 
 class Replica:
-    """What Ray asks of a replica beside requests. `app` is its Server, put here by Ray."""
+    """What Ray calls on a replica beside requests. Ray sets `app`, its Server."""
 
     app: Any
 
     async def check_health(self) -> None:
-        """Raise what ended the service. The first check, before any request, waits for loading."""
+        """Raise the error that ended the service, if there is one.
+
+        Ray sends no request before the first check has returned, so it waits for loading.
+        """
         while self.app.service.state == "loading":
             await asyncio.sleep(LOADING_POLL_S)
         raise_failure(self.app.service)
 
     def __del__(self) -> None:
-        """End the scheduler's thread; Ray calls this when the replica has drained."""
-        server = getattr(self, "app", None)  # none where it could not be made
+        """End the scheduler's thread. Ray calls this once the replica has drained."""
+        server = getattr(self, "app", None)  # not set if it could not be made
         if server is not None:
             server.service.close()
 
 
 def app(arguments: Arguments) -> Any:
-    """The application, as `serve run` and `serve deploy` ask for it."""
+    """Build the application for `serve run` and `serve deploy`."""
     settings, limits = arguments.settings(), arguments.limits
 
     def server() -> Server:
@@ -131,11 +134,11 @@ def app(arguments: Arguments) -> Any:
         name="mistralc",
         num_replicas=arguments.replicas,
         ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
-        # Above what a replica takes, so that it is the one to say 429, as one server does.
+        # More than a replica accepts, so that the replica answers 429 itself, as one server does.
         max_ongoing_requests=arguments.rows + limits.max_waiting + SPARE,
         graceful_shutdown_timeout_s=limits.drain_s,
         graceful_shutdown_wait_loop_s=min(DRAIN_POLL_S, limits.drain_s),
         health_check_period_s=HEALTH_PERIOD_S,
-        max_constructor_retry_count=STARTS,
+        max_constructor_retry_count=MAX_STARTS,
     )
     return deployment.bind()

@@ -1,7 +1,7 @@
-"""The process: socket, signals, drain. Knows nothing about requests.
+"""The server process: socket, signals, draining. Knows nothing about requests.
 
-The first SIGTERM or SIGINT begins to drain: new work is refused with 503, what runs may finish
-within `drain_s`, then the process ends. The second ends it at once.
+The first SIGTERM or SIGINT starts draining: new work is refused with 503, running requests may
+finish within `drain_s`, then the process ends. The second ends it immediately.
 """
 
 import asyncio
@@ -20,12 +20,15 @@ from runtime.serve.limits import Gate, protocol
 from runtime.serve.service import Service, raise_failure
 from runtime.serve.settings import Settings
 
-FAREWELL_S = 5  # for the last bytes to reach clients, once nothing runs
-Say = Callable[[str, str], None]  # an event ("listening", "ready", "draining") and the URL
+FLUSH_S = 5  # for the last bytes to reach clients, once no request is running
+Report = Callable[[str, str], None]  # event ("listening", "ready", "draining") and URL
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 lets the system choose. Raises MistralcError."""
+    """Open a listening socket; port 0 lets the system choose one.
+
+    Raises MistralcError if the address cannot be used.
+    """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
@@ -37,13 +40,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listening: socket.socket) -> str:
-    """Where a client of this machine finds the socket."""
+    """Return the URL for a client on this machine."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(settings: Settings, listening: socket.socket, say: Say) -> None:
-    """Serve until a signal comes. Raises MistralcError where loading or the backend failed."""
+def serve(settings: Settings, listening: socket.socket, report: Report) -> None:
+    """Serve until a signal arrives. Raises MistralcError if loading or the backend failed."""
     service = Service(settings)
     gate = Gate(
         make_app(service),
@@ -53,50 +56,50 @@ def serve(settings: Settings, listening: socket.socket, say: Say) -> None:
     )
     config = uvicorn.Config(
         gate, http=protocol(settings.limits), ws="none", lifespan="on", log_level="warning",
-        access_log=False, server_header=False, timeout_graceful_shutdown=FAREWELL_S,
+        access_log=False, server_header=False, timeout_graceful_shutdown=FLUSH_S,
     )  # fmt: skip
-    server = _Server(config, service, gate, url_of(listening), say)
+    server = _Server(config, service, gate, url_of(listening), report)
     server.run(sockets=[listening])
     service.close()
     raise_failure(service)
-    if server.cut:
+    if server.cut_off:
         raise MistralcError(
-            f"{server.cut} requests were still running {settings.limits.drain_s:g} s after the "
+            f"{server.cut_off} requests were still running {settings.limits.drain_s:g} s after the "
             "signal and were cut off. Raise --drain-seconds to let them finish."
         )
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which keeps listening while it drains."""
+    """uvicorn's server, changed to keep listening while it drains."""
 
     def __init__(
-        self, config: uvicorn.Config, service: Service, gate: Gate, url: str, say: Say
+        self, config: uvicorn.Config, service: Service, gate: Gate, url: str, report: Report
     ) -> None:
         super().__init__(config)
-        self.cut = 0  # requests that outlasted the drain
-        self._service, self._gate, self._url, self._say = service, gate, url, say
+        self.cut_off = 0  # requests still running at the end of the drain
+        self._service, self._gate, self._url, self._report = service, gate, url, report
         self._signalled = False
         self._deadline: float | None = None
         self._announced = False
 
     def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
-        """Drain on the first signal; on the second die of it."""
+        """Drain on the first signal, exit immediately on the second."""
         if self._signalled:
             signal.signal(sig, signal.SIG_DFL)
             os.kill(os.getpid(), sig)
         self._signalled = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Start listening."""
         await super().startup(sockets)
-        self._say("listening", self._url)
+        self._report("listening", self._url)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to end."""
+        """Return whether the server should end. uvicorn calls this ten times a second."""
         state = self._service.state
         if state == "ready" and not self._announced:
             self._announced = True
-            self._say("ready", self._url)
+            self._report("ready", self._url)
         if self._service.failure is not None:
             return True
         if self._signalled:
@@ -104,7 +107,7 @@ class _Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def _drained(self) -> bool:
-        """Begin to drain, or see whether it is done; cut off what took too long."""
+        """Start draining, or check whether it is over; cut off requests that took too long."""
         now = asyncio.get_running_loop().time()
         if self._deadline is None:
             self._deadline = now + self._service.settings.limits.drain_s
@@ -113,9 +116,9 @@ class _Server(uvicorn.Server):
                 503, "The server is shutting down. Send the request to another one.",
                 code="draining",
             )  # fmt: skip
-            self._say("draining", self._url)
+            self._report("draining", self._url)
         if self._gate.running and now > self._deadline:
-            self.cut = self._gate.running
+            self.cut_off = self._gate.running
             await asyncio.to_thread(self._service.close)
             return True
         return not self._gate.running

@@ -1,4 +1,4 @@
-"""One bundle in service: loading, ready, draining or failed. Knows no HTTP."""
+"""The life of one served bundle: loading, ready, draining or failed. Knows nothing about HTTP."""
 
 import asyncio
 import threading
@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from graphs.errors import MistralcError
 from runtime.decoding.snapshot import fingerprint
 from runtime.load import load
-from runtime.scheduling.scheduler import Scheduler, Stats
+from runtime.scheduling.request import Stats
+from runtime.scheduling.scheduler import Scheduler
 from runtime.serve.errors import ApiError
 from runtime.serve.jobs import Inbox, Job
 from runtime.serve.metrics import Metrics
@@ -21,7 +22,7 @@ State = Literal["loading", "ready", "draining", "failed"]
 
 
 class Engine(NamedTuple):
-    """What is there once the bundle is loaded."""
+    """What requests need, made once the bundle is loaded."""
 
     scheduler: Scheduler
     translator: Translator
@@ -30,12 +31,12 @@ class Engine(NamedTuple):
 
 
 class Service:
-    """The life of one loaded bundle."""
+    """One bundle, loaded in the background and then served."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics(self._stats)
-        self.failure: BaseException | None = None  # why there is nothing to serve
+        self.failure: BaseException | None = None  # raised while loading
         self.draining = False
         self.created = int(time.time())
         self._engine: Engine | None = None
@@ -43,7 +44,7 @@ class Service:
 
     @property
     def state(self) -> State:
-        """What `/ready` says."""
+        """The state that `/ready` reports."""
         stats = self._stats()
         if self.failure is not None or (stats is not None and stats.fault is not None):
             return "failed"
@@ -52,30 +53,33 @@ class Service:
         return "loading" if self._engine is None else "ready"
 
     def begin_to_load(self) -> None:
-        """Load in a thread beside the event loop, which answers `/health` meanwhile."""
+        """Start a thread that loads the bundle, while the event loop answers `/health`."""
         one_heap()
         self._inbox = Inbox(asyncio.get_running_loop())
         threading.Thread(target=self._load, name="load", daemon=True).start()
 
     def close(self) -> None:
-        """End everything that runs; its clients are told. Waits for the step in progress."""
+        """Cancel all requests and tell their clients. Waits for the step in progress."""
         if self._engine is not None:
             self._engine.scheduler.close()
 
     def ready(self) -> Engine:
-        """The engine; ApiError 503 where there is none to use."""
+        """Return the engine. Raises ApiError 503 unless the service is ready."""
         state = self.state
         if state == "ready" and self._engine is not None:
             return self._engine
-        told = {
-            "loading": "The model is being loaded. Try again in some seconds.",
+        messages = {
+            "loading": "The model is being loaded. Try again in a few seconds.",
             "draining": "The server is shutting down. Send the request to another one.",
-            "failed": "The model's backend failed; the server has to be started again.",
+            "failed": "The model's backend failed; the server has to be restarted.",
         }
-        raise ApiError(503, told[state], code=state)
+        raise ApiError(503, messages[state], code=state)
 
     def start(self, call: Call) -> Job:
-        """Submit what `call` asks for. Raises ApiError when the queue is full or it cannot be."""
+        """Submit the requests of `call`.
+
+        Raises ApiError if the service is not ready, the queue is full or a request is not valid.
+        """
         engine = self.ready()
         if self._inbox is None:
             raise RuntimeError("begin_to_load comes first")
@@ -91,21 +95,20 @@ class Service:
                 settings.bundle, rows=settings.rows, threads=settings.threads,
                 check=settings.check, require_signature=settings.require_signature,
             )  # fmt: skip
-            manifest = loaded.bundle.manifest
-            vocab_size = manifest.model.vocab_size
-            scheduler = Scheduler(
-                loaded.session,
-                loaded.ring,
-                vocab_size,
+            scheduler = Scheduler.of(
+                loaded,
                 max_waiting=settings.limits.max_waiting,
                 prefix_bytes=settings.prefix_bytes,
             )
-            translator = Translator(loaded.tokenizer, vocab_size, loaded.defaults, settings.limits)
+            manifest, tokenizer = loaded.bundle.manifest, loaded.tokenizer
+            translator = Translator(
+                tokenizer, manifest.model.vocab_size, loaded.defaults, settings.limits
+            )
             scheduler.start()
             self._engine = Engine(
-                scheduler, translator, loaded.tokenizer, f"fp_{fingerprint(manifest)[:12]}"
+                scheduler, translator, tokenizer, f"fp_{fingerprint(manifest)[:12]}"
             )
-        except BaseException as error:  # the main thread raises it
+        except BaseException as error:  # `raise_failure` raises it again
             self.failure = error
 
     def _stats(self) -> Stats | None:
@@ -113,11 +116,11 @@ class Service:
 
 
 def raise_failure(service: Service) -> None:
-    """Raise what ended the service, if something did."""
+    """Raise the error that ended the service, if there is one."""
     if service.failure is not None:
         raise service.failure
     if service.state == "failed":
         raise MistralcError(
-            "The model's backend failed while it served; what it said was told to the clients "
-            "whose requests it ended. Start the server again."
+            "The model's backend failed while serving; its error was sent to the clients whose "
+            "requests it ended. Restart the server."
         )

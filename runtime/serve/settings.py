@@ -1,33 +1,33 @@
-"""What a server is told when it starts. Knows nothing about requests or HTTP."""
+"""The settings that a server starts with. Knows nothing about requests or HTTP."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from graphs.errors import UsageError
+from runtime.scheduling.prefix_cache import PREFIX_BYTES as PREFIX_BYTES  # for the command line
 
-PREFIX_BYTES = 1 << 29  # of prompts that are kept for those that begin alike
-KEYS_VARIABLE = "MISTRALC_API_KEYS"  # keys separated by white space
+KEYS_VARIABLE = "MISTRALC_API_KEYS"  # keys, separated by white space
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much one client may ask of the others. Seconds, bytes, tokens."""
+    """What one client may use of a shared server. Seconds, bytes, tokens."""
 
     max_body_bytes: int = 1 << 20
-    max_prompt_tokens: int | None = None  # None: what the ring holds
+    max_prompt_tokens: int | None = None  # None: as many as the ring holds
     max_new_tokens: int = 4096
     max_waiting: int = 256
-    timeout_s: float = 600.0  # from a request's first byte to its last
-    read_s: float = 30.0  # for a request's body to arrive
-    stall_s: float = 30.0  # for a client to take what waits for it, or to begin its request
-    drain_s: float = 30.0  # that running requests get after SIGTERM
-    buffered_tokens: int = 1024  # of one choice that wait for a client
+    timeout_s: float = 600.0  # for a whole request, its time in the queue included
+    read_s: float = 30.0  # for the body of a request to arrive
+    stall_s: float = 30.0  # for a client to read what was sent, or to send a request's head
+    drain_s: float = 30.0  # for running requests to finish after SIGTERM
+    buffered_tokens: int = 1024  # of one choice, waiting for the client to read them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One bundle, one server. Without `api_keys` everyone is let in."""
+    """A server of one bundle. Without `api_keys` it accepts every client."""
 
     bundle: Path
     model: str
@@ -41,9 +41,10 @@ class Settings:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Keys in a file, one a line (`#` begins a comment), or in the environment; () for none.
+    """Read API keys from a file, one a line (`#` begins a comment), or from the environment.
 
-    Raises UsageError where a file holds none: that would let everyone in.
+    Returns () if there is no file and the variable is not set. Raises UsageError if the file has no
+    key, because the server would then accept every client.
     """
     if path is None:
         return tuple(os.environ.get(KEYS_VARIABLE, "").split())
@@ -57,7 +58,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
     if not keys or any(len(key.split()) > 1 for key in keys):
         raise UsageError(
-            f"{path} has no API key, or one with a blank inside; one key a line is expected. "
-            "Leave --api-key-file out to let everyone in."
+            f"{path} has no API key, or a key with a blank inside; one key a line is expected. "
+            "Leave --api-key-file out to accept every client."
         )
     return keys

@@ -1,8 +1,8 @@
-"""A bundle as a model of Triton Inference Server's Python backend. Knows no HTTP and no files.
+"""Serve a bundle as a model of Triton Inference Server's Python backend. Knows nothing about HTTP.
 
-`1/model.py` of a model repository, which `mistralc triton` writes, takes its class from here, out
-of the bundle's own `run.pyz`. The model is decoupled: a request gets a response for each piece of
-text. Requests share the rows of one session, as those of `serve` do.
+`mistralc triton` writes a model repository whose `1/model.py` imports `Model` from the bundle's own
+`run.pyz`. The model is decoupled: each piece of text is a response of its own. Requests share the
+rows of one session, as they do in `serve`.
 
     execute ──▶ scheduler's thread ──▶ queue ──▶ sender's thread ──▶ responses
 """
@@ -31,47 +31,41 @@ from graphs.errors import MistralcError, UsageError
 from runtime.decoding.sampling import Sampled
 from runtime.decoding.sampling_defaults import sampling_params
 from runtime.load import load
-from runtime.scheduling.scheduler import (
-    End,
-    QueueFullError,
-    Request,
-    Scheduler,
-    StoppedError,
-    Ticket,
-)
+from runtime.scheduling.request import End, QueueFullError, Request, StoppedError, Ticket
+from runtime.scheduling.scheduler import Scheduler
 from runtime.system.malloc import one_heap
-from runtime.text.stop_strings import StopStrings
+from runtime.text.text_stream import TextStream
 
-POLL_S = 0.1  # how often all requests are asked whether their clients gave them up
-DRAIN_S = 30.0  # that requests get when the model is unloaded
-PARAMETERS = ("rows", "max_waiting", "max_tokens")  # of config.pbtxt; others are the backend's
+POLL_S = 0.1  # how often each request is checked for cancellation by its client
+DRAIN_S = 30.0  # time for requests to finish when the model is unloaded
+PARAMETERS = ("rows", "max_waiting", "max_tokens")  # in config.pbtxt, beside Triton's own
 
 
 class Stream:
-    """One request's responses. Used by the sender's thread alone, once it was submitted."""
+    """The responses of one request. After submission only the sender's thread uses it."""
 
-    def __init__(self, sender: Any, decoder: Any, stops: Sequence[str]) -> None:
+    def __init__(self, sender: Any, text: TextStream) -> None:
         self.ticket: Ticket | None = None
         self.done = False  # the last response was sent
-        self._sender, self._decoder, self._stops = sender, decoder, StopStrings(stops)
+        self._sender, self._text = sender, text
 
     def cancelled(self) -> bool:
-        """Whether the client has given the request up."""
+        """Whether the client has cancelled the request."""
         return bool(self._sender.is_cancelled())
 
     def take(self, item: Sampled | End) -> None:
-        """Send what a token makes certain, or the end."""
-        if self.done:  # tokens after a stop string, until the scheduler knows of it
+        """Send the text that a token completes, or the last response."""
+        if self.done:  # tokens sampled after a stop string, before the scheduler was told
             return
         if isinstance(item, Sampled):
-            text, stopped = self._stops.push(self._decoder.push(item.token_id))
-            if stopped:
+            text = self._text.push(item.token_id)
+            if self._text.stopped:
                 self._finish(text, "stop")
             elif text:
                 self._sender.send(_response(text, ""))
         elif item.reason in ("stop", "length"):
-            text, stopped = self._stops.push(self._decoder.flush())
-            self._finish(text + self._stops.flush(), "stop" if stopped else item.reason)
+            text = self._text.finish()
+            self._finish(text, "stop" if self._text.stopped else item.reason)
         elif item.error is not None:
             self.fail(f"The model failed: {item.error}", TritonError.INTERNAL)
         else:
@@ -91,37 +85,37 @@ class Stream:
 
 
 class Delivery(NamedTuple):
-    """What came for a stream; None: it has begun."""
+    """A token or End for a stream; None announces a new stream."""
 
     stream: Stream
     item: Sampled | End | None
 
 
 class Model:
-    """One loaded bundle; what `TritonPythonModel` in `1/model.py` is made of."""
+    """One loaded bundle; the implementation of `TritonPythonModel` in `1/model.py`."""
 
     def load(self, bundle: Path, config: Mapping[str, Any]) -> None:
-        """Load the bundle. `config` is `config.pbtxt` as JSON. Raises TritonModelException."""
+        """Load the bundle. `config` is `config.pbtxt` as JSON.
+
+        Raises TritonModelException if the bundle cannot be loaded.
+        """
         numbers = {name: int(config["parameters"][name]["string_value"]) for name in PARAMETERS}
-        self._inputs = [one["name"] for one in config["input"]]
-        self._most = numbers["max_tokens"]
+        self._inputs = [tensor["name"] for tensor in config["input"]]
+        self._max_tokens = numbers["max_tokens"]
         one_heap()
         try:
             loaded = load(bundle, rows=numbers["rows"])
         except MistralcError as error:
             raise TritonModelException(str(error)) from error
         self._tokenizer, self._defaults = loaded.tokenizer, loaded.defaults
-        self._scheduler = Scheduler(
-            loaded.session, loaded.ring,
-            loaded.bundle.manifest.model.vocab_size, max_waiting=numbers["max_waiting"],
-        )  # fmt: skip
+        self._scheduler = Scheduler.of(loaded, max_waiting=numbers["max_waiting"])
         self._queue: SimpleQueue[Delivery | None] = SimpleQueue()
         self._sender = threading.Thread(target=self._send, name="sender", daemon=True)
         self._sender.start()
         self._scheduler.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Submit requests. Their responses follow from another thread, refusals from here."""
+        """Submit requests. Refusals are sent from here, all other responses by the sender."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -132,14 +126,14 @@ class Model:
                 _refuse(sender, str(error), TritonError.INVALID_ARG)
 
     def finalize(self) -> None:
-        """Let requests finish for up to `DRAIN_S`, and end the rest."""
+        """Let requests finish for up to `DRAIN_S` seconds, then cancel the rest."""
         self._scheduler.drain(DRAIN_S)
         self._scheduler.close()
         self._queue.put(None)
         self._sender.join()
 
     def _read(self, request: Any) -> dict[str, Any]:
-        """The inputs that were given, by name; an empty tensor is one that was not."""
+        """Read the given inputs, by name; an empty tensor counts as not given."""
         given: dict[str, Any] = {}
         for name in self._inputs:
             tensor = get_input_tensor_by_name(request, name)
@@ -156,26 +150,27 @@ class Model:
             ids = self._tokenizer.encode_chat(_messages(given.pop("messages")))
         else:
             ids = self._tokenizer.encode(given.pop("prompt"))
-        most, stops = given.pop("max_tokens", self._most), given.pop("stop", [])
-        if not 1 <= most <= self._most:
-            raise UsageError(f"max_tokens is {most}; 1 to {self._most} is expected here.")
-        asked = Request(
+        max_tokens = given.pop("max_tokens", self._max_tokens)
+        if not 1 <= max_tokens <= self._max_tokens:
+            raise UsageError(f"max_tokens is {max_tokens}; 1 to {self._max_tokens} is expected.")
+        stops = given.pop("stop", [])
+        request = Request(
             ids=tuple(ids),
             params=sampling_params(self._defaults, given),
-            max_new_tokens=most,
+            max_new_tokens=max_tokens,
             stop_ids=self._tokenizer.stop_ids,
         )
-        stream = Stream(sender, self._tokenizer.stream(continuation=not chat), stops)
-        stream.ticket = self._scheduler.submit(asked, partial(self._deliver, stream))
+        stream = Stream(sender, TextStream(self._tokenizer, stops, continuation=not chat))
+        stream.ticket = self._scheduler.submit(request, partial(self._deliver, stream))
         self._queue.put(Delivery(stream, None))
 
     def _deliver(self, stream: Stream, item: Sampled | End) -> None:
         self._queue.put(Delivery(stream, item))
 
     def _send(self) -> None:
-        """The sender's thread: a send may wait for the backend, and the scheduler must not."""
+        """Run the sender's thread: sending may block, and the scheduler's thread must not."""
         streams: set[Stream] = set()
-        asked = monotonic()
+        checked = monotonic()
         while True:
             try:
                 delivery = self._queue.get(timeout=POLL_S)
@@ -186,8 +181,8 @@ class Model:
                     return
                 self._take(delivery)
                 streams.add(delivery.stream)
-            if monotonic() - asked >= POLL_S:
-                asked = monotonic()
+            if monotonic() - checked >= POLL_S:
+                checked = monotonic()
                 streams = {stream for stream in streams if not stream.done}
                 for stream in streams:
                     if stream.ticket is not None and stream.cancelled():
@@ -199,15 +194,15 @@ class Model:
             return
         try:
             stream.take(item)
-        except Exception as error:  # this request's own; the others go on
-            with suppress(Exception):  # where the backend no longer knows the request
+        except Exception as error:  # affects this request only
+            with suppress(Exception):  # Triton may no longer know the request
                 stream.fail(f"The answer could not be sent: {error}", TritonError.INTERNAL)
         if stream.done and stream.ticket is not None:
             self._scheduler.cancel(stream.ticket)
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A string as text, and what is a number as it is."""
+    """Decode a string; return a number unchanged."""
     if not isinstance(value, bytes):
         return value
     try:
@@ -217,7 +212,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _messages(text: str) -> list[dict[str, str]]:
-    """The messages of a chat, from JSON."""
+    """Parse the messages of a chat from JSON."""
     try:
         messages = json.loads(text)
         return [
@@ -237,7 +232,7 @@ def _text(value: object) -> str:
 
 
 def _response(text: str, reason: str) -> Any:
-    """A piece of text, and why it was the last; "" while it is not."""
+    """Make a response of one piece of text; `reason` is "" for all but the last."""
     outputs = {"text": text, "finish_reason": reason}
     return InferenceResponse(
         output_tensors=[

@@ -1,8 +1,8 @@
-"""Chat templates: messages in, text and control tokens out. Knows nothing about ids or files.
+"""Render chats with a chat template, to text and control tokens. Knows nothing about token ids.
 
-Templates are Jinja as Hugging Face runs it, in the immutable sandbox, and come from checkpoints:
-they are not trusted to do anything but write text. The messages are not trusted to write control
-tokens; `runtime.text.text_masking` sees to that.
+Templates are Jinja in the dialect of Hugging Face. They come from checkpoints, so they run in the
+immutable sandbox and may only write text. Messages must not be able to write control tokens:
+`runtime.text.text_masking` prevents it.
 """
 
 import json
@@ -19,7 +19,7 @@ from jinja2.parser import Parser
 
 from graphs.errors import MistralcError, UsageError
 from runtime.text import text_masking
-from runtime.text.template_sandbox import Sandbox, bounded, bounded_call
+from runtime.text.template_sandbox import Sandbox, limit_arguments, limit_output
 from runtime.text.text_masking import Mask
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -27,14 +27,14 @@ _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A stretch of a rendered chat: a control token of the template's, or text."""
+    """A part of a rendered chat: a control token written by the template, or text."""
 
     text: str
     control: bool
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what a model wrote, for training; here it changes nothing."""
+    """`{% generation %}` marks the model's text for training; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
 
@@ -48,7 +48,7 @@ class _Refusal(Exception):  # noqa: N818  (it never leaves this file)
 
 
 class ChatTemplate:
-    """One compiled template. Raises `MistralcError` where its syntax is wrong."""
+    """One compiled template. Raises MistralcError if its syntax is wrong."""
 
     def __init__(
         self, source: str, *, control_tokens: Collection[str], variables: Mapping[str, Any]
@@ -60,17 +60,17 @@ class ChatTemplate:
             autoescape=False,  # the output is a prompt, not HTML
         )
         environment.concat = _join  # type: ignore[method-assign]
-        environment.filters["tojson"] = bounded_call(_to_json)
+        environment.filters["tojson"] = limit_arguments(_to_json)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
-        except Exception as error:  # constants are computed here, too
-            what = _brief(str(getattr(error, "message", error)))
+        except Exception as error:  # compiling evaluates constants too
+            reason = _brief(str(getattr(error, "message", error)))
             raise MistralcError(
-                f"The chat template does not compile: {what} (line "
-                f"{getattr(error, 'lineno', '?')} of the template). A Jinja template as Hugging "
-                "Face's is expected; correct `chat_template` in tokenizer_config.json."
+                f"The chat template does not compile: {reason} (line "
+                f"{getattr(error, 'lineno', '?')} of the template). A Jinja template in Hugging "
+                "Face's dialect is expected; correct `chat_template` in tokenizer_config.json."
             ) from error
         longest_first = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -84,9 +84,12 @@ class ChatTemplate:
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[Part, ...]:
-        """The chat, cut at the control tokens that the template wrote."""
-        written = [*text_masking.strings_in(messages), *text_masking.strings_in(tools)]
-        mask = Mask(self._alphabet, written)
+        """Return the chat, split at the control tokens that the template wrote.
+
+        Raises UsageError if the template refuses the messages, MistralcError if it fails.
+        """
+        strings = [*text_masking.strings_in(messages), *text_masking.strings_in(tools)]
+        mask = Mask(self._alphabet, strings)
         masked = [_masked(message, mask) for message in messages]
         try:
             text = self._template.render(
@@ -107,7 +110,7 @@ class ChatTemplate:
                 f"The chat template was stopped: {_brief(str(error))}. A template may only write "
                 "text; do not use this checkpoint's template unless you know why it does more."
             ) from error
-        except Exception as error:  # whatever an expression of the template's runs into
+        except Exception as error:  # anything an expression in the template can raise
             raise MistralcError(
                 f"The chat template fails on these messages: {type(error).__name__}: "
                 f"{_brief(mask.reveal(str(error)))}. Messages with `role` and `content` are "
@@ -128,7 +131,7 @@ class ChatTemplate:
 
 
 def _masked(message: Mapping[str, Any], mask: Mask) -> dict[str, Any]:
-    """A message with everything masked but its role, which templates build tokens from."""
+    """Mask everything in a message but its role, from which templates build control tokens."""
     role = message.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
         raise UsageError(
@@ -139,11 +142,11 @@ def _masked(message: Mapping[str, Any], mask: Mask) -> dict[str, Any]:
 
 
 def _join(parts: Iterable[str]) -> str:
-    return text_masking.join(bounded(parts))
+    return text_masking.join(limit_output(parts))
 
 
 def _brief(message: str) -> str:
-    """What a template or Python says about it, on one line and not longer than one can read."""
+    """Shorten an error of the template or of Python to one line of at most 300 characters."""
     line = " ".join(message.split())
     return line if len(line) <= 300 else line[:297] + "..."
 
@@ -163,7 +166,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as Hugging Face's templates expect it: characters as they are, nothing escaped."""
+    """Write JSON as Hugging Face's templates expect it, with no character escaped for HTML."""
     dumps: Callable[..., str] = json.dumps
     options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -1,7 +1,7 @@
-"""Token ids to text, all at once or as they arrive. Knows nothing about encoding or chats.
+"""Decode token ids to text, all at once or one by one. Knows nothing about encoding or chats.
 
-Every token stands for bytes; the text is those bytes read as UTF-8. A token's bytes depend on
-nothing but its id, so a stream costs the same for its millionth token as for its first.
+Every token stands for bytes, and the text is those bytes decoded as UTF-8. A token's bytes depend
+only on its id, so the millionth token of a stream costs as much as the first.
 """
 
 import codecs
@@ -22,10 +22,10 @@ _NEUTRAL = {"Sequence", "Fuse"}
 
 @lru_cache(maxsize=1)
 def byte_characters() -> Mapping[int, str]:
-    """The character that stands for each byte in a byte-level vocabulary.
+    """Return the character that stands for each byte in a byte-level vocabulary.
 
-    Printable Latin-1 stands for itself; the other 68 bytes follow from U+0100 on, in order
-    (Radford et al. 2019, the GPT-2 encoder).
+    Printable Latin-1 characters stand for themselves, the other 68 bytes for the characters from
+    U+0100 on, in order (Radford et al. 2019, the GPT-2 encoder).
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
@@ -35,20 +35,23 @@ def byte_characters() -> Mapping[int, str]:
 
 
 class Detokenizer:
-    """Bytes of every token of one `tokenizers.Tokenizer`; special tokens stand for none."""
+    """The bytes of each token of a `tokenizers.Tokenizer`; special tokens have none.
+
+    Raises MistralcError if the tokenizer's decoder is of a kind not supported here.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, special_ids: frozenset[int]) -> None:
         state = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else None
         steps = list(_steps(state))
         kinds = {step["type"] for step in steps}
         unknown = kinds - _NEUTRAL - {"ByteLevel", "ByteFallback", "Metaspace", "Replace", "Strip"}
-        odd = [step for step in steps if not _understood(step)]
-        if unknown or odd or not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            got = ", ".join(sorted(unknown)) or json.dumps(odd or state)
+        unsupported = [step for step in steps if not _is_supported(step)]
+        if unknown or unsupported or not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            got = ", ".join(sorted(unknown)) or json.dumps(unsupported or state)
             raise MistralcError(
                 f"The tokenizer's decoder is {got}; a byte-level or a SentencePiece-like one "
                 "(ByteLevel, or Metaspace, ByteFallback, Replace, Strip) is expected. "
-                "Check the checkpoint's tokenizer.json: it is not one of a Mistral-like model."
+                "Check the checkpoint's tokenizer.json: it is not that of a Mistral-like model."
             )
         self._tokenizer = tokenizer
         self._byte_level = "ByteLevel" in kinds
@@ -60,23 +63,23 @@ class Detokenizer:
         self._cache: dict[int, bytes] = {}
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What one token stands for; an id that the vocabulary lacks stands for nothing."""
+        """Return the bytes of one token; none for an id outside the vocabulary."""
         known = self._cache.get(token_id)
         if known is None:
             known = self._cache[token_id] = self._look_up(token_id)
         return known
 
     def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
-        """The text of `ids`; broken UTF-8 becomes U+FFFD."""
+        """Return the text of `ids`; invalid UTF-8 becomes U+FFFD."""
         stream = self.stream(continuation=continuation)
         data = b"".join(map(self.bytes_of, ids))
         return stream.accept(data.decode("utf-8", errors="replace"))
 
     def stream(self, *, continuation: bool = False) -> "StreamDecoder":
-        """A decoder for ids that arrive one at a time.
+        """Return a decoder for ids that arrive one at a time.
 
-        `continuation` keeps the space that SentencePiece puts before a text's first word: it
-        belongs to text that goes on from something already written.
+        `continuation` keeps the space that SentencePiece puts before the first word: it belongs
+        there if the text continues another.
         """
         return StreamDecoder(self, drops_space=self._drops_space and not continuation)
 
@@ -98,7 +101,7 @@ class Detokenizer:
 
 
 class StreamDecoder:
-    """Text of tokens as they arrive. What `push` and `flush` return, joined, is `decode(ids)`."""
+    """Decodes tokens as they arrive; the joined results of `push` and `flush` are `decode(ids)`."""
 
     def __init__(self, detokenizer: Detokenizer, *, drops_space: bool) -> None:
         self._detokenizer = detokenizer
@@ -106,15 +109,15 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; often none inside a character's bytes."""
+        """Return the characters that this token completes; none within a multi-byte character."""
         return self.accept(self._utf8.decode(self._detokenizer.bytes_of(token_id)))
 
     def flush(self) -> str:
-        """What an unfinished character leaves behind: U+FFFD, or nothing."""
+        """Return U+FFFD if the last character is unfinished, else nothing."""
         return self.accept(self._utf8.decode(b"", final=True))
 
     def accept(self, text: str) -> str:
-        """`text`, without the space that stands before the very first word."""
+        """Return `text`, without the space before the first word if that is to be dropped."""
         if text and self._drops_space:
             self._drops_space = False
             return text.removeprefix(" ")
@@ -122,14 +125,14 @@ class StreamDecoder:
 
 
 def _steps(decoder: Any) -> Iterator[dict[str, Any]]:
-    """The decoder's steps, with its sequences opened."""
+    """Yield the decoder's steps, those inside sequences included."""
     if decoder is not None:
         yield decoder
         for inner in decoder.get("decoders", ()):
             yield from _steps(inner)
 
 
-def _understood(step: Mapping[str, Any]) -> bool:
+def _is_supported(step: Mapping[str, Any]) -> bool:
     match step:
         case {"type": "Replace", "pattern": pattern, "content": content}:
             return bool(pattern == {"String": _SPACE} and content == " ")

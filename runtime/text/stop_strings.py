@@ -1,14 +1,14 @@
-r"""Finds stop strings in streamed text. Knows nothing about tokens or where the text comes from.
+r"""Find stop strings in streamed text. Knows nothing about tokens.
 
-A stop string may lie across pieces, so the text that could be its beginning is held back until
-the next characters decide. With the stops "<end>" and "\n\n":
+A stop string may be spread over several pieces, so text that could be its beginning is held back
+until the next characters decide. With the stop strings "<end>" and "\n\n":
 
     push("Hello <e")   ->  "Hello "       "<e" could become "<end>"
     push("m>\n")       ->  "<em>"         it did not; the line break could become "\n\n"
-    push("\nmore")     ->  "", stopped    it did: neither it nor what follows is text
+    push("\nmore")     ->  "", stopped    it did, so the line breaks and the rest are dropped
 
-The stop that is complete first wins; of two complete at the same character, the longer. That
-is what reading character by character finds, so how the text is cut into pieces never matters.
+The stop string that is complete first wins; if two are complete at the same character, the longer
+one. The result is the same however the text is cut into pieces.
 """
 
 from collections import deque
@@ -19,35 +19,35 @@ from graphs.errors import UsageError
 
 
 class Pushed(NamedTuple):
-    """Text that is certain, possibly empty, and whether a stop string ended it."""
+    """Text that can be sent, possibly empty, and whether a stop string ended it."""
 
     text: str
     stopped: bool
 
 
 class StopStrings:
-    """Where one stream stands with respect to its stop strings.
+    """Finds the first stop string in one stream. Raises UsageError if one of them is empty.
 
-    An Aho-Corasick automaton (CACM 18(6), 1975): a state is a beginning of some stop string, the
-    longest one that the text so far ends with. So the held-back text is the state's own spelling
-    and each character costs amortized constant time, however long the stops are.
+    An Aho-Corasick automaton (CACM 18(6), 1975): a state is the longest beginning of a stop string
+    that the text so far ends with. So the state spells the text that is held back, and each
+    character takes amortized constant time, however long the stop strings are.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str):
             raise UsageError(
-                f"The stop strings are the single text {stops!r}; a list of texts is expected. "
+                f"The stop strings are the single string {stops!r}; a list of strings is expected. "
                 "Put it in a list."
             )
         if "" in stops:
             raise UsageError(
                 "A stop string is empty; it would end every text before it begins. At least one "
-                "character is expected: leave the option out to stop at nothing."
+                "character is expected; leave the option out to have no stop string."
             )
-        self.matched: str | None = None  # the stop string that was met
+        self.matched: str | None = None  # the stop string that ended the text
         self._next: list[dict[str, int]] = [{}]  # the trie: state -> character -> state
-        self._spelling: list[str] = [""]  # a stop string that begins with this state's text
-        self._depth: list[int] = [0]  # characters of it
+        self._spelling: list[str] = [""]  # a stop string that begins with the state's text
+        self._depth: list[int] = [0]  # length of the state's text
         self._found: list[str | None] = [None]  # the longest stop string that ends here
         for stop in stops:
             self._add(stop)
@@ -56,9 +56,9 @@ class StopStrings:
         self._state = 0
 
     def push(self, text: str) -> Pushed:
-        """Take the next piece of text; return what can no longer become part of a stop string.
+        """Take the next piece; return the text that cannot become part of a stop string any more.
 
-        After a stop every piece gives ("", True).
+        After a stop string the result is always ("", True).
         """
         if self.matched is not None:
             return Pushed("", True)
@@ -72,7 +72,7 @@ class StopStrings:
         return Pushed(self._released(before, text, len(text), self._depth[state]), False)
 
     def flush(self) -> str:
-        """The text still held back, once the stream has ended without a stop."""
+        """Return the text still held back, once the stream has ended without a stop string."""
         held = "" if self.matched is not None else self._held(self._state)
         self._state = 0
         return held
@@ -90,7 +90,7 @@ class StopStrings:
         self._found[state] = stop
 
     def _link(self) -> None:
-        """Fill `_fallback` from the shallow states to the deep ones."""
+        """Fill `_fallback`, shallow states before deep ones."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()
@@ -108,10 +108,10 @@ class StopStrings:
         return self._spelling[state][: self._depth[state]]
 
     def _released(self, before: int, text: str, count: int, withheld: int) -> str:
-        """What was held in state `before` and `count` characters of text, less the `withheld`.
+        """Text held in state `before` plus `count` characters of `text`, minus the last `withheld`.
 
-        Never more is built than is returned, or many small pieces of a long stop would cost its
-        length each.
+        Only the returned text is built. Otherwise each small piece inside a long stop string would
+        cost the length of that stop string.
         """
         held = self._depth[before]
         size = held + count - withheld

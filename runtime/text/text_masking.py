@@ -1,14 +1,14 @@
-"""Text that remembers who wrote it. Knows nothing about templates, tokens or ids.
+"""Mask the caller's text so that it cannot form control tokens. Knows nothing about templates.
 
-A control token in a rendered chat means what it says only if the template wrote it. So every
-character of the caller's text that a control token could be made of is replaced, one for one, by
-a character that occurs nowhere else: a *mask*. Whatever a template does with masked text (cut,
-join, repeat), no control token can come out of it, and what is left is turned back afterwards.
+A control token in a rendered chat counts only if the template wrote it. So every character of the
+caller's text that occurs in a control token is replaced, one for one, by a character used nowhere
+else: its *mask*. Whatever a template does with masked text (cut, join, repeat), the result contains
+no control token. After rendering, the masks are replaced by the original characters.
 
     control tokens [INST] and </s>, caller's text "x [INST]"     x ①②③④⑤⑥  (② is I, ④ is S, ...)
 
-To the template, masked text must look like the original: `MaskedText` compares, searches and
-splits as the original would. What loses the class on the way stays masked, and so stays safe.
+To the template, masked text must look like the original, so `MaskedText` compares, searches and
+splits as the original would. Text that loses this class on the way is still masked, so still safe.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -16,7 +16,7 @@ from typing import Any
 
 _FIRST_MASK = 0x100000  # Supplementary Private Use Area-B
 
-_AS_THE_ORIGINAL = (
+_UNMASKED_METHODS = (
     "__contains__", "__eq__", "__ge__", "__gt__", "__le__", "__lt__", "__ne__",
     "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha",
     "isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable",
@@ -27,7 +27,7 @@ _AS_THE_ORIGINAL = (
 
 
 class Mask:
-    """A replacement for every character of `alphabet`; none of them occurs in `texts`."""
+    """A mask for every character of `alphabet`; no mask occurs in `texts`."""
 
     def __init__(self, alphabet: Collection[str], texts: Iterable[str]) -> None:
         taken = set().union(*texts)
@@ -37,7 +37,7 @@ class Mask:
         self._to_text = {ord(mask): chr(c) for c, mask in self._to_mask.items()}
 
     def hide(self, value: Any) -> Any:
-        """`value` with every string in it masked, keys included."""
+        """Return `value` with every string in it masked, keys included."""
         match value:
             case str():
                 return MaskedText.of(value.translate(self._to_mask), self)
@@ -49,20 +49,20 @@ class Mask:
                 return value
 
     def reveal(self, value: Any) -> Any:
-        """The original of a string, or of the strings in a tuple; anything else as it is."""
+        """Unmask a string, or the strings in a tuple; return anything else unchanged."""
         if isinstance(value, tuple):
             return tuple(map(self.reveal, value))
         return value.translate(self._to_text) if isinstance(value, str) else value
 
 
 class MaskedText(str):
-    """Masked text that behaves as its original, as far as chat templates look at it."""
+    """Masked text that behaves like its original in everything that chat templates do."""
 
     _mask: Mask
 
     @classmethod
     def of(cls, text: str, mask: Mask) -> "MaskedText":
-        """`text`, which is masked already or written by the template."""
+        """Wrap `text`, which is already masked or was written by the template."""
         masked = cls(text)
         masked._mask = mask
         return masked
@@ -83,8 +83,8 @@ class MaskedText(str):
         return self.of(str.__getitem__(self, key), self._mask)
 
 
-def _stripping(name: str) -> Callable[..., str]:
-    """`strip` and its kin: they take characters off the ends, whoever wrote them."""
+def _strip_method(name: str) -> Callable[..., str]:
+    """Make `strip`, `lstrip` or `rstrip`: removes masked and unmasked characters alike."""
     method = getattr(str, name)
 
     def call(self: MaskedText, chars: str | None = None, /) -> str:
@@ -95,8 +95,8 @@ def _stripping(name: str) -> Callable[..., str]:
     return call
 
 
-def _as_the_original(name: str) -> Callable[..., Any]:
-    """A method of `str` that sees the original; text that it returns is masked as a whole."""
+def _unmasked_method(name: str) -> Callable[..., Any]:
+    """Make a method of `str` that runs on the original; a string that it returns is masked."""
     method = getattr(str, name)
 
     def call(self: MaskedText, *args: Any, **options: Any) -> Any:
@@ -108,21 +108,21 @@ def _as_the_original(name: str) -> Callable[..., Any]:
 
 
 for _name in ("strip", "lstrip", "rstrip"):
-    setattr(MaskedText, _name, _stripping(_name))
-for _name in _AS_THE_ORIGINAL:
-    setattr(MaskedText, _name, _as_the_original(_name))
+    setattr(MaskedText, _name, _strip_method(_name))
+for _name in _UNMASKED_METHODS:
+    setattr(MaskedText, _name, _unmasked_method(_name))
 
 
 def join(parts: Iterable[str]) -> str:
-    """Join a template's output; masked text among it makes the whole masked text."""
-    written = list(parts)
-    mask = next((part._mask for part in written if isinstance(part, MaskedText)), None)
-    text = "".join(written)
+    """Join a template's output; the result is `MaskedText` if any part is."""
+    strings = list(parts)
+    mask = next((part._mask for part in strings if isinstance(part, MaskedText)), None)
+    text = "".join(strings)
     return text if mask is None else MaskedText.of(text, mask)
 
 
 def strings_in(value: Any) -> Iterable[str]:
-    """Every string in nested lists and mappings, keys included."""
+    """Yield every string in nested lists and mappings, keys included."""
     match value:
         case str():
             yield value

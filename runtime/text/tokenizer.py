@@ -1,8 +1,8 @@
-"""Text and chats to token ids and back. Knows nothing about models or checkpoints' layouts.
+"""Encode text and chats to token ids, and decode ids. Knows nothing about checkpoints.
 
-Reads the three tokenizer files of a bundle. A caller's text never becomes a control token: not
-in `encode`, where control tokens are spelled out as text, and not in a chat, where only those
-count that the template itself wrote.
+Reads the three tokenizer files of a bundle. The caller's text never becomes a control token:
+`encode` treats control tokens as plain text, and in a chat only the control tokens written by the
+template itself count.
 """
 
 import json
@@ -27,9 +27,9 @@ _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 class Tokenizer:
     """A bundle's tokenizer.
 
-    `tokenizer_config` holds `bos_token_id`, `add_bos_token`, `chat_template` and the tokens that
-    templates name; `generation_config` holds `eos_token_id`, a list. Raises MistralcError where one
-    of them is of another type.
+    `tokenizer_config` has `bos_token_id`, `add_bos_token`, `chat_template` and the tokens that
+    templates name; `generation_config` has `eos_token_id`, a list. Raises MistralcError if one of
+    them has the wrong type.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Tokenizer:
         _check_settings(tokenizer_config, generation_config)
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True  # they are text wherever a caller wrote them
+        backend.encode_special_tokens = True  # in a caller's text they are plain text
         self._backend = backend
         self._config = dict(tokenizer_config)
         self.bos_id: int | None = self._config.get("bos_token_id")
@@ -61,7 +61,7 @@ class Tokenizer:
                 texts[name] = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise MistralcError(
-                    f"{path} cannot be read ({error}); a bundle's tokenizer is the three files "
+                    f"{path} cannot be read ({error}); a bundle's tokenizer consists of the files "
                     "tokenizer.json, tokenizer_config.json and generation_config.json. Export "
                     "the bundle again."
                 ) from error
@@ -72,25 +72,25 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
-        """Ids of plain text; `add_bos` puts the BOS first if the checkpoint wants one at all."""
+        """Return the ids of plain text; `add_bos` adds BOS if the checkpoint uses it."""
         ids = self._encode_text(self._backend, text)
         if add_bos and self.bos_id is not None and self._config.get("add_bos_token"):
             return [self.bos_id, *ids]
         return ids
 
     def decode(self, ids: Iterable[int], *, continuation: bool = False) -> str:
-        """Text of ids, control tokens left out.
+        """Return the text of ids, without control tokens.
 
-        `continuation` keeps the leading space of a text that goes on from an earlier one.
+        `continuation` keeps the leading space of a text that continues another.
         """
         return self._detokenizer.decode(ids, continuation=continuation)
 
     def stream(self, *, continuation: bool = False) -> StreamDecoder:
-        """A decoder for ids that arrive one by one; all it returns, joined, is `decode(ids)`."""
+        """Return a decoder for ids that arrive one by one; its joined results are `decode(ids)`."""
         return self._detokenizer.stream(continuation=continuation)
 
     def bytes_of(self, token_id: int) -> bytes:
-        """What one token stands for: none for control tokens, perhaps half a character."""
+        """Return the bytes of one token: none for control tokens, sometimes part of a character."""
         return self._detokenizer.bytes_of(token_id)
 
     def encode_chat(
@@ -100,7 +100,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Messages | None = None,
     ) -> list[int]:
-        """Ids of a chat, BOS included where the template writes one."""
+        """Return the ids of a chat, with BOS if the template writes it."""
         parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         ids: list[int] = []
         for before, part, after in zip((None, *parts), parts, (*parts[1:], None), strict=False):
@@ -123,7 +123,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         tools: Messages | None = None,
     ) -> str:
-        """The chat as the template writes it, to look at: encoding needs `encode_chat`."""
+        """Return the chat as text, for display only; `encode_chat` gives the ids to run."""
         parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         return "".join(part.text for part in parts)
 
@@ -136,15 +136,14 @@ class Tokenizer:
 
     @cached_property
     def chat_template(self) -> "ChatTemplate":
-        """The compiled template. Raises `MistralcError` where there is none or it is wrong."""
-        from runtime.text.chat_template import (
-            ChatTemplate,  # 0.1 s of imports that plain text can do without
-        )
+        """The compiled template. Raises MistralcError if there is none or it is not valid."""
+        # Imported here: it takes 0.1 s, which plain text does not need.
+        from runtime.text.chat_template import ChatTemplate
 
         source = self._config.get("chat_template")
         if source is None:
             raise MistralcError(
-                "The bundle has no chat template, so messages cannot be written the way the "
+                "The bundle has no chat template, so messages cannot be formatted the way the "
                 "model expects; its checkpoint has none either. Give it plain text instead, or "
                 "export a checkpoint that is trained for chat."
             )
@@ -160,7 +159,7 @@ class Tokenizer:
         return {token.content: i for i, token in self._added.items() if token.special}
 
     def _read_added_tokens(self) -> dict[int, tokenizers.AddedToken]:
-        """The added tokens; what begins or ends a text is special, whatever the file says."""
+        """Read the added tokens. BOS and EOS are special, even if the file says otherwise."""
         added = self._backend.get_added_tokens_decoder()
         ends = self.stop_ids if self.bos_id is None else self.stop_ids | {self.bos_id}
         for i in ends & added.keys():
@@ -173,7 +172,7 @@ class Tokenizer:
     def _backend_inside(self) -> tokenizers.Tokenizer:
         """The tokenizer for text after a control token.
 
-        Differs only where Metaspace puts a space before the first word of all (`first`).
+        It differs only if Metaspace puts a space before the first word of the whole text (`first`).
         """
         pre_tokenizer = self._backend.pre_tokenizer
         if not pre_tokenizer or not _never_prepend(json.loads(pre_tokenizer.__getstate__())):
@@ -197,18 +196,21 @@ class Tokenizer:
             if type(error).__name__ != "PanicException":  # Rust's, which cannot be imported
                 raise
             raise MistralcError(
-                f"The tokenizer breaks down on the text {text[:40]!r} ({error}): its vocabulary is "
-                "not one that the `tokenizers` package can work with. Get the checkpoint's "
-                "tokenizer again, or update tokenizers."
+                f"The tokenizer fails on the text {text[:40]!r} ({error}): the `tokenizers` "
+                "package does not support its vocabulary. Get the checkpoint's tokenizer again, or "
+                "update tokenizers."
             ) from error
         return ids
 
 
 def parse_tokenizer(text: str, origin: str) -> tokenizers.Tokenizer:
-    """The tokenizer in a `tokenizer.json`; `origin` names it in errors."""
+    """Parse a `tokenizer.json`. `origin` names it in errors.
+
+    Raises MistralcError if the `tokenizers` library cannot read it.
+    """
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the package raises Exception itself
+    except Exception as error:  # the library raises plain Exceptions
         raise MistralcError(
             f"{origin} cannot be read as a tokenizer ({error!s:.300}). A tokenizer.json of the "
             "`tokenizers` library is expected; the file is damaged or cut short: get it again."
@@ -229,7 +231,7 @@ def _parse_object(text: str, path: Path) -> dict[str, Any]:
 
 
 def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
-    """Raise MistralcError for the first setting that is not of the type it is used as."""
+    """Raise MistralcError for the first setting of the wrong type."""
     texts = (*_TEMPLATE_TOKENS, "chat_template")
     bos, stops = config.get("bos_token_id"), generation.get("eos_token_id", ())
     wrong = {name: "text" for name in texts if not isinstance(config.get(name), str | None)}
@@ -249,12 +251,12 @@ def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) ->
 
 
 def is_token_id(value: object) -> bool:
-    """Whether `value` can be a token's id: a whole number that the backend can take."""
+    """Whether `value` can be a token id: an integer in the backend's range."""
     return type(value) is int and 0 <= value < 2**31
 
 
 def _never_prepend(pre_tokenizer: Any) -> bool:
-    """Turn `first` into `never` in every Metaspace; whether there was one."""
+    """Change `first` to `never` in every Metaspace; returns whether there was one."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     first = [step for step in steps if step.get("prepend_scheme") == "first"]
     for step in first:

@@ -20,21 +20,18 @@ from exporter import export as exporting
 from exporter.checkpoint.open import open_checkpoint
 from exporter.engine import audit as auditing
 from exporter.engine.audit import Audit, LayerInfo
-from exporter.engine.build import (
-    BuildRequest,
-    EngineOptions,
-    Phases,
-    Plan,
-    build_engine,
-    capacities,
-    profile_shapes,
-)
-from exporter.export import ExportOptions, export
+from exporter.engine.builder import profile_shapes
+from exporter.engine.process import build_engine
+from exporter.engine.progress import Phases
+from exporter.engine.request import BuildRequest, EnginePlan
+from exporter.export import export
+from exporter.options import EngineOptions, ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
+from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import specialize
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.quant_scheme import default_scheme, groups
 from graphs.spec import RingSpec
@@ -53,6 +50,7 @@ SPEC = tiny_spec(
     num_key_value_heads=2, head_dim=64, window=13,
 )  # fmt: skip  # 9 million weights, so that a plan that stores them twice is seen
 RING = RingSpec(chunk=64, context=1)
+CONTRACT = GraphContract(spec=SPEC, ring=RING, activation="float16")
 
 pytestmark = pytest.mark.usefixtures("kept_traces")
 
@@ -77,17 +75,17 @@ def engine(
 def graph(directory: Path, activation: Dtype = "float16", target: str = "rtx") -> ir.Model:
     """The graph that an engine of SPEC is built from, as `directory`/model.onnx."""
     model = tiny.traced(SPEC, activation)
-    specialize(model, capacities(SPEC, RING))
+    fix_dimensions(model, CONTRACT.capacities)
     lower(model, SPEC, target)
     ir.save(tiny.fill(model, SPEC), directory / "model.onnx")
     return model
 
 
-def build(directory: Path, options: EngineOptions | None = None, **changed: Any) -> Plan:
+def build(directory: Path, options: EngineOptions | None = None, **changed: Any) -> EnginePlan:
     """Compile the `model.onnx` of `directory` into `engine.plan` beside it."""
     request = BuildRequest(
-        graph=directory / "model.onnx", plan=directory / "engine.plan", spec=SPEC, ring=RING,
-        activation="float16", target="rtx", options=options or EngineOptions(),
+        graph=directory / "model.onnx", plan=directory / "engine.plan", contract=CONTRACT,
+        target="rtx", options=options or EngineOptions(),
     )  # fmt: skip
     return build_engine(replace(request, **changed))
 
@@ -130,6 +128,19 @@ def test_the_same_graph_gives_the_same_plan_bit_for_bit(tmp_path: Path) -> None:
     assert plans[0] == plans[1]
 
 
+def test_the_plan_does_not_depend_on_the_modules_that_were_imported_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for modules in ("json", "decimal, email.message, html.parser, http.client, xml.dom.minidom"):
+        (tmp_path / "sitecustomize.py").write_text(f"import {modules}\n", encoding="utf-8")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        graph(tmp_path)
+        build(tmp_path)
+        plans.append((tmp_path / "engine.plan").read_bytes())
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_engine_bundles_of_one_checkpoint_are_equal_byte_for_byte_across_processes(
     precision: str, checkpoint: Path, tmp_path: Path
@@ -165,7 +176,7 @@ def test_without_folded_groups_the_audit_sees_the_ring_repeated(tmp_path: Path) 
     model = graph(tmp_path, target="portable")
     plan = build(tmp_path)
     weights = 2 * SPEC.num_parameters
-    found = auditing.audit(plan, model.graph, SPEC, RING, "float16", weights)
+    found = auditing.audit(plan, model.graph, CONTRACT, weights)
     assert found.caches_repeated == found.caches
     assert found.attention_fused == found.attention
 
@@ -175,7 +186,7 @@ def test_two_profiles_store_some_weights_twice_and_the_audit_says_so(tmp_path: P
     options = EngineOptions(two_profiles=True)
     plan = build(tmp_path, options)
     weights = 2 * SPEC.num_parameters
-    found = auditing.audit(plan, model.graph, SPEC, RING, "float16", weights)
+    found = auditing.audit(plan, model.graph, CONTRACT, weights)
     assert [fault for fault in found.faults if "times the bytes of the weights" in fault]
 
 
@@ -347,7 +358,7 @@ def test_the_command_says_what_it_built_and_inspect_shows_the_audit(
     ("arguments", "words"),
     [
         (("--target", "rtx", "--precision", "fp32"), "fp16, bf16"),
-        (("--target", "cpu", "--two-profiles"), "which has none"),
+        (("--target", "cpu", "--two-profiles"), "which builds none"),
         (("--target", "rtx", "--chunk", "8"), "at least 64"),
     ],
 )

@@ -1,8 +1,8 @@
-"""Logits of tiny random models against Hugging Face transformers, and against a dense reference.
+"""Compare logits of tiny random models with Hugging Face transformers and a dense reference.
 
-Every model is a checkpoint on disk that both sides read for themselves. The whole grid of the
-architecture's options runs on transformers; what it cannot express (windows that differ between
-layers) runs on a reference of a few lines in float64.
+Every model is a checkpoint on disk that both sides read independently. The full grid of the
+architecture's options is compared with transformers; windows that differ between layers, which
+transformers cannot express, are compared with a short reference in float64.
 """
 
 import json
@@ -27,16 +27,16 @@ from tests.support.make_checkpoint import hf_config, tiny_spec, write_checkpoint
 TARGETS = ("portable", "cpu")
 
 TOLERANCE = 5e-5
-"""Logits of these models reach 4, and float32 sums in another order were seen to move them by up
-to 7e-6. The smallest mistake tried below moves them by 1.5e-2. The 2e-4 that is promised lies
-between; a quarter of it leaves room for other processors' order of summation and no more.
+"""Logits of these models reach 4. Summing float32 in a different order was measured to change them
+by up to 7e-6, and the smallest mistake tried below changes them by 1.5e-2. The documented promise
+of 2e-4 is in between; a quarter of it leaves room for the summation order of other processors.
 """
 
 HEADS, HIDDEN, SQUARE, WIDE = 8, 64, 8, 12  # SQUARE * HEADS = HIDDEN, WIDE * HEADS does not
 
 
 def grid_spec(ratio: int, window: int | None, head_dim: int, *, tied: bool = False) -> ModelSpec:
-    """One layer, as tracing is what takes long: `test_smollm2.py` has thirty, tests below two."""
+    """One layer, because tracing is slow; tests below have two, `test_smollm2.py` has thirty."""
     return tiny_spec(
         vocab_size=64, hidden_size=HIDDEN, num_attention_heads=HEADS,
         num_key_value_heads=HEADS // ratio, head_dim=head_dim, window=window,
@@ -55,19 +55,19 @@ CASES = [
 
 
 def ring_for(spec: ModelSpec) -> Ring:
-    """Odd chunks, so that pieces end anywhere; a full-attention ring as long as the text."""
+    """Return a ring with odd chunks, or with full attention one as long as the text."""
     return Ring(spec, RingSpec(chunk={None: 16, 5: 3, 16: 7}[spec.windows[0]], context=160))
 
 
 def turns_for(count: int) -> list[int]:
-    """A long prompt, one-token steps, another prompt, one-token steps again."""
+    """Split `count` tokens: a long prompt, one-token steps, another prompt, one-token steps."""
     return [count // 3, *[1] * 11, count // 3, *[1] * (count - 2 * (count // 3) - 11)]
 
 
 def transformers_logits(
     path: Path, ids: tiny.Ids, family: type[LlamaForCausalLM] | type[MistralForCausalLM]
 ) -> tiny.Logits:
-    """Logits [n, V] of the checkpoint at `path`, whole text at once, without a cache."""
+    """Return the checkpoint's logits [n, V] for the whole text at once, without a cache."""
     model = family.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
@@ -103,14 +103,14 @@ def test_decoder_and_both_graphs_agree_with_transformers_over_ten_windows(
 
 
 @pytest.mark.parametrize("window", [5, 16])
-def test_the_reference_really_slides(window: int, tmp_path: Path):
-    """Else the grid would compare full attention with full attention."""
+def test_the_reference_uses_the_window(window: int, tmp_path: Path):
+    """Otherwise the grid would compare full attention with full attention."""
     spec = grid_spec(2, window, SQUARE)
     ids = tiny.tokens(spec, 3 * window)
     sliding = transformers_logits(write_checkpoint(tmp_path / "w", spec), ids, MistralForCausalLM)
     full_spec = grid_spec(2, None, SQUARE)
     full = transformers_logits(write_checkpoint(tmp_path / "f", full_spec), ids, MistralForCausalLM)
-    assert difference(sliding[:window], full[:window]) <= TOLERANCE  # nothing is forgotten yet
+    assert difference(sliding[:window], full[:window]) <= TOLERANCE  # no key has left it yet
     assert (np.abs(sliding[window:] - full[window:]).max(-1) > 100 * TOLERANCE).all()
 
 
@@ -119,7 +119,7 @@ def test_the_reference_really_slides(window: int, tmp_path: Path):
     [{"window": 4}, {"window": 6}, {"rope_theta": 9_000.0}, {"rms_norm_eps": 1e-2}],
     ids=lambda change: next(iter(change)),
 )
-def test_a_model_that_is_a_little_wrong_is_far_outside_the_tolerance(change: dict[str, float]):
+def test_a_small_mistake_in_the_model_is_far_outside_the_tolerance(change: dict[str, float]):
     spec = grid_spec(2, 5, SQUARE)
     ids = tiny.tokens(spec, 50)
     base = spec.to_json() | {"rope_scaling": None}
@@ -140,7 +140,7 @@ LLAMA3 = RopeScaling(
 
 
 def write_llama(directory: Path, spec: ModelSpec) -> Path:
-    """A checkpoint that calls itself Llama, which has no window."""
+    """Write a checkpoint with the architecture Llama, which has no window."""
     write_checkpoint(directory, spec)
     config = hf_config(spec) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     del config["sliding_window"]
@@ -175,19 +175,19 @@ def test_llama_checkpoints_agree_with_transformers_in_every_rotary_scaling(
 def dense_logits(
     spec: ModelSpec, weights: Mapping[str, torch.Tensor], ids: tiny.Ids
 ) -> NDArray[np.float64]:
-    """The whole architecture in float64 NumPy: no ring, no cache, rotation by complex numbers."""
+    """The whole architecture in float64 NumPy, without a cache, rotating by complex numbers."""
     w = {name: tensor.double().numpy() for name, tensor in weights.items()}
     heads, groups, size = spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
     count, positions = len(ids), np.arange(len(ids))
-    turns = spec.rope_theta ** (-np.arange(0, size, 2) / size)
-    rotation = np.exp(1j * positions[:, None] * turns)[:, None]  # [n, 1, D/2]
+    frequencies = spec.rope_theta ** (-np.arange(0, size, 2) / size)
+    rotation = np.exp(1j * positions[:, None] * frequencies)[:, None]  # [n, 1, D/2]
 
     def norm(x: NDArray[np.float64], gain: NDArray[np.float64]) -> NDArray[np.float64]:
         return gain * x / np.sqrt((x**2).mean(-1, keepdims=True) + spec.rms_norm_eps)
 
     def rotate(x: NDArray[np.float64]) -> NDArray[np.float64]:
-        turned = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * rotation
-        return np.concatenate((turned.real, turned.imag), -1)
+        rotated = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * rotation
+        return np.concatenate((rotated.real, rotated.imag), -1)
 
     x = w["model.embed_tokens.weight"][ids]
     for i, window in enumerate(spec.layer_windows):
@@ -223,7 +223,7 @@ def test_the_dense_reference_agrees_with_transformers(tmp_path: Path):
 
 @pytest.mark.parametrize("windows", [(5, None), (4, 16)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_layers_with_windows_of_their_own_agree_with_the_dense_reference(
+def test_layers_with_different_windows_agree_with_the_dense_reference(
     windows: tuple[int | None, ...], target: str
 ):
     spec = tiny_spec(vocab_size=64, layer_windows=windows)
@@ -231,6 +231,6 @@ def test_layers_with_windows_of_their_own_agree_with_the_dense_reference(
     expected = dense_logits(spec, tiny.weights(spec), ids)
     assert difference(tiny.at_once(tiny.decoder(spec), ids), expected) <= TOLERANCE
     ring = Ring(spec, RingSpec(chunk=3, context=160))
-    assert len(set(ring.full.values())) == 2, "each window is to have a capacity of its own"
+    assert len(set(ring.full.values())) == 2, "each window has to have its own capacity"
     got = tiny.in_turns(tiny.session(spec, target), ring, ids, turns_for(len(ids)))
     assert difference(got, expected) <= TOLERANCE

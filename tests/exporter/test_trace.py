@@ -1,4 +1,4 @@
-"""From the decoder to the graph: the contract's names, no weight in memory, the same bytes."""
+"""Tracing the decoder: names of the contract, no weights in memory, reproducible bytes."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from tests.support import tiny
 from tests.support.make_checkpoint import PRESETS, tiny_spec
 
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # its trace is shared with other tests
+SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # other tests share its trace
 
 SEVEN_BILLION = """
 import json, re
@@ -33,7 +33,7 @@ from tests.exporter.test_trace import digest
 
 spec = PRESETS["mistral-7b-v0.1"]
 model = trace(spec, "bfloat16")
-# Not getrusage: its maximum is handed down by the process that started this one.
+# Not getrusage: its maximum is inherited from the parent process.
 status = Path("/proc/self/status").read_text()
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024
 values = list(model.graph.initializers.values())
@@ -48,8 +48,8 @@ print(json.dumps({
 
 
 def digest() -> str:
-    """SHA-256 of a `model.onnx` traced, lowered and filled in this process."""
-    spec = tiny_spec(vocab_size=64, num_hidden_layers=1)  # its trace is shared with other tests
+    """Return the SHA-256 of a `model.onnx` traced, lowered and filled in this process."""
+    spec = tiny_spec(vocab_size=64, num_hidden_layers=1)  # other tests share its trace
     return hashlib.sha256(tiny.model_bytes(spec, "cpu")).hexdigest()
 
 
@@ -58,9 +58,9 @@ Program = subprocess.Popen[str]
 
 @pytest.fixture(scope="module", autouse=True)
 def other_process() -> Iterator[Program]:
-    """Tracing 7B takes 20 s: it runs beside the other tests of this file, in another process.
+    """Trace the 7B in another process, beside the tests of this file, since it takes 20 s.
 
-    Its hash seed is its own, so that anything that depends on the order of a set shows.
+    The process has its own hash seed, to expose anything that depends on the order of a set.
     """
     program = subprocess.Popen(
         [sys.executable, "-c", SEVEN_BILLION],
@@ -74,7 +74,7 @@ def other_process() -> Iterator[Program]:
 
 @pytest.fixture(scope="module")
 def seven_billion(other_process: Program) -> dict[str, Any]:
-    """What the other process found, once it is done: the tests that ask for it come last."""
+    """Wait for the other process and return its results. The tests that use it come last."""
     out, _ = other_process.communicate(timeout=300)
     assert other_process.returncode == 0
     found: dict[str, Any] = json.loads(out)
@@ -106,7 +106,7 @@ def test_inputs_and_outputs_are_the_contract_before_and_after_the_passes(
         assert table(list(values)) == wanted
 
 
-def test_every_weight_is_a_name_with_its_shape_and_type():
+def test_every_weight_is_a_name_with_shape_and_type():
     model = tiny.traced(SPEC, "bfloat16")
     found = {}
     for value in model.graph.initializers.values():
@@ -118,8 +118,8 @@ def test_every_weight_is_a_name_with_its_shape_and_type():
     assert found == SPEC.weight_shapes()
 
 
-def test_tied_and_untied_models_trace_to_the_same_graph_but_for_the_name_of_the_head():
-    """The other tests share one trace between the two, see `tiny.traced`."""
+def test_tied_and_untied_models_trace_to_the_same_graph_except_for_the_name_of_the_head():
+    """Other tests rely on this: they use one trace for both, see `tiny.traced`."""
     spec = tiny_spec(vocab_size=64, num_hidden_layers=1, tie_word_embeddings=True)
     own = trace(spec, "float32")
     lower(own, spec, "portable")
@@ -127,19 +127,19 @@ def test_tied_and_untied_models_trace_to_the_same_graph_but_for_the_name_of_the_
     assert found == tiny.model_bytes(spec, "portable")
 
 
-# In another process
+# Results of the other process
 
 
 def test_mistral_7b_traces_in_under_a_gigabyte_and_without_a_weight(seven_billion: dict[str, Any]):
     spec = PRESETS["mistral-7b-v0.1"]
     assert seven_billion["weights"] == len(spec.weight_shapes())
-    assert seven_billion["weight_bytes"] == 2 * spec.num_parameters, "14.5 GB, none of it here"
+    assert seven_billion["weight_bytes"] == 2 * spec.num_parameters, "14.5 GB, none of it in memory"
     peak = seven_billion["peak"]
-    # The bound is the promise. Most of what was seen is torch and its tracer; one of the larger
-    # weights twice in memory would be 0.2 GB more, all of them 14.5 GB.
+    # The limit is the documented promise. Most of the memory is torch and its tracer; holding one
+    # of the larger weights twice would add 0.2 GB, holding all of them 14.5 GB.
     assert peak < 1e9, f"tracing 7B took {peak / 1e9:.2f} GB"
-    assert seven_billion["other_bytes"] < 64 * 1024, "only small constants have numbers"
+    assert seven_billion["other_bytes"] < 64 * 1024, "only small constants have data"
 
 
 def test_the_same_spec_gives_the_same_model_file_in_any_process(seven_billion: dict[str, Any]):
-    assert digest() == seven_billion["digest"], "the other process's sets have another order"
+    assert digest() == seven_billion["digest"], "the graph depends on the order of a set"

@@ -1,7 +1,7 @@
 """The Triton model repository: what is written, and that its model answers as the bundle does.
 
 Triton itself is not here; a stand-in for its Python backend calls the model
-(tests/support/triton_host.py).
+(tests/support/cluster/triton_host.py).
 """
 
 import json
@@ -22,9 +22,9 @@ from graphs.errors import MistralcError, UsageError
 from graphs.manifest import read_manifest
 from runtime.bundle.open import open_bundle
 from tests.conftest import Command
-from tests.support.triton_config import parse
+from tests.support.cluster.triton_config import parse
 
-HOST = Path(__file__).parents[1] / "support" / "triton_host.py"
+HOST = Path(__file__).parents[1] / "support" / "cluster" / "triton_host.py"
 
 
 @pytest.fixture(scope="module")

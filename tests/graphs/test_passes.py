@@ -65,7 +65,7 @@ def test_every_pass_fires_as_often_as_it_promises(spec: ModelSpec, expected: dic
     fired = lower(tiny.traced(spec), spec, "cpu")
     counts = {
         "merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1,
-        "fuse_transpose": 4 * LAYERS + 1, "scale_rotation": LAYERS, **expected,
+        "fuse_transpose": 4 * LAYERS + 1, "fold_attention_scale": LAYERS, **expected,
     }  # fmt: skip
     assert {name: fired[name] for name in counts} == counts
     assert fired["fold_constants"] > 0
@@ -118,7 +118,7 @@ def test_layers_without_a_window_attend_in_one_operator(
     full = windows.count(None)
     assert fired["group_query_attention"] == operators(model)["GroupQueryAttention"] == full
     assert operators(model)["Attention"] == operators(model)["TensorScatter"] / 2 == LAYERS - full
-    assert fired["scale_rotation"] == LAYERS - full
+    assert fired["fold_attention_scale"] == LAYERS - full
     assert model.graph.initializers["rotary_cos"].shape == (40, spec.head_dim // 2)
     # Sums in another order, and softmax in a kernel of its own; logits are about 4.
     assert np.abs(logits_of(model, spec) - expected).max() <= 2e-5
@@ -282,10 +282,10 @@ def wider_head(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     ("step", "damage", "message"),
     [
-        (MERGE_QKV, wrong_type, r"merge_qkv fired 1 times where 2 .*layers\.1.*dtypes differ"),
+        (MERGE_QKV, wrong_type, r"merge_qkv fired 1 times; expected 2: .*layers\.1.*dtypes differ"),
         (MERGE_GATE_UP, wrong_size, r"merge_gate_up fired 1 .*input sizes differ, \[64, 63\]"),
-        (MERGE_QKV, other_operator, "merge_qkv fired 1 times where 2 are expected: nothing in"),
-        (TIE_EMBEDDING, other_head, "tie_embedding fired 0 times where 1 are expected: nothing"),
+        (MERGE_QKV, other_operator, "merge_qkv fired 1 times; expected 2: its pattern matched no"),
+        (TIE_EMBEDDING, other_head, "tie_embedding fired 0 times; expected 1: its pattern matched"),
         (TIE_EMBEDDING, wider_head, r"tie_embedding fired 0 .*lm_head.* is \[65,64\]"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

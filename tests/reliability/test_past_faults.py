@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from calib.layers.work_directory import Layer, Work
+from calib.layers.work_directory import LayerResult, WorkDirectory
 from exporter.bundle.staging import write_json, write_tokenizer
 from exporter.tokenizer.bpe import merges_from_ranks
 from exporter.tokenizer.read import convert_file, read_tokenizer
@@ -187,15 +187,15 @@ def test_a_panic_in_the_tokenizers_package_becomes_a_mistralc_error(tmp_path: Pa
     path = tmp_path / "tokenizer.model.v3"
     path.write_bytes(proto.SerializeToString())
     tokenizer = convert_file(path).open()
-    with pytest.raises(MistralcError, match="breaks down on the text"):
+    with pytest.raises(MistralcError, match="fails on the text"):
         tokenizer.encode(" a")
 
 
 def test_a_damaged_layer_of_a_stopped_calibration_is_refused_with_what_to_delete(
     tmp_path: Path,
 ) -> None:
-    work = Work(directory=tmp_path)
-    work.finish(0, Layer(tensors={"x": torch.ones(3)}, facts={}), {})
+    work = WorkDirectory(directory=tmp_path)
+    work.finish(0, LayerResult(tensors={"x": torch.ones(3)}, facts={}), {})
     (file,) = tmp_path.glob("layer-*")
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(MistralcError, match="Delete"):

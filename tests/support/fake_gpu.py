@@ -1,11 +1,11 @@
-"""A GPU made of host memory: CUDA's runtime and TensorRT's, as far as sessions call them.
+"""A fake GPU in host memory: the parts of CUDA's and TensorRT's runtimes that sessions call.
 
-Streams, copies, captured graphs and errors follow the rules of the real ones, types and enums are
-the real ones, and a "plan" is an ONNX model that ONNX Runtime CPU runs. It shows that a session
-binds, copies, captures and frees as it should. It cannot show that a GPU agrees.
+Streams, copies, captured graphs and errors follow the rules of the real libraries; types and enums
+are the real ones. A "plan" is an ONNX model that runs on ONNX Runtime CPU. Tests on it show that a
+session binds, copies, captures and frees correctly, not that a real GPU agrees.
 """
 
-# Names and parameters are CUDA's and TensorRT's.
+# Names and parameters are those of CUDA and TensorRT.
 # ruff: noqa: N802, N815
 
 import ctypes
@@ -18,11 +18,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from graphs.contract import graph_inputs, graph_outputs
+from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.spec import ModelSpec, RingSpec
-from runtime.backends import cuda_device, onnxruntime_cuda, tensorrt
-from runtime.backends.device_buffers import sized, sizes
+from runtime.backends import cuda_device, onnxruntime_cuda, tensorrt, tensorrt_library
 from runtime.system import host
 
 real = pytest.importorskip("cuda.bindings.runtime")
@@ -40,12 +39,12 @@ class FakeCudart:
         self.total, self.live, self.used = total, {}, 0
         self.captured: list[Callable[[], None]] | None = None
         self.calls: list[str] = []
-        self.fail: dict[str, Any] = {}  # by function: the error it answers with
+        self.fail: dict[str, Any] = {}  # by function: the error that it returns
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("cuda"):
             raise AttributeError(name)
-        return getattr(real, name)  # enums, names of errors; real functions find no driver here
+        return getattr(real, name)  # enums and error names; real functions would find no driver
 
     def _stream(self, work: Callable[[], None]) -> tuple[Any]:
         if self.captured is not None:
@@ -69,17 +68,17 @@ class FakeCudart:
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]:
         assert int(stream) == 7
-        assert self.captured is None, "waiting is not allowed while capturing"
+        assert self.captured is None, "a stream that is being captured must not be synchronized"
         return (OK,)
 
     def cudaMemGetInfo(self) -> tuple[Any, int, int]:
         return OK, self.total - self.used, self.total
 
     def _take(self, nbytes: int) -> tuple[Any, int | None]:
-        assert self.captured is None, "allocating is not allowed while capturing"
+        assert self.captured is None, "nothing may be allocated during a capture"
         if self.used + nbytes > self.total:
             return real.cudaError_t.cudaErrorMemoryAllocation, None
-        block = np.full(nbytes + ALIGN, 0xAB, np.uint8)  # as on a GPU, not zero
+        block = np.full(nbytes + ALIGN, 0xAB, np.uint8)  # not zeros, as on a GPU
         address = -(-block.ctypes.data // ALIGN) * ALIGN
         self.live[address], self.used = block, self.used + nbytes
         return OK, address
@@ -134,7 +133,7 @@ class FakeCudart:
 
 
 class FakeContext:
-    """An execution context: what is bound, and running it."""
+    """An execution context: its bound shapes and addresses, and execution."""
 
     def __init__(self, engine: "FakeEngine", config: Any) -> None:
         self.engine, self.config = engine, config
@@ -166,48 +165,47 @@ class FakeContext:
 
 
 class FakeEngine:
-    """A deserialized plan: the graph contract's tables, on an ONNX model."""
+    """A deserialized plan with the tensors of the graph contract, backed by an ONNX model."""
 
     def __init__(self, fake: "FakeTrt", model: bytes) -> None:
         self.fake, self.cudart, self.broken = fake, fake.cudart, False
         self.session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-        spec, activation = fake.spec, fake.activation
-        self.rows = {row.name: row for row in graph_inputs(spec, activation)}
-        self.outputs = {row.name: row for row in graph_outputs(spec, activation)}
+        self.inputs = {tensor.name: tensor for tensor in fake.contract.inputs}
+        self.outputs = {tensor.name: tensor for tensor in fake.contract.outputs}
         self.contexts: list[FakeContext] = []
         self.streamable_weights_size = 0
         self.weight_streaming_budget_v2 = -1
         self.num_optimization_profiles = len(fake.profiles)
-        self.num_io_tensors = len(self.rows) + len(self.outputs)
+        self.num_io_tensors = len(self.inputs) + len(self.outputs)
 
     def get_tensor_name(self, index: int) -> str:
-        return [*self.rows, *self.outputs][index]
+        return [*self.inputs, *self.outputs][index]
 
     def get_tensor_mode(self, name: str) -> Any:
         modes = self.fake.TensorIOMode
-        return modes.INPUT if name in self.rows else modes.OUTPUT
+        return modes.INPUT if name in self.inputs else modes.OUTPUT
 
     def get_tensor_location(self, name: str) -> Any:
         return self.fake.TensorLocation.DEVICE
 
     def get_tensor_dtype(self, name: str) -> Any:
         types = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
-        row = (self.rows | self.outputs)[name]
-        return getattr(self.fake.DataType, types[row.dtype])
+        tensor = (self.inputs | self.outputs)[name]
+        return getattr(self.fake.DataType, types[tensor.dtype])
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        row = (self.rows | self.outputs)[name]
-        return sized(row.shape, sizes(self.fake.spec, self.fake.ring, -1, -1, -1))
+        tensor = (self.inputs | self.outputs)[name]
+        return tensor.sized(self.fake.contract.sizes(batch=-1, tokens=-1, wanted=-1))
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         past = name.replace("present_", "past_")
-        return past if past in self.rows and not self.fake.separate else None
+        return past if past in self.inputs and not self.fake.separate else None
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        spec, ring, shape = self.fake.spec, self.fake.ring, self.rows[name].shape
         rows, tokens = self.fake.profiles[profile]
-        least, most = sizes(spec, ring, 1, 1, 1), sizes(spec, ring, rows, tokens, tokens)
-        return [sized(shape, each) for each in (least, least, most)]
+        smallest = self.fake.contract.sizes(batch=1, tokens=1, wanted=1)
+        largest = self.fake.contract.sizes(batch=rows, tokens=tokens, wanted=tokens)
+        return [self.inputs[name].sized(each) for each in (smallest, smallest, largest)]
 
     def get_weight_streaming_automatic_budget(self) -> int:
         return 1000
@@ -223,14 +221,14 @@ class FakeEngine:
 
     def run(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         binding = self.session.io_binding()
-        for name, row in self.rows.items():
-            bound = (ELEMENT[row.dtype], shapes[name], addresses[name])
+        for name, tensor in self.inputs.items():
+            bound = (ELEMENT[tensor.dtype], shapes[name], addresses[name])
             binding.bind_input(name, "cpu", 0, *bound)
         batch, wanted = shapes["logits_indices"]
-        for name, row in self.outputs.items():
+        for name, tensor in self.outputs.items():
             past = name.replace("present_", "past_")
-            shape = shapes.get(past, (batch, wanted, self.fake.spec.vocab_size))
-            binding.bind_output(name, "cpu", 0, ELEMENT[row.dtype], shape, addresses[name])
+            shape = shapes.get(past, (batch, wanted, self.fake.contract.spec.vocab_size))
+            binding.bind_output(name, "cpu", 0, ELEMENT[tensor.dtype], shape, addresses[name])
         self.session.run_with_iobinding(binding)
 
 
@@ -249,15 +247,16 @@ class FakeCache:
 
 
 class FakeTrt:
-    """The module: enums and the logger's base class are TensorRT-RTX's own."""
+    """The module; enums and the logger's base class are those of TensorRT-RTX."""
 
     def __init__(
         self, cudart: FakeCudart, spec: ModelSpec, ring: RingSpec, activation: Dtype = "float32"
     ) -> None:
         self._real = pytest.importorskip("tensorrt_rtx")
-        self.cudart, self.spec, self.ring, self.activation = cudart, spec, ring, activation
-        self.profiles = [(ring.max_batch, ring.chunk)]  # most rows and tokens of each
-        self.refuse = False  # to deserialize any plan
+        self.cudart = cudart
+        self.contract = GraphContract(spec=spec, ring=ring, activation=activation)
+        self.profiles = [(ring.max_batch, ring.chunk)]  # largest (rows, tokens) of each profile
+        self.refuse = False  # whether to refuse every plan
         self.separate = False  # whether the caches are copied instead of updated
         self.cache = FakeCache()
         self.engines: list[FakeEngine] = []
@@ -281,7 +280,7 @@ class FakeTrt:
 
 @contextmanager
 def fake_cuda(total: int = TOTAL) -> Iterator[FakeCudart]:
-    """Everything that asks for CUDA finds a device made of host memory."""
+    """Make everything that looks for CUDA find a device in host memory."""
     cudart = FakeCudart(total)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda_device, "_bindings", lambda target: cudart)
@@ -291,10 +290,10 @@ def fake_cuda(total: int = TOTAL) -> Iterator[FakeCudart]:
 
 @contextmanager
 def fake_tensorrt(spec: ModelSpec, ring: RingSpec, total: int = TOTAL) -> Iterator[FakeTrt]:
-    """`TrtSession` runs "plans" that are float32 ONNX models."""
+    """Make `TrtSession` run "plans" that are float32 ONNX models."""
     with fake_cuda(total) as cudart, pytest.MonkeyPatch.context() as patch:
         module = FakeTrt(cudart, spec, ring)
-        patch.setattr(tensorrt.tensorrt, "load", lambda target: module)
+        patch.setattr(tensorrt_library, "load", lambda target: module)
         tensorrt._log.cache_clear()
         yield module
         tensorrt._log.cache_clear()
@@ -302,7 +301,7 @@ def fake_tensorrt(spec: ModelSpec, ring: RingSpec, total: int = TOTAL) -> Iterat
 
 @contextmanager
 def fake_provider() -> Iterator[FakeCudart]:
-    """`CudaOrtSession` runs on ONNX Runtime CPU, in memory that it takes for a GPU's."""
+    """Make `CudaOrtSession` run on ONNX Runtime CPU with memory of the fake GPU."""
     name = "CPUExecutionProvider"
     with fake_cuda() as cudart, pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime_cuda, "PROVIDER", name)

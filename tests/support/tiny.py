@@ -24,6 +24,7 @@ from graphs.spec import ModelSpec
 from runtime.backends.onnxruntime_cpu import OrtSession
 from runtime.backends.session import Session
 from runtime.decoding.ring import Ring
+from runtime.decoding.sequence import Sequence
 from tests.support.make_checkpoint import chunks
 
 Logits = NDArray[np.float32]
@@ -129,19 +130,10 @@ def at_once(model: Decoder, ids: Ids) -> Logits:
 def in_turns(session: Session, ring: Ring, ids: Ids, turns: Iterable[int]) -> Logits:
     """Logits [n, V] of the text `ids`, fed after what `ring` holds, in turns of these lengths."""
     found, done = [], 0
-    session.resize(ring.capacities)
+    sequence = Sequence(session, ring)
     for turn in turns:
-        for count in ring.pieces(turn):
-            if ring.grow(count):
-                session.resize(ring.capacities)
-            here = ring.positions[0]
-            logits = session.step(
-                ids[None, done : done + count],
-                np.arange(here, here + count)[None],
-                np.arange(count)[None],
-            )
-            found.append(logits[0].copy())
-            ring.advance(count)
-            done += count
+        pieces = sequence.feed(ids[done : done + turn], np.arange(turn))
+        found += [piece.logits.copy() for piece in pieces]
+        done += turn
     assert done == len(ids), f"turns hold {done} tokens of {len(ids)}"
     return np.concatenate(found)

@@ -1,15 +1,15 @@
-"""Attention's scale goes into the rotation of queries and keys. Knows nothing about weights.
+"""Fold the scale of attention scores into the rotation of queries and keys.
 
-ONNX Runtime multiplies one query with all keys by a kernel that is twice as fast as the one for
-several, but only where the product needs no scaling afterwards. Of the 1 / sqrt(D) that scores are
-scaled by, D^-1/4 is in the queries and as much in the keys once cosines and sines have it, for
-which two small products serve all layers:
+For a single query, ONNX Runtime has a kernel that is twice as fast as the one for several, but it
+uses that kernel only if scores need no scaling afterwards. The scale is 1 / sqrt(D) = D^-1/4
+D^-1/4: one factor goes into the rotated queries and one into the rotated keys. Scaling the cosines
+and sines does both, with two small products for all layers:
 
     cos ─── RotaryEmbedding ─┐               cos ─ Mul ─ RotaryEmbedding ─┐
     (of q, and of k)         Attention   →   (of q, and of k)             Attention(scale=1)
 
-Keys then lie in the cache scaled, which only the attention sees. `GroupQueryAttention` does the
-same with the angles that it has as constants.
+The keys in the cache are then scaled too, which only the attention sees. `GroupQueryAttention` has
+its angles as constants and scales those.
 """
 
 from collections.abc import Iterator
@@ -18,38 +18,38 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from graphs.passes.onnxruntime.group_query_attention import HEAD_MULTIPLE, rotation_scale
-from graphs.passes.rule import Rule, constant, maker, shared
+from graphs.passes.rule import Rule, constant, producer_of, shared
 from graphs.spec import ModelSpec
 
 
-class Turned(NamedTuple):
-    """An `Attention` and the rotations of its queries and keys."""
+class Rotated(NamedTuple):
+    """An `Attention` and the rotary embeddings of its queries and keys."""
 
     attention: ir.Node
     query: ir.Node
     key: ir.Node
 
 
-def _pattern(graph: ir.Graph) -> Iterator[Turned]:
+def _pattern(graph: ir.Graph) -> Iterator[Rotated]:
     for node in graph:
         if node.op_type != "Attention":
             continue
-        scatter = maker(node.inputs[1], "TensorScatter")
-        key = None if scatter is None else maker(scatter.inputs[1], "RotaryEmbedding")
-        query = maker(node.inputs[0], "RotaryEmbedding")
+        scatter = producer_of(node.inputs[1], "TensorScatter")
+        key = None if scatter is None else producer_of(scatter.inputs[1], "RotaryEmbedding")
+        query = producer_of(node.inputs[0], "RotaryEmbedding")
         if query is not None and key is not None:
-            yield Turned(node, query, key)
+            yield Rotated(node, query, key)
 
 
-def _check(found: Turned) -> str | None:
+def _check(found: Rotated) -> str | None:
     if "scale" in found.attention.attributes:
-        return f"{found.attention.name} has a scale of its own"
+        return f"{found.attention.name} has its own scale"
     if found.query.inputs[1:3] != found.key.inputs[1:3]:
-        return f"{found.attention.name}: queries and keys are turned by other angles"
+        return f"{found.attention.name}: queries and keys are rotated by different angles"
     return None
 
 
-def _rewrite(graph: ir.Graph, found: Turned) -> None:
+def _rewrite(graph: ir.Graph, found: Rotated) -> None:
     found.attention.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     scale = rotation_scale(_head_dim(found.query))
     for index in (1, 2):
@@ -67,15 +67,17 @@ def _head_dim(rotation: ir.Node) -> int:
     match None if shape is None else shape[-1]:
         case int(size):
             return size
-    raise ValueError("the size of a head is known where the graph was traced")
+    raise ValueError("the head size should be known from tracing")
 
 
 def _scaled(graph: ir.Graph, angle: ir.Value, scale: float) -> ir.Value:
-    """The product of `angle` and `scale`; made once and shared by all layers."""
+    """The product of `angle` and `scale`, computed once for all layers."""
     if angle.dtype is None:
         raise ValueError(f"{angle.name} has no type")
     if angle.producer() is None:
-        raise ValueError(f"{angle.name} is an input of the graph; it should be computed in it")
+        raise ValueError(
+            f"{angle.name} is an input of the graph; expected it to be computed in the graph"
+        )
     factor = constant(graph, ir.tensor(scale, angle.dtype, "rotation_scale"))
     product = shared(graph, "Mul", [angle, factor])
     product.shape = angle.shape
@@ -88,6 +90,10 @@ def _expected(spec: ModelSpec) -> int:
     return sum(size is not None for size in spec.layer_windows)
 
 
-SCALE_ROTATION = Rule(
-    name="scale_rotation", pattern=_pattern, check=_check, rewrite=_rewrite, expected=_expected
+FOLD_ATTENTION_SCALE = Rule(
+    name="fold_attention_scale",
+    pattern=_pattern,
+    check=_check,
+    rewrite=_rewrite,
+    expected=_expected,
 )

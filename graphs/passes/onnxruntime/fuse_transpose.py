@@ -1,8 +1,8 @@
-"""A product with a transposed weight becomes one operator. Knows nothing about quantization.
+"""Fuse a product and the transpose of its weight into one operator.
 
-ONNX Runtime turns the weight of a linear round when it loads a graph, writes it down, and packs
-that for its kernels. `FusedMatMul` packs the weight as it lies in the file: SmolLM2 in float32
-loads in 0.7 s where it took 1.0.
+ONNX Runtime transposes each linear weight at load time, materializes it, then packs the copy for
+its kernels. `FusedMatMul` packs the weight as it is stored: SmolLM2 in float32 loads in 0.7 s
+instead of 1.0 s.
 
     x ── MatMul(Transpose(W))    →    x ── FusedMatMul(W, transB=1)
 """

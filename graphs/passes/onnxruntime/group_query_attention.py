@@ -1,10 +1,10 @@
-"""Attention without a window as ONNX Runtime's `GroupQueryAttention`: one operator for seven kinds.
+"""Fuse full attention into ONNX Runtime's `GroupQueryAttention`.
 
-It takes q, k and v as the merged linear gives them, turns them by their positions, writes k and v
-into the cache in place and attends to what is filled, not to what is allocated. Positions are slots
-there, which is so where a layer has no window: its ring never wraps. Layers with a window keep
-the ring, since the operator's own windowed cache moves its contents. Angles carry the scale of the
-scores, as in `scale_rotation.py`.
+The operator takes the merged linear's q, k and v, rotates them, writes k and v into the cache in
+place, and attends to the filled part of the cache instead of all that is allocated. It uses
+positions as slots, which is right for a layer without a window: its ring never wraps. Layers with a
+window keep the ring, because the operator's own windowed cache moves its contents. The angles
+include the scale of the scores, as in `fold_attention_scale.py`.
 
     qkv ── Split ─┬─ Reshape ─ Transpose ─ RotaryEmbedding ───────────────────┐
                   ├─ Reshape ─ Transpose ─ RotaryEmbedding ─ TensorScatter ─ Attention ─ …
@@ -19,14 +19,14 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from graphs.passes.rule import CONTRIB, PassError, constant, maker
+from graphs.passes.rule import CONTRIB, PassError, constant, producer_of
 from graphs.spec import ModelSpec
 
-HEAD_MULTIPLE = 16  # what the operator wants heads' sizes to be, where it turns them
+HEAD_MULTIPLE = 16  # the operator rotates heads only if their size is a multiple of this
 
 
 class Heads(NamedTuple):
-    """One layer's attention, from the merged linear's output to the merged heads."""
+    """The attention of one layer, from the output of the merged linear to the merged heads."""
 
     attention: ir.Node
     scatters: tuple[ir.Node, ir.Node]  # of keys and of values
@@ -36,15 +36,15 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupQueryAttention:
-    """The pass. It fires once for each layer without a window, if heads have a size that it takes.
+    """The pass. It fires once for each layer without a window, if the operator takes the head size.
 
-    Angles are written into the graph for as many positions as the model's spec allows.
+    Angles are written into the graph for every position that the spec allows.
     """
 
     name: str = "group_query_attention"
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
-        """Rewrite every layer that has no window. Raises PassError where one is not as expected."""
+        """Rewrite every layer that has no window. Raises PassError if one has another form."""
         unwindowed = [i for i, window in enumerate(spec.layer_windows) if window is None]
         if not unwindowed or spec.head_dim % HEAD_MULTIPLE:
             return 0
@@ -59,22 +59,25 @@ class GroupQueryAttention:
 
 
 def rotation_scale(head_dim: int) -> float:
-    """What queries and keys are multiplied with, each, for scores that need no 1 / sqrt(D)."""
+    """The factor D^-1/4 for queries and for keys, so that scores need no 1 / sqrt(D)."""
     return float(head_dim**-0.25)
 
 
 def _shared(graph: ir.Graph, spec: ModelSpec) -> tuple[ir.Value, ...]:
-    """What all layers read: last position [B], their number, angles, positions [B, S]."""
+    """Values that all layers read.
+
+    The last position [B], the largest number of positions, cosines, sines, and positions [B, S].
+    """
     positions = next(value for value in graph.inputs if value.name == "position_ids")
     frequencies = graph.initializers["inv_freq"].const_value
     if frequencies is None:
-        raise ValueError("inv_freq is a constant with numbers in it")
+        raise ValueError("inv_freq should be a constant with numbers")
     places = np.arange(spec.max_position_embeddings, dtype=np.float32)
     angles = np.outer(places, frequencies.numpy())
     scale = np.float32(rotation_scale(spec.head_dim))
     caches = [
-        constant(graph, ir.tensor(turn(angles) * scale, name=f"rotary_{name}"))
-        for name, turn in (("cos", np.cos), ("sin", np.sin))
+        constant(graph, ir.tensor(function(angles) * scale, name=f"rotary_{name}"))
+        for name, function in (("cos", np.cos), ("sin", np.sin))
     ]
     end = constant(graph, ir.tensor(-1, ir.DataType.INT64, "last_position"))
     one = constant(graph, ir.tensor(1, ir.DataType.INT32, "one_position"))
@@ -90,13 +93,13 @@ def _pattern(graph: ir.Graph) -> Iterator[tuple[int, Heads]]:
     for node in graph:
         if node.op_type != "Attention":
             continue
-        key, value = (maker(node.inputs[i], "TensorScatter") for i in (1, 2))
-        rotary = maker(node.inputs[0], "RotaryEmbedding")
+        key, value = (producer_of(node.inputs[i], "TensorScatter") for i in (1, 2))
+        rotary = producer_of(node.inputs[0], "RotaryEmbedding")
         if key is None or value is None or rotary is None:
             continue
         split = _split(rotary.inputs[0])
-        turned = maker(key.inputs[1], "RotaryEmbedding")
-        if split is None or turned is None or _split(turned.inputs[0]) is not split:
+        rotated = producer_of(key.inputs[1], "RotaryEmbedding")
+        if split is None or rotated is None or _split(rotated.inputs[0]) is not split:
             continue
         if _split(value.inputs[1]) is split:
             merged = node.outputs[0].consumers()[0].outputs[0].consumers()[0].outputs[0]
@@ -106,9 +109,9 @@ def _pattern(graph: ir.Graph) -> Iterator[tuple[int, Heads]]:
 
 def _split(value: ir.Value | None) -> ir.Node | None:
     """The `Split` that a value with heads [B, heads, S, D] comes from."""
-    transpose = maker(value, "Transpose")
-    reshape = None if transpose is None else maker(transpose.inputs[0], "Reshape")
-    return None if reshape is None else maker(reshape.inputs[0], "Split")
+    transpose = producer_of(value, "Transpose")
+    reshape = None if transpose is None else producer_of(transpose.inputs[0], "Reshape")
+    return None if reshape is None else producer_of(reshape.inputs[0], "Split")
 
 
 def _rewrite(graph: ir.Graph, found: Heads, spec: ModelSpec, shared: tuple[ir.Value, ...]) -> None:

@@ -1,16 +1,15 @@
-"""One query more than there are tokens, so that a token alone is computed as among others.
+"""Pad the query by one row so a single token uses the same kernel as a batch of tokens.
 
-ONNX Runtime multiplies one row with a matrix by another kernel than several rows, which adds up in
-another order: a token's last bits depend on whether it came alone. The kernels for two rows and
-for more agree. With a query of zeros behind the others, whose result is dropped, attention always
-has two, and a token is the same in bits however a text is cut into steps.
+ONNX Runtime's kernel for one row sums in another order than its kernel for several rows, so the
+last bits of a token depend on whether it was computed alone. The kernels for two rows and for more
+agree. A query of zeros is added behind the others and its result is dropped: attention always has
+at least two rows, and a token has the same bits however a text is cut into steps.
 
     q ────┐                    q ──── Pad ─┐
     mask ─┴─ Attention ─   →   mask ─ Pad ─┴─ Attention ─ Slice ─
 
-`GroupQueryAttention` writes a key and a value for that query too, into the slot after the last
-token's, which the next step overwrites: its caches have `PADDED` slots more than the ring counts.
-Knows nothing about weights.
+`GroupQueryAttention` also writes a key and a value for that query, into the slot after the last
+token's; the next step overwrites them. Its caches have `PADDED` slots more than the ring counts.
 """
 
 from collections.abc import Iterator
@@ -46,7 +45,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) -> ir.Value:
-    """Input `index` of `node` with one place more on `axis`: zeros for queries, else the last."""
+    """Input `index` of `node`, one longer on `axis`: zeros for queries, else the last repeated."""
     pads = [0] * (2 * rank)
     pads[rank + axis] = PADDED
     amount = constant(graph, ir.tensor(pads, ir.DataType.INT64, f"pad_{axis}_of_{rank}"))
@@ -55,7 +54,7 @@ def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) ->
 
 
 def _next(graph: ir.Graph, node: ir.Node, index: int) -> ir.Value:
-    """Input `index` of `node`, and one."""
+    """Input `index` of `node`, plus one."""
     one = constant(graph, ir.tensor(PADDED, ir.DataType.INT32, "padded_queries"))
     return shared(graph, "Add", [_input(node, index), one])
 
@@ -68,7 +67,7 @@ def _input(node: ir.Node, index: int) -> ir.Value:
 
 
 def _drop_last(graph: ir.Graph, node: ir.Node, axis: int) -> None:
-    """Let what reads the result of `node` read it without the last place of `axis`."""
+    """Make every reader of the result of `node` read it without the last element of `axis`."""
     bounds = [
         constant(graph, ir.tensor([bound], ir.DataType.INT64, f"{name}_of_axis_{axis}"))
         for name, bound in (("start", 0), ("end", -PADDED), ("number", axis))

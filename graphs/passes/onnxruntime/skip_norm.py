@@ -1,7 +1,8 @@
-"""A residual addition and the norm after it become one operator. Knows nothing about weights.
+"""Fuse a residual addition and the norm that follows it.
 
-ONNX Runtime's `SkipSimplifiedLayerNormalization` adds, normalizes and returns both, so the residual
-stream is read once. It is RMSNorm in float32, as the standard operator is with `stash_type` 1.
+ONNX Runtime's `SkipSimplifiedLayerNormalization` adds, normalizes and returns both results, so the
+residual stream is read once. It computes RMSNorm in float32, as the standard operator does with
+`stash_type` 1.
 
     a ─┬─ Add ─┬─ RMSNormalization ─          a ─┬─ SkipSimplifiedLayerNormalization ─┬─ normal
     b ─┘       └─────────────────── sum   →   b ─┘                                    └─ sum
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphs.passes.rule import CONTRIB, Rule, maker
+from graphs.passes.rule import CONTRIB, Rule, producer_of
 from graphs.spec import ModelSpec
 
 
@@ -25,7 +26,7 @@ class Residual(NamedTuple):
 
 def _pattern(graph: ir.Graph) -> Iterator[Residual]:
     for node in graph:
-        add = maker(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None
+        add = producer_of(node.inputs[0], "Add") if node.op_type == "RMSNormalization" else None
         if add is not None:
             yield Residual(add, node)
 
@@ -54,7 +55,7 @@ def _rewrite(graph: ir.Graph, found: Residual) -> None:
 
 
 def _expected(spec: ModelSpec) -> int:
-    # Two in each layer; the first norm adds nothing, and the last one reads wanted rows only.
+    # Two per layer, but the first norm follows no addition, and the last reads only wanted rows.
     return 2 * spec.num_hidden_layers - 1
 
 

@@ -1,15 +1,15 @@
-"""Grouped-query attention without repeated keys: the query group becomes rows of the query.
+"""Fold each group of query heads into query rows, so that keys are not repeated.
 
-TensorRT-RTX 1.7 computes `Attention` with fewer key/value heads than query heads by repeating the
-keys and values to the query's heads: at every token, in every layer, the whole ring is read and
-written out H/K times wider. For Mistral-7B's ring of 4,608 slots that is 2.4 GB written and read
-again per token, next to 14.5 GB of weights, and it undoes what grouped queries are for. Of
-H = G K query heads, those of group k attend to key head k, so the same numbers come from
+If there are fewer key/value heads than query heads, TensorRT-RTX 1.7 repeats keys and values for
+every query head: at every token, in every layer, it reads the whole ring and writes it out H/K
+times wider. For Mistral-7B's ring of 4,608 slots that is 2.4 GB written and read again per token,
+beside 14.5 GB of weights, which cancels the benefit of grouped queries. Of the H = G K query heads,
+the G heads of group k attend to key head k, so the result is the same with
 
     query [B, H, S, D]  seen as  [B, K, G S, D]          (no data moves: a reshape)
     mask  [B, 1, S, C]  stacked G times, once for all layers, to [B, 1, G S, C]
 
-and an `Attention` with as many query heads as key heads. Knows nothing about weights or files.
+and an `Attention` that has as many query heads as key heads.
 """
 
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def _check(found: Grouped) -> str | None:
     if found.kv_heads < 1 or found.heads % found.kv_heads:
         return f"{found.node.name}: {found.heads} query heads, {found.kv_heads} key heads"
     if found.heads == found.kv_heads:
-        return f"{found.node.name}: every query head has a key head of its own"
+        return f"{found.node.name}: every query head has its own key head"
     return None
 
 
@@ -68,16 +68,18 @@ def _rewrite(graph: ir.Graph, found: Grouped) -> None:
 
 def _reshape(graph: ir.Graph, value: ir.Value | None, heads: int) -> ir.Node:
     """[B, *, *, D] to [B, heads, inferred, D]."""
-    # D is kept, not inferred: only one axis may be, and it is the number of rows.
+    # Only one axis may be inferred: the number of rows. So D is given.
     size = 0 if value is None else _axis(value, 3)
     shape = ir.tensor([0, heads, -1, size], ir.DataType.INT64, f"heads_{heads}")
     return ir.node("Reshape", [value, constant(graph, shape)])
 
 
 def _stacked(graph: ir.Graph, mask: ir.Value, groups: int) -> ir.Value:
-    """The mask `groups` times along its rows; made once and shared by all layers."""
+    """The mask repeated `groups` times along its rows, computed once for all layers."""
     if mask.producer() is None:
-        raise ValueError("the mask is an input of the graph; it should be computed in it")
+        raise ValueError(
+            "the mask is an input of the graph; expected it to be computed in the graph"
+        )
     return shared(graph, "Concat", [mask] * groups, {"axis": 2})
 
 

@@ -1,16 +1,16 @@
-"""Gate and up stay two products, so that the second ends in SwiGLU and neither is copied.
+"""Keep gate and up as separate MatMuls, so that SwiGLU is fused and no weight is copied.
 
-TensorRT-RTX 1.7 joins products that read the same value. For gate and up that costs twice: while
-building, the joined weights are a second copy (on Mistral-7B's shapes the builder's anonymous
-memory is 1.66 times the weights, and 1.16 times with this pass); and in the engine SwiGLU becomes
-a kernel of its own over [B, S, 2 F], where the product `up` alone takes it as its epilogue.
+TensorRT-RTX 1.7 joins products that read the same value. For gate and up this costs twice. While
+building, the joined weights are a second copy: on Mistral-7B's shapes the builder's anonymous
+memory is 1.66 times the weights, and 1.16 times with this pass. In the engine, SwiGLU becomes a
+separate kernel over [B, S, 2 F], while a separate `up` product takes it as its epilogue.
 
     x ─┬─ gate ─ silu ─┐                 x ─┬─ gate ───────────── silu ─┐
        └─ up ───────── mul       →          └─ Mul(one) ─ up ────────── mul
 
-`one` is computed from the positions, which are never negative, so that the builder cannot know it
-and has to take the two inputs for different. Multiplying by one changes no bit; it becomes part of
-the kernel that writes x. Knows nothing about weights or files.
+`one` is computed from the positions, which are never negative, so it is always 1. The builder does
+not know that and treats the two inputs as different. Multiplying by one changes no bit, and becomes
+part of the kernel that writes x.
 """
 
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def _check(linear: Linear) -> str | None:
 def _rewrite(graph: ir.Graph, linear: Linear) -> None:
     value = linear.matmul.inputs[0]
     if value is None or value.dtype is None:
-        raise ValueError("the check lets no product without an input pass")
+        raise ValueError("a product without an input should have failed the check")
     product = ir.node("Mul", [value, _one(graph, value.dtype)])
     product.outputs[0].shape, product.outputs[0].type = value.shape, value.type
     graph.insert_before(linear.matmul, product)
@@ -49,7 +49,7 @@ def _rewrite(graph: ir.Graph, linear: Linear) -> None:
 
 
 def _one(graph: ir.Graph, dtype: ir.DataType) -> ir.Value:
-    """Return the scalar 1 that no builder can fold, made once at the graph's beginning."""
+    """Return a scalar 1 that no builder can fold, computed once at the start of the graph."""
     for node in graph:
         if node.outputs[0].name == ONE:
             return node.outputs[0]
@@ -68,6 +68,6 @@ def _expected(spec: ModelSpec) -> int:
     return spec.num_hidden_layers
 
 
-PART_GATE_UP = Rule(
-    name="part_gate_up", pattern=_pattern, check=_check, rewrite=_rewrite, expected=_expected
+KEEP_GATE_UP_APART = Rule(
+    name="keep_gate_up_apart", pattern=_pattern, check=_check, rewrite=_rewrite, expected=_expected
 )

@@ -1,7 +1,7 @@
-"""Tokens of one choice to text and log-probabilities. Knows nothing about HTTP or the scheduler.
+"""Collect the text and log-probabilities of one choice. Knows nothing about HTTP or the scheduler.
 
-Text that may become a stop string, or half a character, is held back; so are the log-probabilities
-of its tokens, until their text begins to be sent. Those of a stop string are never sent.
+The log-probabilities of a token are held back until its text begins to be sent. Those of a stop
+string are never sent.
 """
 
 from collections import deque
@@ -9,26 +9,26 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from runtime.decoding.sampling import Sampled
-from runtime.text.stop_strings import StopStrings
+from runtime.text.text_stream import TextStream
 from runtime.text.tokenizer import Tokenizer
 
 
 class Scored(NamedTuple):
-    """A token with its log-probability, and where in the choice's text it begins, in characters."""
+    """A token with its log-probability, and its offset in the choice's text, in characters."""
 
     offset: int
     sampled: Sampled
 
 
 class Piece(NamedTuple):
-    """Text that is certain, possibly empty, and the tokens that it is made of."""
+    """Text to send, possibly empty, and the tokens that it begins."""
 
     text: str
     scored: tuple[Scored, ...]
 
 
 class Answer:
-    """One choice as it grows.
+    """The text of one choice as it grows.
 
     `chat` drops the space that SentencePiece puts before the first word (see `Completion`).
     """
@@ -36,42 +36,42 @@ class Answer:
     def __init__(
         self, tokenizer: Tokenizer, stops: Sequence[str], *, chat: bool, logprobs: bool
     ) -> None:
-        self.count = 0  # tokens sampled, the end-of-text token among them
-        self.stopped = False  # a stop string was met
+        self.count = 0  # sampled tokens, the end-of-text token included
         self._stop_ids, self._bytes_of = tokenizer.stop_ids, tokenizer.bytes_of
-        self._decoder = tokenizer.stream(continuation=not chat)
-        self._stops = StopStrings(stops)
+        self._stream = TextStream(tokenizer, stops, continuation=not chat)
         self._logprobs = logprobs
-        self._read = 0  # characters that tokens stood for
-        self._sent = 0  # characters that were given out
-        self._waiting: deque[Scored] = deque()
+        self._sent = 0  # characters returned so far
+        self._pending: deque[Scored] = deque()  # tokens whose text was not returned yet
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self._stream.stopped
 
     def push(self, sampled: Sampled) -> Piece:
-        """Take the next token; return the text that it makes certain. Nothing after a stop."""
+        """Take the next token; return what can be sent now: nothing after a stop string."""
         if self.stopped:
             return Piece("", ())
         self.count += 1
-        text, before = self._decoder.push(sampled.token_id), self._read
-        self._read += len(text)
+        before = self._stream.decoded
+        text = self._stream.push(sampled.token_id)
         if self._logprobs and sampled.token_id not in self._stop_ids:
-            own = self._bytes_of(sampled.token_id).decode("utf-8", errors="replace")
-            # What the token does not spell itself is what broken bytes before it became.
-            self._waiting.append(Scored(max(before, self._read - len(own)), sampled))
-        certain, self.stopped = self._stops.push(text)
-        return self._given(certain)
+            spelled = self._bytes_of(sampled.token_id).decode("utf-8", errors="replace")
+            # Decoded characters beyond the token's own are U+FFFD for broken bytes before it.
+            offset = max(before, self._stream.decoded - len(spelled))
+            self._pending.append(Scored(offset, sampled))
+        return self._piece(text)
 
     def finish(self) -> Piece:
-        """What was held back, once no token follows."""
+        """Return what was held back, once no token follows."""
         if self.stopped:
             return Piece("", ())
-        text = self._stops.push(self._decoder.flush()).text + self._stops.flush()
-        self.stopped = self._stops.matched is not None
-        piece = self._given(text)
-        return piece if self.stopped else Piece(text, (*piece.scored, *self._waiting))
+        piece = self._piece(self._stream.finish())
+        return piece if self.stopped else Piece(piece.text, (*piece.scored, *self._pending))
 
-    def _given(self, text: str) -> Piece:
+    def _piece(self, text: str) -> Piece:
         self._sent += len(text)
         scored = []
-        while self._waiting and self._waiting[0].offset < self._sent:
-            scored.append(self._waiting.popleft())
+        while self._pending and self._pending[0].offset < self._sent:
+            scored.append(self._pending.popleft())
         return Piece(text, tuple(scored))

@@ -1,7 +1,7 @@
-"""From a request's body to what the scheduler is asked for. Knows nothing about HTTP.
+"""Translate a request's body into requests for the scheduler. Knows nothing about HTTP.
 
-Everything here takes a moment (a megabyte of text to encode, a grammar to compile) and so runs
-in a thread beside the event loop.
+This can be slow (a megabyte of text to encode, a grammar to compile), so it runs in a thread beside
+the event loop.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from graphs.errors import MistralcError
 from runtime.decoding.sampling import SamplingParams
 from runtime.decoding.sampling_defaults import sampling_params
-from runtime.scheduling.scheduler import Request
+from runtime.scheduling.request import Request
 from runtime.serve.errors import ApiError
 from runtime.serve.openai.schemas import (
     MAX_CHOICES,
@@ -36,9 +36,9 @@ Constrain = Callable[[], "GrammarConstraint"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """What one HTTP request asks for: every prompt continued `n` times.
+    """One HTTP request, checked and encoded: every prompt is continued `n` times.
 
-    Choice i belongs to prompt i // n. `logprobs` is None, or how many of the likeliest are wanted.
+    Choice i belongs to prompt i // n.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -54,16 +54,16 @@ class Call:
 
     @property
     def logprobs(self) -> int | None:
-        """How many of the likeliest tokens are reported with each; None reports nothing."""
+        """How many of the likeliest tokens are reported with each token; None: no logprobs."""
         return self.params.logprobs
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts; each counts once, however many choices continue it."""
+        """Tokens of all prompts; a prompt counts once, however many choices continue it."""
         return sum(map(len, self.prompts))
 
     def requests(self) -> list[Request]:
-        """One request a choice. With a seed each has its own, counted up from the one given."""
+        """Make one request for each choice; choice i gets the given seed plus i."""
         return [
             Request(
                 ids=self.prompts[choice // self.n],
@@ -81,7 +81,7 @@ class Call:
 
 
 class Translator:
-    """Turns bodies into calls for one bundle. Raises ApiError with the parameter at fault."""
+    """Translates bodies for one bundle. Raises ApiError that names the wrong parameter."""
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, defaults: dict[str, Any], limits: Limits
@@ -90,18 +90,18 @@ class Translator:
         self._defaults, self._limits = defaults, limits
 
     def completion(self, body: CompletionRequest) -> Call:
-        """What `POST /v1/completions` asks for."""
+        """Translate the body of `POST /v1/completions`."""
         if body.best_of not in (None, body.n or 1):
             raise ApiError(
-                400, f"best_of is {body.best_of} and n is {body.n or 1}; choices are not ranked "
-                "here, so the two must be equal. Leave best_of out.", param="best_of",
+                400, f"best_of is {body.best_of} and n is {body.n or 1}; this server does not rank "
+                "choices, so the two must be equal. Leave best_of out.", param="best_of",
             )  # fmt: skip
-        prompts = tuple(map(self._prompt, _several(body.prompt)))
-        most = body.max_tokens or min(COMPLETION_TOKENS, self._limits.max_new_tokens)
-        return self._call(body, prompts, most, "max_tokens", body.logprobs, chat=False)
+        prompts = tuple(map(self._encode, _as_list(body.prompt)))
+        limit = body.max_tokens or min(COMPLETION_TOKENS, self._limits.max_new_tokens)
+        return self._call(body, prompts, limit, "max_tokens", body.logprobs, chat=False)
 
     def chat(self, body: ChatRequest) -> Call:
-        """What `POST /v1/chat/completions` asks for."""
+        """Translate the body of `POST /v1/chat/completions`."""
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(
                 400, "top_logprobs is given without logprobs; set logprobs to true as well.",
@@ -109,7 +109,7 @@ class Translator:
             )  # fmt: skip
         if None not in (body.max_tokens, body.max_completion_tokens):
             raise ApiError(
-                400, "max_tokens and max_completion_tokens are both given; they mean the same. "
+                400, "max_tokens and max_completion_tokens are both given and mean the same. "
                 "Give one of them.", param="max_completion_tokens",
             )  # fmt: skip
         messages = [
@@ -125,13 +125,14 @@ class Translator:
         except MistralcError as error:
             raise ApiError(400, str(error), param="messages") from error
         name = "max_tokens" if body.max_tokens else "max_completion_tokens"
-        most = body.max_tokens or body.max_completion_tokens or self._limits.max_new_tokens
+        limit = body.max_tokens or body.max_completion_tokens or self._limits.max_new_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._call(body, (self._checked(ids, "messages"),), most, name, logprobs, chat=True)
+        prompts = (self._check_prompt(ids, "messages"),)
+        return self._call(body, prompts, limit, name, logprobs, chat=True)
 
     @cached_property
     def grammars(self) -> "Grammars":
-        """The grammars' view of the vocabulary, made when the first grammar comes."""
+        """The grammar compiler for this vocabulary, made when first needed."""
         from runtime.serve.openai.grammar import Grammars
 
         return Grammars(self.tokenizer, self.vocab_size)
@@ -140,8 +141,8 @@ class Translator:
         self,
         body: Sampling,
         prompts: tuple[tuple[int, ...], ...],
-        most: int,
-        most_name: str,
+        max_new_tokens: int,
+        limit_name: str,
         logprobs: int | None,
         *,
         chat: bool,
@@ -149,13 +150,13 @@ class Translator:
         n = body.n or 1
         if len(prompts) * n > MAX_CHOICES:
             raise ApiError(
-                400, f"{len(prompts)} prompts with n={n} make {len(prompts) * n} choices; up to "
-                f"{MAX_CHOICES} of one request are allowed. Send several requests.", param="n",
+                400, f"{len(prompts)} prompts with n={n} make {len(prompts) * n} choices; one call "
+                f"may have up to {MAX_CHOICES}. Send several requests.", param="n",
             )  # fmt: skip
-        if most > self._limits.max_new_tokens:
+        if max_new_tokens > self._limits.max_new_tokens:
             raise ApiError(
-                400, f"{most_name} is {most}; this server generates up to "
-                f"{self._limits.max_new_tokens} tokens for a choice.", param=most_name,
+                400, f"{limit_name} is {max_new_tokens}; this server generates up to "
+                f"{self._limits.max_new_tokens} tokens for a choice.", param=limit_name,
             )  # fmt: skip
         if body.stream_options is not None and not body.stream:
             raise ApiError(
@@ -167,7 +168,7 @@ class Translator:
             prompts=prompts,
             n=n,
             params=self._sampling(body, logprobs),
-            max_new_tokens=most,
+            max_new_tokens=max_new_tokens,
             stop_ids=self.tokenizer.stop_ids,
             stops=stops,
             chat=chat,
@@ -177,7 +178,7 @@ class Translator:
         )
 
     def _sampling(self, body: Sampling, logprobs: int | None) -> SamplingParams:
-        """The body's parameters over the checkpoint's defaults."""
+        """Combine the body's parameters with the checkpoint's defaults."""
         given = {name: getattr(body, name) for name in SAMPLING_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}
         bias = {int(token): float(value) for token, value in (body.logit_bias or {}).items()}
@@ -190,19 +191,19 @@ class Translator:
     def _constraint(self, body: Sampling) -> Constrain | None:
         form = body.response_format
         structured = isinstance(form, (JsonObjectFormat, JsonSchemaFormat))
-        wanted = [
+        given = [
             name
-            for name, given in (
+            for name, value in (
                 ("response_format", structured), ("regex", body.regex), ("grammar", body.grammar),
             )
-            if given
+            if value
         ]  # fmt: skip
-        if not wanted:
+        if not given:
             return None
-        if len(wanted) > 1:
+        if len(given) > 1:
             raise ApiError(
-                400, f"{' and '.join(wanted)} are both given; a text can follow one of them.",
-                param=wanted[-1],
+                400, f"{' and '.join(given)} are given together; a text can follow only one. Give "
+                "one of them.", param=given[-1],
             )  # fmt: skip
         try:
             if body.regex:
@@ -213,27 +214,27 @@ class Translator:
             return self.grammars.json_schema(schema or {"type": "object"}).copies()
         except ModuleNotFoundError as error:
             raise ApiError(
-                400, f"{wanted[0]} needs {error.name}, which this server does not have. Leave it "
-                "out, or install it there: pip install 'mistralc[serve]'.", param=wanted[0],
+                400, f"{given[0]} needs {error.name}, which this server does not have. Leave it "
+                "out, or install it on the server: pip install 'mistralc[serve]'.", param=given[0],
             ) from error  # fmt: skip
         except MistralcError as error:
-            raise ApiError(400, str(error), param=wanted[0]) from error
+            raise ApiError(400, str(error), param=given[0]) from error
 
-    def _prompt(self, prompt: str | list[int]) -> tuple[int, ...]:
+    def _encode(self, prompt: str | list[int]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return self._checked(prompt, "prompt")
+            return self._check_prompt(prompt, "prompt")
         try:
-            return self._checked(self.tokenizer.encode(prompt), "prompt")
+            return self._check_prompt(self.tokenizer.encode(prompt), "prompt")
         except MistralcError as error:
             raise ApiError(400, str(error), param="prompt") from error
 
-    def _checked(self, ids: list[int], param: str) -> tuple[int, ...]:
-        most = self._limits.max_prompt_tokens
+    def _check_prompt(self, ids: list[int], param: str) -> tuple[int, ...]:
+        limit = self._limits.max_prompt_tokens
         if not ids:
             raise ApiError(400, "The prompt is empty; at least one token is expected.", param=param)
-        if most is not None and len(ids) > most:
+        if limit is not None and len(ids) > limit:
             raise ApiError(
-                400, f"The prompt has {len(ids)} tokens; this server takes up to {most}. Shorten "
+                400, f"The prompt has {len(ids)} tokens; this server takes up to {limit}. Shorten "
                 "it.", param=param, code="context_length_exceeded",
             )  # fmt: skip
         if max(ids) >= self.vocab_size:
@@ -247,8 +248,8 @@ class Translator:
         )  # fmt: skip
 
 
-def _several(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
-    """The prompts, each a text or a list of token ids."""
+def _as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Any]:
+    """Return the prompts as a list; each is a text or a list of token ids."""
     if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
         return [prompt]
     return list(prompt)

@@ -1,15 +1,15 @@
-"""The bodies of requests and responses, as OpenAI's API has them. Knows nothing about models.
+"""The bodies of requests and responses in OpenAI's API. Knows nothing about models.
 
-What is not listed here is refused: a parameter that were ignored would change the answer without
-a word. Extensions are named as elsewhere: `top_k`, `min_p`, `repetition_penalty`, `regex`,
-`grammar`.
+A parameter not listed here is refused, because silently ignoring it would change the answer. The
+extensions `top_k`, `min_p`, `repetition_penalty`, `regex` and `grammar` are named as in other
+servers.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MAX_CHOICES = 16  # of one request, over all its prompts
+MAX_CHOICES = 16  # in one request, over all its prompts
 MAX_STOPS = 16  # OpenAI allows 4
 MAX_LOGPROBS = 20  # OpenAI: 5 for completions, 20 for chats
 
@@ -20,13 +20,13 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class Strict(BaseModel):
-    """What a client sends: exactly these fields, of exactly these types."""
+    """Part of a request body: exactly these fields, of exactly these types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
-    """What a stream brings beside the text."""
+    """What a stream contains beside the text."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -45,7 +45,7 @@ class JsonObjectFormat(Strict):
 
 
 class JsonSchema(Strict):
-    """A JSON schema by name; it is followed strictly whatever `strict` says."""
+    """A named JSON schema. It is followed strictly, whatever the value of `strict`."""
 
     name: str
     description: str | None = None
@@ -54,7 +54,7 @@ class JsonSchema(Strict):
 
 
 class JsonSchemaFormat(Strict):
-    """JSON as the schema wants it."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -66,7 +66,7 @@ ResponseFormat = Annotated[
 
 
 class Sampling(Strict):
-    """What completions and chats have in common."""
+    """Parameters that completions and chats have in common."""
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
@@ -86,7 +86,7 @@ class Sampling(Strict):
     response_format: ResponseFormat | None = None
     regex: str | None = Field(None, min_length=1)
     grammar: str | None = Field(None, min_length=1, description="In Lark's syntax")
-    user: str | None = Field(None, description="Changes nothing")
+    user: str | None = Field(None, description="Accepted and not used")
 
 
 class CompletionRequest(Sampling):
@@ -94,20 +94,20 @@ class CompletionRequest(Sampling):
 
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Only as n")
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES, description="Must be equal to n")
     echo: Literal[False] | None = None
     suffix: None = None
 
 
 class TextPart(Strict):
-    """A piece of a message."""
+    """Text as a part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(Strict):
-    """A message of a chat. The fields that must be empty are those of OpenAI's own answers."""
+    """A message of a chat. Answers of OpenAI have the fields that must be empty here."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -131,13 +131,13 @@ class ChatRequest(Sampling):
 
 
 class PromptDetails(BaseModel):
-    """Of the prompt's tokens, those that were in the ring already."""
+    """Details of the prompt's tokens: how many did not have to be computed."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens; a model's end-of-text token counts among the completion's."""
+    """Token counts; the end-of-text token counts as a completion token."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -146,7 +146,7 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry a token; `text_offset` counts characters of the choice's own text."""
+    """One entry for each token; `text_offset` counts characters of the choice's text."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -155,7 +155,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One continuation, or in a stream what came next of it."""
+    """One continuation, or the next part of it in a stream."""
 
     index: int
     text: str
@@ -163,8 +163,8 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class Answered(BaseModel):
-    """What every answer begins with."""
+class AnswerBase(BaseModel):
+    """Fields that every answer has."""
 
     id: str
     created: int
@@ -172,7 +172,7 @@ class Answered(BaseModel):
     system_fingerprint: str
 
 
-class Completion(Answered):
+class Completion(AnswerBase):
     """An answer to `POST /v1/completions`, or an event of its stream."""
 
     object: Literal["text_completion"] = "text_completion"
@@ -181,7 +181,7 @@ class Completion(Answered):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have come, with the natural logarithm of its probability."""
+    """A candidate token and its log-probability (natural logarithm)."""
 
     token: str
     logprob: float
@@ -189,20 +189,20 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A token that came, and the likeliest in its place."""
+    """A generated token and the likeliest candidates for its place."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """One entry a token."""
+    """One entry for each token."""
 
     content: list[TokenLogprob]
     refusal: None = None
 
 
 class AnswerMessage(BaseModel):
-    """The answer."""
+    """The message that the model wrote."""
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -210,7 +210,7 @@ class AnswerMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One answer to a chat."""
 
     index: int
     message: AnswerMessage
@@ -218,7 +218,7 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason | None
 
 
-class ChatCompletion(Answered):
+class ChatCompletion(AnswerBase):
     """An answer to `POST /v1/chat/completions`."""
 
     object: Literal["chat.completion"] = "chat.completion"
@@ -227,7 +227,7 @@ class ChatCompletion(Answered):
 
 
 class Model(BaseModel):
-    """The one model that a server has."""
+    """The model that a server has."""
 
     id: str
     object: Literal["model"] = "model"
@@ -236,7 +236,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """Every model of this server."""
+    """All models of this server: one."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -261,6 +261,6 @@ Status = Literal["ok", "loading", "ready", "draining", "failed"]
 
 
 class State(BaseModel):
-    """How the server is."""
+    """The state of the server."""
 
     status: Status

@@ -1,4 +1,4 @@
-"""The two APIs' answers: what each puts around text and log-probabilities. Knows no HTTP."""
+"""Build the answers of both APIs from text and log-probabilities. Knows nothing about HTTP."""
 
 import secrets
 import time
@@ -32,24 +32,24 @@ class Finished(NamedTuple):
 
 
 class Shape(Protocol):
-    """How one API writes answers. `logprobs` says whether log-probabilities were asked for."""
+    """The form of one API's answers."""
 
     def opening(self, choice: int) -> dict[str, Any] | None:
-        """The choice's first part of a stream, if it has one before any text."""
+        """Return what a stream sends of a choice before any text, or None."""
 
     def part(self, choice: int, piece: Piece, reason: FinishReason | None) -> dict[str, Any]:
-        """What came next of a choice, for a stream."""
+        """Return the next part of a choice, for a stream."""
 
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """An event of a stream."""
+        """Wrap parts of choices into an event of a stream."""
 
     def whole(self, choices: Sequence[Finished], usage: Usage) -> dict[str, Any]:
-        """The whole answer at once."""
+        """Return the whole answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Named:
-    """What every part of one answer begins with."""
+class AnswerId:
+    """Fields that every part of one answer has."""
 
     prefix: str
     model: str
@@ -58,7 +58,7 @@ class Named:
     token: str = field(default_factory=lambda: secrets.token_hex(12))
 
     def fields(self) -> dict[str, Any]:
-        """The fields as they are sent."""
+        """Return the fields as they are sent."""
         return {
             "id": f"{self.prefix}-{self.token}",
             "created": self.created,
@@ -68,24 +68,24 @@ class Named:
 
 
 class CompletionShape:
-    """`text_completion` objects, in a stream too."""
+    """Answers of /v1/completions: `text_completion` objects, also in a stream."""
 
-    def __init__(self, tokenizer: Tokenizer, named: Named, *, logprobs: bool) -> None:
-        self._tokenizer, self._fields, self._logprobs = tokenizer, named.fields(), logprobs
+    def __init__(self, tokenizer: Tokenizer, answer: AnswerId, *, logprobs: bool) -> None:
+        self._tokenizer, self._fields, self._logprobs = tokenizer, answer.fields(), logprobs
 
     def opening(self, choice: int) -> None:
-        """Nothing comes before the text."""
+        """Nothing is sent before the text."""
 
     def part(self, choice: int, piece: Piece, reason: FinishReason | None) -> dict[str, Any]:
-        """A choice, complete or not."""
+        """Return the next part of a choice."""
         return self._choice(choice, piece, reason).model_dump()
 
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """An event of a stream."""
+        """Wrap parts of choices into an event of a stream."""
         return {"object": "text_completion", **self._fields, "choices": choices}
 
     def whole(self, choices: Sequence[Finished], usage: Usage) -> dict[str, Any]:
-        """The whole answer at once."""
+        """Return the whole answer."""
         made = [self._choice(i, *finished) for i, finished in enumerate(choices)]
         return Completion(**self._fields, choices=made, usage=usage).model_dump()
 
@@ -109,18 +109,18 @@ class CompletionShape:
 
 
 class ChatShape:
-    """`chat.completion` objects, and `chat.completion.chunk` in a stream."""
+    """Answers to chats: `chat.completion` objects, or `chat.completion.chunk` in a stream."""
 
-    def __init__(self, tokenizer: Tokenizer, named: Named, *, logprobs: bool) -> None:
-        self._tokenizer, self._fields, self._logprobs = tokenizer, named.fields(), logprobs
+    def __init__(self, tokenizer: Tokenizer, answer: AnswerId, *, logprobs: bool) -> None:
+        self._tokenizer, self._fields, self._logprobs = tokenizer, answer.fields(), logprobs
 
     def opening(self, choice: int) -> dict[str, Any]:
-        """Who speaks."""
+        """Return the role of the speaker."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return {"index": choice, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def part(self, choice: int, piece: Piece, reason: FinishReason | None) -> dict[str, Any]:
-        """What the answer goes on with; an empty delta tells how it ended."""
+        """Return the next part of an answer; the last has an empty delta and a reason."""
         delta = {"content": piece.text} if piece.text or piece.scored else {}
         logprobs = self._scores(piece.scored) if piece.scored else None
         return {
@@ -131,11 +131,11 @@ class ChatShape:
         }
 
     def event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """An event of a stream."""
+        """Wrap parts of choices into an event of a stream."""
         return {"object": "chat.completion.chunk", **self._fields, "choices": choices}
 
     def whole(self, choices: Sequence[Finished], usage: Usage) -> dict[str, Any]:
-        """The whole answer at once."""
+        """Return the whole answer."""
         made = [
             ChatChoice(
                 index=i,
@@ -167,7 +167,7 @@ class ChatShape:
 
 
 def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
-    """The bill."""
+    """Token usage for the response."""
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
@@ -177,7 +177,7 @@ def usage_of(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> 
 
 
 def spelling(tokenizer: Tokenizer, token_id: int) -> str:
-    r"""A token as completions name it: its text, or `bytes:\xe2\x82` for a part of a character."""
+    r"""Spell a token for completions: its text, or `bytes:\xe2\x82` for part of a character."""
     data = tokenizer.bytes_of(token_id)
     try:
         return data.decode("utf-8")

@@ -1,7 +1,7 @@
-"""Answers on their way to a client: as server-sent events, or whole. Knows no paths or bodies.
+"""Send answers, whole or as server-sent events. Knows nothing about paths or request bodies.
 
-A client that leaves ends its request at once, streaming or not; what it asked for is cancelled and
-its rows are free for others with the scheduler's next step.
+When a client disconnects, streaming or not, its request is cancelled, and its rows are free with
+the scheduler's next step.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from graphs.errors import UsageError
-from runtime.scheduling.scheduler import End
+from runtime.scheduling.request import End
 from runtime.serve.errors import ApiError, JsonResponse, error_body
 from runtime.serve.jobs import Arrival, Job
 from runtime.serve.openai.answer import Answer, Piece, Scored
@@ -26,12 +26,12 @@ DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # a proxy that waits for more would undo streaming
+    (b"x-accel-buffering", b"no"),  # keeps proxies from buffering the stream
 ]
 
 
 class Step(NamedTuple):
-    """What became certain of one choice, and how it ended if it did."""
+    """The next part of one choice, with the reason if it is the last."""
 
     choice: int
     piece: Piece
@@ -39,33 +39,33 @@ class Step(NamedTuple):
 
 
 class Progress:
-    """The choices of one call as their tokens arrive."""
+    """Reads arriving tokens into the answers of one call."""
 
     def __init__(self, job: Job, call: Call, tokenizer: Tokenizer) -> None:
         self._job, self._n = job, call.n
-        self._cached: dict[int, int] = {}  # by prompt: what even its first choice found
-        wanted = call.logprobs is not None
+        self._cached: dict[int, int] = {}  # by prompt: the least that any of its choices found
+        logprobs = call.logprobs is not None
         self.answers = [
-            Answer(tokenizer, call.stops, chat=call.chat, logprobs=wanted)
+            Answer(tokenizer, call.stops, chat=call.chat, logprobs=logprobs)
             for _ in range(len(call.prompts) * call.n)
         ]
 
     @property
     def cached_tokens(self) -> int:
-        """Of all prompts' tokens, those that did not have to be read for any choice."""
+        """Prompt tokens that no choice had to compute, over all prompts."""
         return sum(self._cached.values())
 
     async def steps(self) -> AsyncIterator[list[Step]]:
-        """What came, as often as something did, until every choice has ended.
+        """Yield new parts of choices as they arrive, until every choice has ended.
 
-        Tokens that came while the client was busy with earlier ones are put together. Raises
-        ApiError where the model or the scheduler failed.
+        Tokens that arrive while the client is still reading earlier ones are put together. Raises
+        ApiError if the model or the scheduler failed.
         """
         while not self._job.done:
-            came: dict[int, list[Arrival]] = {}
+            arrivals: dict[int, list[Arrival]] = {}
             for arrival in await self._job.take():
-                came.setdefault(arrival.choice, []).append(arrival)
-            yield [step for choice, items in came.items() for step in self._read(choice, items)]
+                arrivals.setdefault(arrival.choice, []).append(arrival)
+            yield [step for choice, items in arrivals.items() for step in self._read(choice, items)]
 
     def _read(self, choice: int, arrivals: list[Arrival]) -> list[Step]:
         answer, text, scored = self.answers[choice], "", list[Scored]()
@@ -91,7 +91,7 @@ class Progress:
 
 
 class Reply(Response):
-    """Sends what `job` brings, in the form that `shape` gives it."""
+    """The response to one call: sends what `job` delivers, in the form of `shape`."""
 
     def __init__(
         self, job: Job, call: Call, shape: Shape, tokenizer: Tokenizer, timeout_s: float
@@ -103,21 +103,21 @@ class Reply(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; return early, with nothing more sent, when the client leaves or stalls."""
+        """Send the answer. Stops without sending more if the client disconnects or stalls."""
         work = asyncio.create_task(self._answer(scope, receive, send))
-        left = [
+        gone = [
             asyncio.create_task(_disconnected(receive)),
             asyncio.create_task(_set(self._job.overflow)),
         ]
         try:
-            await asyncio.wait([work, *left], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([work, *gone], return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 work.result()
         finally:
             self._job.cancel()
-            for task in (work, *left):
+            for task in (work, *gone):
                 task.cancel()
-            await asyncio.gather(work, *left, return_exceptions=True)
+            await asyncio.gather(work, *gone, return_exceptions=True)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -138,8 +138,8 @@ class Reply(Response):
         if not self._started:
             raise failure
         status = failure.status_code
-        told = error_body(status, str(failure.detail), failure.param, failure.code)
-        await send(_body(_event(told) + DONE, more=False))
+        error_event = error_body(status, str(failure.detail), failure.param, failure.code)
+        await send(_body(_event(error_event) + DONE, more=False))
 
     async def _whole(self) -> dict[str, Any]:
         choices = len(self._progress.answers)
@@ -160,7 +160,7 @@ class Reply(Response):
         usage_later: dict[str, Any] = {"usage": None} if self._call.include_usage else {}
         async for steps in self._progress.steps():
             events = []
-            if not self._started:  # only now: what fails before has its own HTTP status
+            if not self._started:  # not earlier: until now an error has its own status
                 await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
                 self._started = True
                 opening = map(self._shape.opening, range(len(self._progress.answers)))
@@ -171,8 +171,8 @@ class Reply(Response):
                 if reason is not None:
                     events.append(self._shape.part(choice, Piece("", ()), reason))
             if events:
-                told = (_event(self._shape.event([part]) | usage_later) for part in events)
-                await send(_body(b"".join(told)))
+                data = (_event(self._shape.event([part]) | usage_later) for part in events)
+                await send(_body(b"".join(data)))
         end = DONE
         if self._call.include_usage:
             usage = {"usage": self._usage().model_dump()}
@@ -185,7 +185,7 @@ class Reply(Response):
 
 
 def _reason(end: End) -> FinishReason:
-    """Why a choice ended; raises ApiError where it should not have."""
+    """Return why a choice ended. Raises ApiError if it was cancelled or failed."""
     if end.reason in ("stop", "length"):
         return "stop" if end.reason == "stop" else "length"
     if end.reason == "cancelled":

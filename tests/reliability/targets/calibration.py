@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from calib.evaluation.multiple_choice import read_questions
-from calib.layers.work_directory import Layer, Work
+from calib.layers.work_directory import LayerResult, WorkDirectory
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checks.corpus import read_corpus
 from exporter.quantization import calibration_table
@@ -159,13 +159,13 @@ def _restamped(data: bytes, tensors: bytes) -> bytes:
 
 def _work_directory(folder: Path) -> Prepared:
     """The decisions of a layer, from which an interrupted calibration resumes."""
-    work = Work(directory=folder)
-    work.finish(0, Layer(tensors=tensors_of(small_spec()), facts={"kl": 0.5}), {})
+    work = WorkDirectory(directory=folder)
+    work.finish(0, LayerResult(tensors=tensors_of(small_spec()), facts={"kl": 0.5}), {})
     (file,) = folder.glob("layer-*")
     cases = damaged_bytes(file.read_bytes(), [(0, PREAMBLE)]).map(lambda data: {file.name: data})
 
     def read(it: Path) -> None:
-        layer = Work(directory=it).layer(0)
+        layer = WorkDirectory(directory=it).layer(0)
         assert isinstance(layer.facts, dict)
 
     return Prepared(cases=cases, read=Folder(folder).reader(read))

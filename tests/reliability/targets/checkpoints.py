@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from exporter.checkpoint import gguf_file
 from exporter.checkpoint.open import open_checkpoint, read_spec
-from exporter.checkpoint.stored import FLOATS
+from exporter.checkpoint.stored import TORCH_FLOATS
 from exporter.estimate import plan
 from exporter.export import ExportOptions, ring_spec
 from graphs.spec import ModelSpec
@@ -61,8 +61,10 @@ def _read_weights(path: Path) -> None:
         inside = stored.where.offset + stored.where.length <= stored.where.path.stat().st_size
         assert inside, f"{name} extends beyond the end of its file"
         assert tuple(opened.tensor(name).shape) == shape, name
-        if stored.where.dtype in FLOATS:
-            assert stored.where.length == math.prod(shape) * FLOATS[stored.where.dtype].itemsize
+        if stored.where.dtype in TORCH_FLOATS:
+            assert (
+                stored.where.length == math.prod(shape) * TORCH_FLOATS[stored.where.dtype].itemsize
+            )
     assert len(opened.fingerprint()) == 64
 
 

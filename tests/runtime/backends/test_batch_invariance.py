@@ -1,4 +1,4 @@
-"""Batch-invariant: a token is the same in bits alone and among others, and otherwise it is not."""
+"""Batch invariance: logits are bit-identical for any batch and step size, and only with it."""
 
 from dataclasses import replace
 from functools import cache
@@ -20,14 +20,14 @@ from graphs.spec import ModelSpec, RingSpec
 from runtime.backends.onnxruntime_cpu import OrtSession
 from runtime.backends.session import Ids, Logits
 from runtime.decoding.generator import Generator
-from runtime.decoding.golden import TOGETHER, require_invariance
+from runtime.decoding.golden import COMPARED, require_invariance
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import SamplingParams
 from runtime.load import load
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
-LENGTH = 64  # tokens, and the end of context: the last one still has a slot behind it
+LENGTH = 64  # tokens; also the context, so the last token still has a padding slot
 SPECS = [
     tiny_spec(vocab_size=64, layer_windows=windows)
     for windows in ((5, None), (4, 16), (None, None))
@@ -62,29 +62,29 @@ def turns(draw: st.DrawFn) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(spec=st.sampled_from(SPECS), turns=turns())
-def test_any_split_gives_the_same_bits(spec: ModelSpec, turns: list[int]):
+def test_any_split_into_steps_gives_the_same_bits(spec: ModelSpec, turns: list[int]):
     got = tiny.in_turns(session(spec), ring_of(spec, 24), tiny.tokens(spec, LENGTH), turns)
     assert np.array_equal(got, one_by_one(spec)), f"turns {turns}"
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.layer_windows))
-def test_without_it_bits_differ_and_numbers_are_the_same(spec: ModelSpec):
+def test_without_batch_invariance_bits_differ_but_values_agree(spec: ModelSpec):
     plain = session(spec, invariant=False)
     ids = tiny.tokens(spec, LENGTH)
     got = tiny.in_turns(plain, ring_of(spec, 24), ids, [LENGTH])
     alone = one_by_one(spec, invariant=False)
-    assert not np.array_equal(got, alone), "or the tests above would show nothing"
+    assert not np.array_equal(got, alone), "without this the tests above would prove nothing"
     assert np.abs(alone - one_by_one(spec)).max() <= 2e-5
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.layer_windows))
-def test_rows_side_by_side_give_the_bits_of_one_alone(spec: ModelSpec):
+def test_rows_of_a_batch_get_the_bits_of_a_single_row(spec: ModelSpec):
     rows, ring = session(spec, batch=3), ring_of(spec, 24, rows=3)
     ring.capacities = dict(ring.full)
     rows.resize(ring.capacities)
     ids = tiny.tokens(spec, LENGTH)
     starts = np.array([[0], [3], [10]])
-    for row, (start,) in enumerate(starts):  # each row is elsewhere in the text
+    for row, (start,) in enumerate(starts):  # each row at another position of the text
         if start:
             text = ids[None, :start]
             rows.step(text, np.arange(start)[None], np.array([[0]]), first=row)
@@ -95,7 +95,7 @@ def test_rows_side_by_side_give_the_bits_of_one_alone(spec: ModelSpec):
 
 
 class Counting:
-    """A session that notes the length of each step."""
+    """A session that records the length of each step."""
 
     def __init__(self, real: OrtSession) -> None:
         self.real, self.resize, self.lengths = real, real.resize, list[int]()
@@ -106,8 +106,10 @@ class Counting:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.layer_windows))
-def test_drafts_change_no_bit_of_any_logprob(spec: ModelSpec):
-    params = replace(GREEDY, logprobs=1, logit_bias={3: 50.0, 9: 50.0})  # two tokens repeat soon
+def test_speculation_changes_no_bit_of_any_log_probability(spec: ModelSpec):
+    params = replace(
+        GREEDY, logprobs=1, logit_bias={3: 50.0, 9: 50.0}
+    )  # two tokens, so the text soon repeats
     prompt = [3, 9, 9, 3] * 5
     found = {}
     for speculate in (0, 7):
@@ -123,19 +125,19 @@ def test_drafts_change_no_bit_of_any_logprob(spec: ModelSpec):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.layer_windows))
-def test_a_host_that_rounds_otherwise_is_found(spec: ModelSpec):
+def test_a_session_without_batch_invariance_is_detected(spec: ModelSpec):
     text, good, bad = tiny.tokens(spec, 40), session(spec), session(spec, invariant=False)
     for subject in (good, bad):
-        subject.resize(ring_of(spec, TOGETHER).capacities)
-    require_invariance(good, ring_of(spec, TOGETHER), [{"ids": text}])
+        subject.resize(ring_of(spec, COMPARED).capacities)
+    require_invariance(good, ring_of(spec, COMPARED), [{"ids": text}])
     with pytest.raises(MistralcError, match="alone and among others"):
-        require_invariance(bad, ring_of(spec, TOGETHER), [{"ids": text}])
+        require_invariance(bad, ring_of(spec, COMPARED), [{"ids": text}])
 
 
 # The command
 
 
-def test_a_bundle_says_that_it_is_and_goes_to_the_end_of_its_context(tmp_path: Path):
+def test_a_batch_invariant_bundle_says_so_and_reaches_the_end_of_its_context(tmp_path: Path):
     source = write_checkpoint(tmp_path / "checkpoint", tiny_spec())
     options = ExportOptions(batch_invariant=True, context=LENGTH)
     manifest = export(str(source), tmp_path / "bundle", options)
@@ -147,7 +149,7 @@ def test_a_bundle_says_that_it_is_and_goes_to_the_end_of_its_context(tmp_path: P
     assert generator.finish_reason == "length"
 
 
-def test_a_bundle_that_says_so_and_is_not_is_refused(tmp_path: Path):
+def test_a_bundle_that_wrongly_claims_batch_invariance_is_refused(tmp_path: Path):
     source = write_checkpoint(tmp_path / "checkpoint", tiny_spec())
     manifest = export(str(source), tmp_path / "bundle", ExportOptions())
     assert not manifest.batch_invariant
@@ -159,6 +161,6 @@ def test_a_bundle_that_says_so_and_is_not_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("target", ["cuda", "rtx", "tensorrt"])
-def test_it_is_for_the_cpu_only(target: str):
+def test_batch_invariance_is_for_the_cpu_only(target: str):
     with pytest.raises(UsageError, match="--batch-invariant was given for --target"):
         ExportOptions(batch_invariant=True, target=target)

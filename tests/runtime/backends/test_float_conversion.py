@@ -1,4 +1,4 @@
-"""Half-precision logits become float32 without losing a bit, for every pattern of 16 bits."""
+"""Half-precision logits convert to float32 exactly, for all 65,536 bit patterns."""
 
 import ml_dtypes
 import numpy as np

@@ -1,4 +1,4 @@
-"""The kernels' cache is whole or absent, and losing it is never an error."""
+"""The kernel cache is complete or absent, and losing it is never an error."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import pytest
 from runtime.backends import kernel_cache
 
 
-def test_what_was_written_is_read(tmp_path: Path):
+def test_a_written_cache_is_read_back(tmp_path: Path):
     path = tmp_path / "deep" / "plan.bin"
     assert kernel_cache.write(path, b"kernels")
     assert kernel_cache.read(path) == b"kernels"
-    assert [each.name for each in path.parent.iterdir()] == ["plan.bin"], "nothing half written"
+    assert [each.name for each in path.parent.iterdir()] == ["plan.bin"], "no partial file"
 
 
 @pytest.mark.parametrize("cut", [0, 10, 32, 38])
@@ -31,12 +31,12 @@ def test_a_changed_cache_is_ignored(tmp_path: Path):
     assert kernel_cache.read(path) is None
 
 
-def test_a_missing_cache_is_no_error(tmp_path: Path):
+def test_a_missing_cache_is_not_an_error(tmp_path: Path):
     assert kernel_cache.read(tmp_path / "plan.bin") is None
     assert kernel_cache.read(tmp_path) is None
 
 
-def test_a_place_that_cannot_be_written_is_no_error_and_keeps_what_was_there(
+def test_a_failed_write_is_not_an_error_and_keeps_the_old_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "plan.bin"
@@ -57,4 +57,4 @@ def test_each_plan_has_its_own_file_in_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert kernel_cache.cache_file("ab12") == tmp_path / "mistralc" / "kernels" / "ab12.bin"
+    assert kernel_cache.kernels_file("ab12") == tmp_path / "mistralc" / "kernels" / "ab12.bin"

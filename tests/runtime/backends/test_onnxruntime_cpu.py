@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from graphs.errors import MistralcError
 from graphs.spec import RingSpec
-from runtime.backends.onnxruntime_cpu import KEPT, NO_FLASH, OrtSession
+from runtime.backends.onnxruntime_cpu import KEPT_BINDINGS, NO_FLASH, OrtSession
 from runtime.decoding.ring import Ring
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
@@ -57,7 +57,7 @@ import onnxruntime as ort
 session.resize(ring.full)
 for name, cache in session._caches.items():
     other = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(cache))
-    session._decoding(slice(0, 1)).binding.bind_ortvalue_output("present_" + name, other)
+    session._decode_step(slice(0, 1)).binding.bind_ortvalue_output("present_" + name, other)
 one = np.zeros((1, 1), np.int64)
 session.step(one, one, one)
 """
@@ -125,7 +125,7 @@ def test_every_present_cache_is_the_memory_of_its_past():
     session.resize({4: 6, 16: 18})
     one = np.zeros((1, 1), np.int64)
     session.step(one, one, one)
-    bound = {value.data_ptr() for value in session._decoding(slice(0, 1)).binding.get_outputs()}
+    bound = {value.data_ptr() for value in session._decode_step(slice(0, 1)).binding.get_outputs()}
     caches = session._caches
     assert len(caches) == 2 * SPEC.num_hidden_layers
     for name, cache in caches.items():
@@ -199,9 +199,9 @@ def test_bindings_of_rows_that_ran_long_ago_are_not_kept_and_run_again_all_the_s
         return session.step(ids, np.zeros_like(ids), np.zeros_like(ids), first).copy()
 
     spans = [(first, end) for first in rows for end in range(first + 1, 9)]
-    assert len(spans) > 2 * KEPT
+    assert len(spans) > 2 * KEPT_BINDINGS
     once = [logits(*span) for span in spans]
-    assert len(session._decode) == KEPT
+    assert len(session._decode_steps) == KEPT_BINDINGS
     for span, expected in zip(spans, once, strict=True):
         assert np.array_equal(logits(*span), expected), span
 

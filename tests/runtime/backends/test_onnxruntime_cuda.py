@@ -1,7 +1,7 @@
-"""ONNX Runtime CUDA sessions: what they bind, and what they say when they cannot run.
+"""ONNX Runtime CUDA sessions: results, memory, captured graphs, refusals.
 
-Without a GPU they run on ONNX Runtime CPU, in memory that they take for a GPU's (`fake_gpu.py`);
-tests marked `gpu` run the same checks on a real one.
+Without a GPU they run on ONNX Runtime CPU with memory of a fake GPU (`fake_gpu.py`); tests marked
+`gpu` run the same checks on a real one.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,8 @@ from runtime.backends import onnxruntime_cuda
 from runtime.backends.onnxruntime_cuda import CudaOrtSession
 from tests.support import tiny
 from tests.support.device_session import (
+    FLOAT32,
+    HALF,
     RING,
     SPEC,
     check_choices,
@@ -27,17 +29,13 @@ from tests.support.device_session import (
     check_generator,
     check_scheduler,
     full_ring,
+    open_cuda,
     requires_gpu,
 )
 
 pytest.importorskip("cuda.bindings", reason="not installed: pip install 'mistralc[cuda]'")
 
 from tests.support.fake_gpu import FakeCudart, fake_cuda, fake_provider
-
-# The same kernels as OrtSession's, which differ from PyTorch's in the order of sums.
-FLOAT32 = 1e-4
-# Two layers in half precision, whose rounding is 2^-11 and 2^-8: ten to twenty times that.
-HALF: dict[Dtype, float] = {"float16": 1e-2, "bfloat16": 5e-2}
 
 CPU = "CPUExecutionProvider"
 
@@ -57,7 +55,7 @@ def fake() -> Iterator[FakeCudart]:
 
 @pytest.fixture
 def session(fake: FakeCudart, model: Path) -> Iterator[CudaOrtSession]:
-    with CudaOrtSession(model, SPEC, RING, "float32") as opened:
+    with open_cuda(model) as opened:
         yield opened
 
 
@@ -69,7 +67,7 @@ def step(session: CudaOrtSession, position: int, count: int = 1) -> Any:
 # Numbers
 
 
-def test_logits_are_the_pytorch_decoders_over_turns_of_the_ring(session: CudaOrtSession):
+def test_logits_equal_the_pytorch_decoders_while_the_ring_wraps(session: CudaOrtSession):
     check_decoder(session, SPEC, RING, FLOAT32)
 
 
@@ -77,20 +75,20 @@ def test_decoding_agrees_with_prefill(session: CudaOrtSession):
     check_decode(session, SPEC, RING, FLOAT32)
 
 
-def test_the_generator_does_not_know_which_session_it_has(session: CudaOrtSession):
+def test_the_generator_gives_the_same_tokens_as_on_the_cpu(session: CudaOrtSession):
     check_generator(session, SPEC, RING)
     check_choices(session, SPEC, RING, FLOAT32)
 
 
 def test_the_scheduler_serves_requests_on_the_rows_of_a_batch(fake: FakeCudart, model: Path):
-    with CudaOrtSession(model, SPEC, RING, "float32", batch=3) as rows:
+    with open_cuda(model, batch=3) as rows:
         check_scheduler(rows, SPEC, RING)
 
 
 # Memory
 
 
-def test_the_ring_is_updated_where_it_lies(session: CudaOrtSession, fake: FakeCudart):
+def test_the_ring_is_updated_in_place(session: CudaOrtSession, fake: FakeCudart):
     step(session, 18, 3)
     for i, first in enumerate((18 % 6, 18 % 18)):
         name = f"past_key.{i}"
@@ -110,7 +108,7 @@ def test_past_and_present_are_one_address(session: CudaOrtSession):
         assert addresses[name] == addresses[name.replace("past_", "present_")]
 
 
-def test_decoding_takes_no_device_memory(session: CudaOrtSession, fake: FakeCudart):
+def test_decoding_allocates_no_device_memory(session: CudaOrtSession, fake: FakeCudart):
     step(session, 0)
     before = list(fake.live)
     for position in range(1, 40):
@@ -118,8 +116,8 @@ def test_decoding_takes_no_device_memory(session: CudaOrtSession, fake: FakeCuda
     assert list(fake.live) == before
 
 
-def test_closing_gives_everything_back_and_twice_is_once(fake: FakeCudart, model: Path):
-    session = CudaOrtSession(model, SPEC, RING, "float32")
+def test_closing_frees_everything_and_closing_again_is_harmless(fake: FakeCudart, model: Path):
+    session = open_cuda(model)
     step(session, 0)
     session.close()
     session.close()
@@ -128,24 +126,24 @@ def test_closing_gives_everything_back_and_twice_is_once(fake: FakeCudart, model
         step(session, 0)
 
 
-def test_a_constructor_that_fails_gives_everything_back(fake: FakeCudart, tmp_path: Path):
+def test_a_failing_constructor_frees_everything(fake: FakeCudart, tmp_path: Path):
     path = tmp_path / "model.onnx"
     path.write_bytes(b"no model")
     with pytest.raises(MistralcError, match=r"could not load .* on CUDA.*export the bundle again"):
-        CudaOrtSession(path, SPEC, RING, "float32")
+        open_cuda(path)
     assert not fake.live
 
 
 # The graph of a decode step
 
 
-def test_only_the_decode_step_asks_for_a_graph(session: CudaOrtSession):
-    asked = {id(options): graph for graph, options in session._options.items()}
+def test_only_the_decode_step_runs_as_a_graph(session: CudaOrtSession):
+    graph_ids = {id(options): graph for graph, options in session._options.items()}
     seen = []
 
     class Watched:
         def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            seen.append((binding is session._decode, asked[id(options)]))
+            seen.append((binding is session._decode, graph_ids[id(options)]))
 
     real, session._session = session._session, Watched()
     step(session, 0)
@@ -158,19 +156,19 @@ def test_a_model_that_cannot_be_captured_runs_without_a_graph(
     fake: FakeCudart, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = onnxruntime_cuda.providers
-    asked = []
+    attempts = []
 
     def providers(*, graphs: bool) -> Any:
-        asked.append(graphs)
+        attempts.append(graphs)
         if graphs:
             raise RuntimeError("This session cannot use the graph capture feature as requested")
         return plain(graphs=graphs)
 
     monkeypatch.setattr(onnxruntime_cuda, "providers", providers)
-    with CudaOrtSession(model, SPEC, RING, "float32") as session:
+    with open_cuda(model) as session:
         assert not session.captured
         check_decoder(session, SPEC, RING, FLOAT32)
-    assert asked == [True, False]
+    assert attempts == [True, False]
 
 
 # Refusals
@@ -182,28 +180,28 @@ def test_a_step_across_the_rings_end_is_refused(session: CudaOrtSession, first: 
         step(session, first, count)
 
 
-def test_resizing_takes_the_full_capacities_only(session: CudaOrtSession):
+def test_resize_accepts_the_full_capacities_only(session: CudaOrtSession):
     session.resize(full_ring(SPEC, RING).capacities)
     with pytest.raises(MistralcError, match="does not change"):
         session.resize({4: 3, 16: 3})
 
 
-def test_the_cpu_package_is_told_from_the_gpu_package(monkeypatch: pytest.MonkeyPatch, model: Path):
+def test_the_cpu_package_of_onnxruntime_is_refused(monkeypatch: pytest.MonkeyPatch, model: Path):
     monkeypatch.setattr(
         onnxruntime_cuda.ort, "get_available_providers", lambda: ["CPUExecutionProvider"]
     )
     with pytest.raises(MistralcError, match=r"no CUDAExecutionProvider.*pip uninstall onnxruntime"):
-        CudaOrtSession(model, SPEC, RING, "float16")
+        open_cuda(model, activation="float16")
 
 
-def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch, model: Path):
+def test_a_silent_fallback_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatch, model: Path):
     provider = "CUDAExecutionProvider"
     fallen = SimpleNamespace(get_providers=lambda: [CPU])
     monkeypatch.setattr(onnxruntime_cuda.ort, "get_available_providers", lambda: [provider])
     monkeypatch.setattr(onnxruntime_cuda.ort, "InferenceSession", lambda *given: fallen)
     with fake_cuda() as cudart:
         with pytest.raises(MistralcError, match=r"fell back to the CPU.*onnxruntime-gpu\[cuda"):
-            CudaOrtSession(model, SPEC, RING, "float16")
+            open_cuda(model, activation="float16")
         assert not cudart.live
 
 
@@ -212,7 +210,7 @@ def test_a_silent_fall_back_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`models(activation)` is a tiny model for the provider."""
+    """`models(activation)` writes a tiny model for the provider, once."""
     made: dict[Dtype, Path] = {}
 
     def build(activation: Dtype) -> Path:
@@ -230,35 +228,35 @@ on_gpu = pytest.mark.parametrize(
 
 
 @on_gpu
-def test_on_a_gpu_logits_are_the_pytorch_decoders(models: Any, activation: Dtype):
-    with CudaOrtSession(models(activation), SPEC, RING, activation) as session:
+def test_on_a_gpu_logits_equal_the_pytorch_decoders(models: Any, activation: Dtype):
+    with open_cuda(models(activation), activation=activation) as session:
         check_decoder(session, SPEC, RING, HALF[activation])
 
 
 @on_gpu
 def test_on_a_gpu_decoding_agrees_with_prefill(models: Any, activation: Dtype):
-    with CudaOrtSession(models(activation), SPEC, RING, activation) as session:
+    with open_cuda(models(activation), activation=activation) as session:
         check_decode(session, SPEC, RING, HALF[activation])
 
 
 @on_gpu
-def test_on_a_gpu_the_generator_says_what_the_cpu_would(models: Any, activation: Dtype):
-    with CudaOrtSession(models(activation), SPEC, RING, activation) as session:
+def test_on_a_gpu_generated_tokens_are_likely_on_the_cpu(models: Any, activation: Dtype):
+    with open_cuda(models(activation), activation=activation) as session:
         check_choices(session, SPEC, RING, HALF[activation])
 
 
 @on_gpu
-def test_on_a_gpu_a_long_text_takes_no_memory(models: Any, activation: Dtype):
-    with CudaOrtSession(models(activation), SPEC, RING, activation) as session:
+def test_on_a_gpu_a_long_text_allocates_no_memory(models: Any, activation: Dtype):
+    with open_cuda(models(activation), activation=activation) as session:
         check_decode(session, SPEC, RING, HALF[activation])
         free, _ = session._gpu.free()
         for position in range(1000, 1300):
             step(session, position)
-        # Others may use the GPU too: their noise is allowed, a leak of a ring per step is not.
+        # 64 MB allow for other processes on the GPU; a leak of one ring per step would exceed it.
         assert free - session._gpu.free()[0] < 64 << 20
 
 
 @on_gpu
-def test_on_a_gpu_decoding_is_a_graph(models: Any, activation: Dtype):
-    with CudaOrtSession(models(activation), SPEC, RING, activation) as session:
+def test_on_a_gpu_decoding_is_captured(models: Any, activation: Dtype):
+    with open_cuda(models(activation), activation=activation) as session:
         assert session.captured

@@ -1,4 +1,4 @@
-"""Steps that a device would take and get wrong in silence are refused before they reach it."""
+"""Steps that a device would silently compute wrongly are refused before they reach it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.support.make_checkpoint import tiny_spec
 SPEC = tiny_spec(vocab_size=64, window=4)
 RING = RingSpec(chunk=3, context=1)  # six slots
 FULL = tiny_spec(vocab_size=64)
-CONTEXT = RingSpec(chunk=3, context=6)  # six positions, and then no more
+CONTEXT = RingSpec(chunk=3, context=6)  # six positions in all
 
 
 def step(
@@ -36,7 +36,7 @@ def test_a_step_across_the_rings_end_is_refused(first: int, count: int):
         step(first, count)
 
 
-def test_a_layer_that_never_forgets_is_not_let_wrap():
+def test_the_ring_of_a_layer_without_a_window_must_not_wrap():
     step(3, 3, spec=FULL, ring=CONTEXT)
     with pytest.raises(MistralcError, match="a ring that has 6"):
         step(6, 1, spec=FULL, ring=CONTEXT)
@@ -62,17 +62,17 @@ def test_every_row_is_checked():
         ({"ids": [[0, 1], [0, 1]]}, r"tokens \(2, 2\)"),
     ],
 )
-def test_what_no_row_of_the_ring_can_take_is_refused(changed: Any, words: str):
+def test_invalid_tokens_positions_and_indices_are_refused(changed: Any, words: str):
     with pytest.raises(MistralcError, match=words):
         step(0, 2, **changed)
 
 
-def test_a_step_of_more_than_a_chunk_is_refused():
+def test_a_step_longer_than_a_chunk_is_refused():
     with pytest.raises(MistralcError, match=r"4 tokens .* 1 to 3 of each"):
         step(0, 4)
 
 
-def test_only_the_full_capacities_are_taken():
+def test_only_the_full_capacities_are_accepted():
     check_capacities(SPEC, RING, {4: 6})
     with pytest.raises(MistralcError, match=r"ring of 3 slots .* has 6"):
         check_capacities(SPEC, RING, {4: 3})

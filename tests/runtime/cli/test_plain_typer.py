@@ -1,4 +1,4 @@
-"""The stand-in for typer takes the arguments that typer takes, of every command of the runtime."""
+"""`plain_typer` accepts the same arguments as typer, for every command of the runtime."""
 
 import json
 import subprocess
@@ -32,9 +32,9 @@ LINES = [
     "sign bundle --key key",
 ]
 
-STAND_IN = """
+PLAIN_TYPER = """
 import json, sys
-from runtime import plain_typer
+from runtime.cli import plain_typer
 sys.modules["typer"] = plain_typer
 import runtime.cli.commands
 app = plain_typer.Typer(name="run.pyz")
@@ -51,9 +51,9 @@ json.dump([options, values], sys.stdout, default=str)
 
 
 @cache
-def stand_in() -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
-    """Option strings by command, and what each of LINES means, as the stand-in sees it."""
-    done = subprocess.run([sys.executable, "-c", STAND_IN], cwd=ROOT, text=True, check=True,
+def plain_typer() -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
+    """Option strings by command, and the parsed values of each of LINES, by `plain_typer`."""
+    done = subprocess.run([sys.executable, "-c", PLAIN_TYPER], cwd=ROOT, text=True, check=True,
                           input=json.dumps([line.split() for line in LINES]),
                           stdout=subprocess.PIPE)  # fmt: skip
     options, values = json.loads(done.stdout)
@@ -62,7 +62,7 @@ def stand_in() -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
 
 @cache
 def commands() -> dict[str, Any]:
-    """The same commands as typer makes them."""
+    """The same commands, made by typer."""
     app = typer.Typer()
     runtime.cli.commands.register(app)
     found: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -70,7 +70,7 @@ def commands() -> dict[str, Any]:
 
 
 def test_every_command_has_the_same_options() -> None:
-    options, _ = stand_in()
+    options, _ = plain_typer()
     assert options.keys() == commands().keys()
     for name, command in commands().items():
         declared = [one for one in command.params if one.param_type_name == "option"]
@@ -79,10 +79,10 @@ def test_every_command_has_the_same_options() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_command_line_means_the_same(line: str) -> None:
+def test_a_command_line_parses_to_the_same_values(line: str) -> None:
     name, *rest = line.split()
     params = commands()[name].make_context(name, rest).params
     expected = json.loads(json.dumps(params, default=str))
-    # Of an option that may be repeated and was not given, typer itself makes a None of the [].
+    # typer turns the [] of a repeatable option that was not given into None.
     expected = {key: None if value == [] else value for key, value in expected.items()}
-    assert stand_in()[1][LINES.index(line)] == expected
+    assert plain_typer()[1][LINES.index(line)] == expected

@@ -1,7 +1,7 @@
-"""The generation loop against a scripted session: no model, no graph, nothing random.
+"""The generation loop on a scripted session: no model, no graph, nothing random.
 
-The script says what the "model" answers at each position, so every step that the generator takes,
-and every logit it reads, can be written down beforehand.
+The script gives the "model's" next token at each position, so a test can state every step that the
+generator takes and every logit that it reads.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 class ScriptedSession:
-    """Answers `script(position)` with the highest logit, and notes everything it was asked."""
+    """Gives the token `script(position)` the highest logit and records all calls."""
 
     def __init__(self, script: Callable[[int], int]) -> None:
         self.script = script
@@ -37,16 +37,18 @@ class ScriptedSession:
 
     def step(self, input_ids: Ids, position_ids: Ids, logits_indices: Ids) -> Logits:
         assert input_ids.dtype == position_ids.dtype == logits_indices.dtype == np.int64
-        assert input_ids.flags.c_contiguous, "a session binds the array's memory as it lies"
+        assert input_ids.flags.c_contiguous, "a session binds the memory of the array"
         self.steps.append((input_ids[0].tolist(), position_ids[0].tolist()))
         self.indices.append(logits_indices[0].tolist())
-        self.logits[:] = np.arange(VOCABULARY) / VOCABULARY  # a shape that sampling can tell
+        self.logits[:] = (
+            np.arange(VOCABULARY) / VOCABULARY
+        )  # distinct logits, so that sampling is testable
         self.logits[0, 0, self.script(int(position_ids[0, logits_indices[0, 0]]))] = 5
         return self.logits
 
 
 def counting(position: int) -> int:
-    """After the token at position p comes token p + 1."""
+    """The token after position p is p + 1."""
     return position + 1
 
 
@@ -66,7 +68,7 @@ def ids_of(sampled: object) -> list[int]:
 # Feeding
 
 
-def test_a_prompt_is_fed_in_pieces_and_only_the_last_token_of_each_gives_logits():
+def test_a_prompt_is_fed_in_pieces_with_logits_for_the_last_token_of_each():
     subject, session = generator(chunk=4)
     logits = subject.feed([9, 8, 7, 6, 5, 4])
     assert session.steps == [([9, 8, 7, 6], [0, 1, 2, 3]), ([5, 4], [4, 5])]
@@ -85,32 +87,32 @@ def test_pieces_are_cut_at_the_end_of_the_ring():
 
 def test_progress_adds_up_to_the_prompt():
     subject, _ = generator(chunk=4)
-    told: list[int] = []
-    subject.feed([1] * 10, told.append)
-    assert told == [4, 4, 2]
+    counts: list[int] = []
+    subject.feed([1] * 10, counts.append)
+    assert counts == [4, 4, 2]
 
 
-def test_the_session_grows_before_the_step_that_needs_the_room():
+def test_the_session_is_resized_before_the_step_that_needs_the_slots():
     subject, session = generator(context=40, chunk=4)
     events = []
     resize, step = session.resize, session.step
 
-    def noted_step(*arrays: Ids) -> Logits:
+    def recorded_step(*arrays: Ids) -> Logits:
         events.append(("step", int(arrays[1][0, -1])))
         return step(*arrays)
 
-    def noted_resize(capacities: Mapping[int | None, int]) -> None:
+    def recorded_resize(capacities: Mapping[int | None, int]) -> None:
         events.append(("resize", capacities[None]))
         resize(capacities)
 
-    session.step, session.resize = noted_step, noted_resize  # type: ignore[method-assign]
+    session.step, session.resize = recorded_step, recorded_resize  # type: ignore[method-assign]
     subject.feed([1] * 9)
     assert events == [
         ("step", 3), ("resize", 8), ("step", 7), ("resize", 16), ("step", 8),
     ]  # fmt: skip
 
 
-def test_no_token_is_no_turn():
+def test_an_empty_turn_is_refused():
     subject, session = generator()
     with pytest.raises(MistralcError, match="at least one"):
         subject.feed([])
@@ -118,7 +120,7 @@ def test_no_token_is_no_turn():
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCABULARY])
-def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_written(wrong: int):
+def test_an_unknown_token_is_refused_before_anything_is_written(wrong: int):
     subject, session = generator(chunk=2)
     with pytest.raises(MistralcError, match=f"Token {wrong} was given; .* 0 to 49"):
         subject.feed([1, 2, 3, wrong])
@@ -126,7 +128,7 @@ def test_a_token_that_the_model_does_not_have_is_refused_before_anything_is_writ
     assert (subject.position, list(subject.tokens)) == (0, [])
 
 
-def test_too_long_a_prompt_is_refused_before_anything_is_written():
+def test_a_prompt_that_exceeds_the_context_is_refused_before_anything_is_written():
     subject, session = generator(context=10, chunk=4)
     subject.feed([1, 2, 3])
     session.steps.clear()
@@ -141,7 +143,7 @@ def test_too_long_a_prompt_is_refused_before_anything_is_written():
 # Generating
 
 
-def test_every_sampled_token_but_the_last_is_written_at_the_next_position():
+def test_all_sampled_tokens_but_the_last_are_written():
     subject, session = generator()
     logits = subject.feed([7, 7, 7])
     session.steps.clear()
@@ -151,7 +153,7 @@ def test_every_sampled_token_but_the_last_is_written_at_the_next_position():
     assert subject.position == 6
 
 
-def test_one_token_is_sampled_from_the_prompt_alone():
+def test_the_first_token_needs_no_step_after_the_prompt():
     subject, session = generator()
     logits = subject.feed([7])
     session.steps.clear()
@@ -159,7 +161,7 @@ def test_one_token_is_sampled_from_the_prompt_alone():
     assert not session.steps
 
 
-def test_the_turn_goes_on_from_the_last_token():
+def test_the_next_turn_continues_after_the_last_token():
     subject, session = generator()
     *_, last = subject.generate(subject.feed([7, 7]), GREEDY, max_new_tokens=3)
     session.steps.clear()
@@ -168,7 +170,7 @@ def test_the_turn_goes_on_from_the_last_token():
     assert ids_of(subject.generate(logits, GREEDY, max_new_tokens=2)) == [7, 8]
 
 
-def test_it_ends_with_length_after_so_many_tokens():
+def test_generation_ends_with_length_after_max_new_tokens():
     subject, _ = generator()
     steps = subject.generate(subject.feed([7]), GREEDY, max_new_tokens=2)
     next(steps)
@@ -178,7 +180,7 @@ def test_it_ends_with_length_after_so_many_tokens():
     assert next(steps, None) is None
 
 
-def test_it_ends_with_stop_at_a_stop_id_which_is_the_last_token_given():
+def test_generation_ends_with_stop_after_yielding_the_stop_id():
     subject, _ = generator()
     logits = subject.feed([7])
     found = ids_of(subject.generate(logits, GREEDY, max_new_tokens=9, stop_ids=frozenset({3, 30})))
@@ -186,42 +188,42 @@ def test_it_ends_with_stop_at_a_stop_id_which_is_the_last_token_given():
     assert subject.finish_reason == "stop"
 
 
-def test_a_stop_id_that_is_also_the_last_token_allowed_is_a_stop():
+def test_a_stop_id_at_max_new_tokens_counts_as_stop():
     subject, _ = generator()
     logits = subject.feed([7])
     list(subject.generate(logits, GREEDY, max_new_tokens=3, stop_ids=frozenset({3})))
     assert subject.finish_reason == "stop"
 
 
-def test_a_full_context_ends_with_length_and_its_last_token_needs_no_place():
+def test_generation_ends_with_length_at_the_end_of_the_context():
     subject, _ = generator(context=6)
     found = ids_of(subject.generate(subject.feed([7] * 4), GREEDY))
-    assert found == [4, 5, 6]  # at positions 4 and 5, and one that is never written
+    assert found == [4, 5, 6]  # at positions 4 and 5; the last one is never written
     assert subject.finish_reason == "length"
     assert subject.position == 6
 
 
-def test_a_context_filled_by_the_prompt_still_gives_one_token():
+def test_a_prompt_that_fills_the_context_still_gives_one_token():
     subject, _ = generator(context=6)
     found = ids_of(subject.generate(subject.feed([7] * 6), GREEDY, max_new_tokens=5))
     assert found == [6]
     assert subject.finish_reason == "length"
 
 
-def test_a_sliding_model_has_no_end():
+def test_a_sliding_model_generates_without_end():
     subject, _ = generator(window=4, chunk=3, script=lambda position: position % 10)
     steps = subject.generate(subject.feed([7]), GREEDY)
     assert len(ids_of(islice(steps, 1000))) == 1000
     assert subject.finish_reason is None
 
 
-def test_no_new_token_asked_for_is_none_given():
+def test_zero_new_tokens_give_no_token():
     subject, _ = generator()
     steps = subject.generate(subject.feed([7]), GREEDY, max_new_tokens=0)
     assert ids_of(islice(steps, 20)) == []
 
 
-def test_a_caller_that_stops_listening_leaves_a_sequence_that_goes_on():
+def test_a_sequence_can_continue_after_the_caller_stopped_early():
     subject, session = generator()
     steps = subject.generate(subject.feed([7]), GREEDY)
     assert ids_of(islice(steps, 3)) == [1, 2, 3]
@@ -231,10 +233,10 @@ def test_a_caller_that_stops_listening_leaves_a_sequence_that_goes_on():
     assert session.steps == [([3, 30], [3, 4])]
 
 
-# Going back
+# Rewinding
 
 
-def test_going_back_forgets_the_tokens_from_there_on():
+def test_rewinding_drops_the_tokens_after_the_new_position():
     subject, session = generator()
     subject.feed([1, 2, 3, 4, 5])
     subject.rewind(2)
@@ -244,7 +246,7 @@ def test_going_back_forgets_the_tokens_from_there_on():
     assert session.steps == [([9], [2])]
 
 
-def test_going_back_too_far_changes_nothing():
+def test_a_refused_rewind_changes_nothing():
     subject, _ = generator(window=4, chunk=3)
     subject.feed(list(range(10)))
     with pytest.raises(MistralcError, match="Start over"):
@@ -252,7 +254,7 @@ def test_going_back_too_far_changes_nothing():
     assert (subject.position, list(subject.tokens)) == (10, list(range(10)))
 
 
-def test_a_text_with_a_common_beginning_is_fed_from_where_it_parts():
+def test_only_the_tokens_after_a_common_prefix_are_fed():
     subject, session = generator()
     subject.feed([1, 2, 3, 4, 5])
     session.steps.clear()
@@ -262,7 +264,7 @@ def test_a_text_with_a_common_beginning_is_fed_from_where_it_parts():
     assert int(np.argmax(logits)) == counting(4)
 
 
-def test_a_longer_text_is_fed_from_where_the_ring_ends():
+def test_an_extended_text_is_fed_from_the_end_of_the_ring():
     subject, session = generator()
     subject.feed([1, 2, 3])
     session.steps.clear()
@@ -270,8 +272,8 @@ def test_a_longer_text_is_fed_from_where_the_ring_ends():
     assert session.steps == [([4], [3])]
 
 
-@pytest.mark.parametrize("text", [[1, 2, 3], [1, 2]], ids=["the same text", "its beginning"])
-def test_a_text_that_is_there_already_is_fed_its_last_token_for_the_logits(text: list[int]):
+@pytest.mark.parametrize("text", [[1, 2, 3], [1, 2]], ids=["the same text", "a prefix of it"])
+def test_a_text_already_in_the_ring_is_fed_its_last_token_for_the_logits(text: list[int]):
     subject, session = generator()
     subject.feed([1, 2, 3])
     session.steps.clear()
@@ -281,7 +283,7 @@ def test_a_text_that_is_there_already_is_fed_its_last_token_for_the_logits(text:
     assert int(np.argmax(logits)) == counting(len(text) - 1)
 
 
-def test_a_text_that_shares_nothing_starts_over():
+def test_a_text_without_a_common_prefix_is_fed_from_position_0():
     subject, session = generator()
     subject.feed([1, 2, 3])
     session.steps.clear()
@@ -289,9 +291,9 @@ def test_a_text_that_shares_nothing_starts_over():
     assert session.steps == [([4, 5], [0, 1])]
 
 
-def test_a_beginning_that_the_ring_has_forgotten_is_fed_again():
+def test_a_prefix_that_the_ring_has_overwritten_is_fed_again():
     subject, session = generator(window=4, chunk=3)
-    subject.feed(list(range(20)))  # holds 14..19, and goes back to 17
+    subject.feed(list(range(20)))  # holds 14..19; can rewind to 17
     session.steps.clear()
     subject.feed_from_common_prefix([*range(17), 40])
     assert session.steps[-1] == ([40], [17]), "17 is within the slack"
@@ -313,25 +315,25 @@ def test_logit_bias_reaches_the_sampler():
 def test_the_repetition_penalty_sees_the_prompt():
     subject, _ = generator()
     params = SamplingParams(temperature=0, repetition_penalty=100.0)
-    # 1 would be next; it is in the prompt, so its 5 becomes 0.05, below 49's 49/50.
+    # Token 1 would be next, but it is in the prompt: its logit 5 becomes 0.05, below 49/50 of 49.
     assert ids_of(subject.generate(subject.feed([1]), params, max_new_tokens=1)) == [49]
 
 
-def test_log_probabilities_come_where_they_are_asked_for():
+def test_log_probabilities_are_given_on_request():
     subject, _ = generator()
     logits = subject.feed([7]).copy()
     (plain,) = subject.generate(logits, GREEDY, max_new_tokens=1)
     assert plain.logprob is None
     params = SamplingParams(temperature=0, logprobs=2)
-    (told,) = subject.generate(logits, params, max_new_tokens=1)
+    (sampled,) = subject.generate(logits, params, max_new_tokens=1)
     wide = logits.astype(np.float64)
     expected = wide[1] - np.log(np.exp(wide).sum())
-    # Float64 on both sides; 1e-9 is far above its rounding and far below any mistake.
-    assert told.logprob == pytest.approx(expected, abs=1e-9)
-    assert [token for token, _ in told.top_logprobs] == [1, 49]
+    # Float64 on both sides: 1e-9 is far above its rounding.
+    assert sampled.logprob == pytest.approx(expected, abs=1e-9)
+    assert [token for token, _ in sampled.top_logprobs] == [1, 49]
 
 
-def test_a_seed_draws_what_the_sampler_draws_from_the_same_logits():
+def test_a_seed_gives_the_draws_of_the_sampler():
     params = SamplingParams(temperature=2.0, seed=11)
     subject, session = generator()
     drawn = ids_of(subject.generate(subject.feed([7]), params, max_new_tokens=12))
@@ -342,9 +344,9 @@ def test_a_seed_draws_what_the_sampler_draws_from_the_same_logits():
         logits = session.step(zero, zero + position, zero)[0, 0]
         expected.append(sampler.sample(logits).token_id)
     assert drawn == expected
-    assert len(set(drawn)) > 3, "at temperature 2 a draw is not the likeliest token every time"
+    assert len(set(drawn)) > 3, "at temperature 2 not every draw is the likeliest token"
 
 
-def test_wrong_sampling_parameters_are_refused_when_they_are_made():
+def test_invalid_sampling_parameters_are_refused():
     with pytest.raises(UsageError, match="temperature"):
         SamplingParams(temperature=-1)

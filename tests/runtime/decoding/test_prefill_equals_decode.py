@@ -1,7 +1,7 @@
-"""However a text is cut, it gives the same logits: one-token steps, chunks, turns, rows, growth.
+"""Logits do not depend on how a text is split: single tokens, chunks, turns, rows, growth.
 
-The yardstick is the text fed one token at a time over the same ring, which
-`test_model_against_transformers.py` holds against other people's code.
+The reference is the text fed one token at a time over the same ring.
+`test_model_against_transformers.py` compares that with Hugging Face transformers.
 """
 
 from functools import cache
@@ -20,12 +20,12 @@ from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
 
 TOLERANCE = 1e-4
-"""What is promised. A matrix product over S tokens adds up in another order than one over a single
-token; on these models that was seen to move logits of up to 4 by 3e-6. One key too many or too few
-moves them by 0.9 and more, as `test_one_key_more_is_far_outside_the_tolerance` shows.
+"""A matrix product over S tokens sums in another order than one over a single token. On these
+models logits of up to 4 differed by 3e-6. One key too many or too few changes them by 0.9 and
+more: `test_one_extra_key_exceeds_the_tolerance_by_far`.
 """
 
-LONGEST = 64  # tokens; ten windows and several times around every ring
+LONGEST = 64  # tokens: ten windows, so every ring wraps several times
 CONTEXT = 64  # of the ring without a window
 WINDOWS = [(5, None), (4, 16)]  # per layer; each pair shares one trace with the other tests
 SPECS = [tiny_spec(vocab_size=64, layer_windows=windows) for windows in WINDOWS]
@@ -48,19 +48,19 @@ def one_by_one(spec: ModelSpec, seed: int, count: int) -> tiny.Logits:
 
 @st.composite
 def splits(draw: st.DrawFn) -> list[int]:
-    """Turns of any lengths, `LONGEST` tokens in all at most."""
+    """Turns of any lengths, at most `LONGEST` tokens in all."""
     count = draw(st.integers(1, LONGEST))
     cuts = draw(st.sets(st.integers(1, count - 1), max_size=8)) if count > 1 else set()
     edges = [0, *sorted(cuts), count]
     return [b - a for a, b in pairwise(edges)]
 
 
-# 80 examples of at most 64 steps take 3 s; the seeds are few so that the yardstick is kept.
+# 80 examples of at most 64 steps take 3 s. Few seeds, so the cached reference is reused.
 @settings(max_examples=80, deadline=None)
 @given(
     spec=st.sampled_from(SPECS), chunk=st.integers(1, 24), turns=splits(), seed=st.integers(0, 3)
 )
-def test_any_split_into_turns_with_any_chunk_gives_the_logits_of_one_token_steps(
+def test_any_turns_and_chunk_give_the_logits_of_single_token_steps(
     spec: ModelSpec, chunk: int, turns: list[int], seed: int
 ):
     ids = tiny.tokens(spec, LONGEST, seed)[: sum(turns)]
@@ -70,7 +70,7 @@ def test_any_split_into_turns_with_any_chunk_gives_the_logits_of_one_token_steps
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: str(spec.layer_windows))
-def test_chunks_of_every_size_give_the_logits_of_one_token_steps(spec: ModelSpec):
+def test_every_chunk_size_gives_the_logits_of_single_token_steps(spec: ModelSpec):
     ids = tiny.tokens(spec, LONGEST)
     expected = one_by_one(spec, 0, LONGEST)
     for chunk in range(1, LONGEST + 1):
@@ -84,7 +84,7 @@ def lengths(window: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", lengths(1))
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-def test_where_a_window_begins_to_forget_a_prompt_equals_its_steps(case: str, chunk: int):
+def test_around_the_window_prefill_equals_single_token_steps(case: str, chunk: int):
     for spec in SPECS:
         for window in spec.windows:
             if window is None:
@@ -95,7 +95,7 @@ def test_where_a_window_begins_to_forget_a_prompt_equals_its_steps(case: str, ch
             assert_same(got, one_by_one(spec, 0, LONGEST)[: count + 2], f"W={window}, {case}")
 
 
-def test_a_ring_that_grew_gives_the_logits_of_one_that_was_full_from_the_start():
+def test_a_growing_ring_gives_the_logits_of_a_full_one():
     spec, ids = SPECS[1], tiny.tokens(SPECS[1], LONGEST)
     growing, full = ring_of(spec, 4), ring_of(spec, 4)
     full.capacities = dict(full.full)
@@ -104,7 +104,7 @@ def test_a_ring_that_grew_gives_the_logits_of_one_that_was_full_from_the_start()
     real = tiny.session(spec)
 
     class Watched:
-        """The session, with a note of every size it was asked for."""
+        """The session, recording every size that was requested."""
 
         step = real.step
 
@@ -114,13 +114,13 @@ def test_a_ring_that_grew_gives_the_logits_of_one_that_was_full_from_the_start()
 
     got = tiny.in_turns(Watched(), growing, ids, turns)
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) >= 3, f"the ring is to grow in steps; it had {sizes}"
+    assert len(set(sizes)) >= 3, f"the ring must grow in several steps: {sizes}"
     expected = tiny.in_turns(real, full, ids, turns)
-    # The same steps in the same order; only the number of masked slots in a sum differs.
+    # The same steps in the same order; only the number of masked slots differs.
     assert_same(got, expected, "growing ring")
 
 
-def test_the_decoder_itself_takes_one_token_steps_over_a_ring_that_wraps():
+def test_the_pytorch_decoder_also_decodes_over_a_wrapping_ring():
     spec = SPECS[1]
     ids = torch.from_numpy(tiny.tokens(spec, 40))
     capacity = {4: 6, 16: 18}
@@ -140,8 +140,8 @@ def test_the_decoder_itself_takes_one_token_steps_over_a_ring_that_wraps():
 
 
 @pytest.mark.parametrize("windows", [(6, None), (4, 15)], ids=["W 5 to 6", "W 16 to 15"])
-def test_one_key_more_is_far_outside_the_tolerance(windows: tuple[int | None, ...]):
-    """So that agreement above means that no key was missing and none was there too many."""
+def test_one_extra_key_exceeds_the_tolerance_by_far(windows: tuple[int | None, ...]):
+    """Agreement above therefore means that no key was missing or extra."""
     spec = SPECS[0] if None in windows else SPECS[1]
     wrong = tiny.decoder(tiny_spec(vocab_size=64, layer_windows=windows))
     ids = tiny.tokens(spec, LONGEST)
@@ -155,9 +155,9 @@ def test_one_key_more_is_far_outside_the_tolerance(windows: tuple[int | None, ..
 def two_rows(
     spec: ModelSpec, ring: Ring, plan: list[tuple[int, int]], texts: list[tiny.Ids], junk: int
 ) -> list[tiny.Logits]:
-    """Feed rows as `plan` says, (row, tokens); the other row is fed `junk` at its own place.
+    """Feed rows by `plan`, pairs of (row, tokens); the other row gets `junk` at its next position.
 
-    Logits by row [n, V]. A step is cut so that it crosses no ring's end in either row.
+    Returns logits by row [n, V]. No step crosses the end of either row's ring.
     """
     session = tiny.session(spec, batch=2)
     session.resize(ring.capacities)
@@ -186,7 +186,7 @@ def two_rows(
     plan=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 12)), min_size=2, max_size=10),
     junk=st.integers(0, 63),
 )
-def test_rows_at_different_positions_never_see_each_other_and_an_idle_row_stays_intact(
+def test_rows_do_not_affect_each_other_and_an_idle_row_stays_intact(
     chunk: int, plan: list[tuple[int, int]], junk: int
 ):
     spec = SPECS[1]
@@ -198,17 +198,17 @@ def test_rows_at_different_positions_never_see_each_other_and_an_idle_row_stays_
         assert_same(got, alone, f"row {row}, chunk {chunk}, plan {plan}")
 
 
-def test_two_rows_working_at_once_give_what_each_gives_alone():
+def test_two_active_rows_get_the_logits_of_each_alone():
     spec, lead = SPECS[1], 7  # row 0 is this far ahead
     texts = [tiny.tokens(spec, LONGEST, seed) for seed in (0, 1)]
     session = tiny.session(spec, batch=2)
     session.resize(Ring(spec, RingSpec(chunk=4, context=CONTEXT)).full)
     index = np.zeros((2, 1), np.int64)
     for step in range(LONGEST):
-        # Row 1 idles at its first place until row 0 has its lead.
-        places = [step, max(0, step - lead)]
-        ids = np.array([[text[place]] for text, place in zip(texts, places, strict=True)])
-        logits = session.step(ids, np.array(places)[:, None], index)
-        for row, place in enumerate(places):
+        # Row 1 stays at position 0 until row 0 has its lead.
+        here = [step, max(0, step - lead)]
+        ids = np.array([[text[place]] for text, place in zip(texts, here, strict=True)])
+        logits = session.step(ids, np.array(here)[:, None], index)
+        for row, place in enumerate(here):
             alone = one_by_one(spec, row, LONGEST)[place]
             assert_same(logits[row, 0], alone, f"row {row} at {place}")

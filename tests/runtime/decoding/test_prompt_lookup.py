@@ -1,4 +1,4 @@
-"""Drafts change how many steps are taken, and nothing else."""
+"""Speculation by prompt lookup changes the number of steps and nothing else."""
 
 from array import array
 from collections.abc import Callable
@@ -9,7 +9,14 @@ import pytest
 from graphs.spec import ModelSpec, RingSpec
 from runtime.backends.session import Ids, Logits
 from runtime.decoding.generator import Generator
-from runtime.decoding.prompt_lookup import COST, LIKELY, LONGEST_PAUSE, PROBE, SIZE, PromptLookup
+from runtime.decoding.prompt_lookup import (
+    COST,
+    FIRST_SHARE,
+    LONGEST_PAUSE,
+    NGRAM,
+    PROBE_TOKENS,
+    PromptLookup,
+)
 from runtime.decoding.ring import Ring
 from runtime.decoding.sampling import SamplingParams
 from tests.support import tiny
@@ -20,7 +27,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 class FunctionSession:
-    """A "model" whose next token is a function of position and token; notes each step's length."""
+    """A "model" whose next token is a function of position and token; records step lengths."""
 
     def __init__(self, follows: Callable[[int, int], int]) -> None:
         self.follows = follows
@@ -40,7 +47,7 @@ class FunctionSession:
         return logits
 
 
-def made(
+def generated(
     follows: Callable[[int, int], int], speculate: int, prompt: list[int], count: int,
     params: SamplingParams = GREEDY, *, window: int | None = 16, chunk: int = 8,
     stop_ids: frozenset[int] = frozenset(),
@@ -57,68 +64,70 @@ def made(
 
 
 def circling(position: int, token: int) -> int:
-    """Seven tokens over and over."""
+    """Seven tokens in a cycle."""
     return (token + 1) % 7
 
 
 def wandering(position: int, token: int) -> int:
-    """No three tokens come twice for long."""
+    """A sequence in which no three tokens repeat for long."""
     return (token * 7 + position * position) % VOCABULARY
 
 
 def stumbling(position: int, token: int) -> int:
-    """Seven tokens over and over, but for every eleventh position."""
+    """Seven tokens in a cycle, except at every eleventh position."""
     return 40 if position % 11 == 0 else (token + 1) % 7
 
 
 @pytest.mark.parametrize("follows", [circling, wandering, stumbling])
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
 @pytest.mark.parametrize("speculate", [1, 3, 6, 20])
-def test_the_tokens_are_those_that_come_without(
+def test_speculation_changes_no_token(
     follows: Callable[[int, int], int], temperature: float, speculate: int
 ) -> None:
     params = SamplingParams(temperature=temperature, seed=3, repetition_penalty=1.1)
     prompt = [0, 1, 2, 3, 4, 5, 6] * 2
-    expected, plain, there = made(follows, 0, prompt, 150, params)
-    found, session, here = made(follows, speculate, prompt, 150, params)
+    expected, plain, there = generated(follows, 0, prompt, 150, params)
+    found, session, here = generated(follows, speculate, prompt, 150, params)
     assert found == expected
     assert (here.position, here.tokens) == (there.position, there.tokens)
     assert plain.lengths == [1] * 149
     assert sum(session.lengths) >= 149
-    assert max(session.lengths) <= min(1 + speculate, 8), "no longer than a chunk"
+    assert max(session.lengths) <= min(1 + speculate, 8), "a step must not exceed a chunk"
 
 
 def test_repetition_takes_fewer_steps() -> None:
-    _, session, _ = made(circling, 7, [0, 1, 2, 3, 4, 5, 6] * 2, 150)
-    # 3, 5, then 8 at a time, but for what the ends of the ring of 24 cut
+    _, session, _ = generated(circling, 7, [0, 1, 2, 3, 4, 5, 6] * 2, 150)
+    # 3, 5, then 8 at a time, except where the end of the ring of 24 slots cuts a step.
     assert len(session.lengths) <= 149 / 6
 
 
-def test_wrong_drafts_are_given_up() -> None:
+def test_drafts_stop_if_they_are_wrong() -> None:
     never = np.random.Generator(np.random.PCG64(1)).integers(0, 5, 2000).tolist()
-    _, session, _ = made(lambda position, _: never[position], 7, [1], 1500)
+    _, session, _ = generated(lambda position, _: never[position], 7, [1], 1500)
     assert session.lengths.count(1) > 0.9 * len(session.lengths)
 
 
-def test_a_stop_token_inside_a_draft_ends_the_text_there() -> None:
-    found, _, subject = made(circling, 7, [0, 1, 2, 3, 4, 5, 6] * 2, 150, stop_ids=frozenset({4}))
+def test_a_stop_token_inside_a_draft_ends_the_text() -> None:
+    found, _, subject = generated(
+        circling, 7, [0, 1, 2, 3, 4, 5, 6] * 2, 150, stop_ids=frozenset({4})
+    )
     assert found == [0, 1, 2, 3, 4]
     assert subject.finish_reason == "stop"
-    assert subject.tokens[-4:].tolist() == [0, 1, 2, 3], "the last one is not written"
+    assert subject.tokens[-4:].tolist() == [0, 1, 2, 3], "the stop token is not written"
     assert subject.position == len(subject.tokens)
 
 
-def test_no_draft_goes_beyond_what_may_be_made() -> None:
+def test_no_draft_exceeds_max_new_tokens_or_the_context() -> None:
     prompt = [0, 1, 2, 3, 4, 5, 6] * 2
-    _, session, subject = made(circling, 7, prompt, 4)
+    _, session, subject = generated(circling, 7, prompt, 4)
     assert subject.position == len(prompt) + 3
     assert sum(session.lengths) <= 4
-    found, _, subject = made(circling, 7, prompt, 1000, window=None)  # room for 64 in all
+    found, _, subject = generated(circling, 7, prompt, 1000, window=None)  # a context of 64
     assert len(found) == 64 - len(prompt) + 1
     assert subject.finish_reason == "length"
 
 
-def test_a_consumer_that_leaves_early_finds_the_ring_where_the_text_is() -> None:
+def test_after_an_early_stop_the_ring_is_at_the_end_of_the_text() -> None:
     session = FunctionSession(circling)
     ring = Ring(tiny_spec(window=16), RingSpec(chunk=8, context=64))
     subject = Generator(session, ring, VOCABULARY)
@@ -130,11 +139,11 @@ def test_a_consumer_that_leaves_early_finds_the_ring_where_the_text_is() -> None
     assert subject.position == 14 + 8
 
 
-# Against a real graph: rings that wrap, drafts that are taken back
+# On a real graph: rings that wrap, rejected drafts
 
 
 @pytest.mark.parametrize("spec", [tiny_spec(window=7), tiny_spec()], ids=["window", "full"])
-def test_a_ring_with_taken_back_drafts_is_exact(spec: ModelSpec) -> None:
+def test_rejected_drafts_leave_the_ring_exact(spec: ModelSpec) -> None:
     prompt = [3, 9, 4, 1, 5] * 4
     texts = []
     for speculate in (0, 5):
@@ -151,7 +160,7 @@ def test_a_ring_with_taken_back_drafts_is_exact(spec: ModelSpec) -> None:
 # Looking up
 
 
-def test_a_draft_is_what_followed_last() -> None:
+def test_a_draft_is_the_most_recent_continuation() -> None:
     lookup = PromptLookup(array("i", [1, 2, 3, 7, 7, 1, 2, 3, 8, 9, 6, 1, 2]), 2)
     assert lookup.draft(3, 10) == [8, 9]
     assert lookup.draft(5, 10) == [], "1 2 5 has not been seen"
@@ -159,7 +168,7 @@ def test_a_draft_is_what_followed_last() -> None:
     assert lookup.draft(3, 0) == []
 
 
-def test_a_draft_runs_on_into_itself() -> None:
+def test_a_draft_can_continue_into_itself() -> None:
     lookup = PromptLookup(array("i", [4, 5, 4, 5, 4]), 6)
     lookup.learn(8, 8)
     assert lookup.draft(5, 10) == [4, 5, 4, 5, 4, 5]
@@ -180,25 +189,29 @@ def test_drafts_grow_when_right_and_pause_when_wrong() -> None:
         wait, draft = next((i, draft) for i, draft in found if draft)
         waits.append(wait)
         lengths.append(len(draft))
-    assert lengths == [8, 4, 3, 2, 1, 1, 1, 1, 1, *[PROBE] * 7]
+    assert lengths == [8, 4, 3, 2, 1, 1, 1, 1, 1, *[PROBE_TOKENS] * 7]
     assert waits == [*[1] * 9, 2, 4, 8, 16, 32, 64, 64]
     assert LONGEST_PAUSE == 64
 
 
 @pytest.mark.parametrize("right", [0, 8])
-def test_a_long_text_of_one_kind_leaves_drafts_possible(right: int) -> None:
+def test_after_a_long_uniform_text_drafts_are_still_made(right: int) -> None:
     lookup = PromptLookup(array("i", [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]), 8)
     for _ in range(5000):
         lookup.learn(8, right)
     lengths = [len(lookup.draft(3, 10)) for _ in range(LONGEST_PAUSE)]
-    assert max(lengths) == (8 if right else PROBE)
+    assert max(lengths) == (8 if right else PROBE_TOKENS)
 
 
-def test_no_token_is_drafted_that_is_not_worth_its_cost() -> None:
+def test_only_tokens_worth_their_cost_are_drafted() -> None:
     lookup = PromptLookup(array("i", [1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2]), 50)
-    assert LIKELY ** len(lookup.draft(3, 50)) > COST > LIKELY ** (len(lookup.draft(3, 50)) + 1)
+    assert (
+        FIRST_SHARE ** len(lookup.draft(3, 50))
+        > COST
+        > FIRST_SHARE ** (len(lookup.draft(3, 50)) + 1)
+    )
 
 
-@pytest.mark.parametrize("count", range(SIZE + 1))
+@pytest.mark.parametrize("count", range(NGRAM + 1))
 def test_too_short_a_text_gives_no_draft(count: int) -> None:
     assert PromptLookup(array("i", [1] * count), 4).draft(2, 10) == []

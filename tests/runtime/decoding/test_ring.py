@@ -1,7 +1,7 @@
-"""Where sequences stand: growth, room, and how far back one can go, checked against a real memory.
+"""Ring positions: growth, room and rewinds, checked against a simulated memory.
 
-`Memory` keeps what a session's ring would hold, slot by slot; a position that is accepted must
-find in it exactly the tokens of its window.
+`Memory` holds what a session's ring would hold, slot by slot. Every accepted position must find
+exactly the tokens of its window there.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from tests.support.make_checkpoint import tiny_spec
 
 
 class Memory:
-    """One window's slots, each with the serial number of the token written there."""
+    """The slots of one window, each holding the serial number of the token written there."""
 
     def __init__(self, ring: Ring, size: int | None) -> None:
         self.ring, self.size = ring, size
@@ -49,7 +49,7 @@ class Memory:
 
 
 def feed(ring: Ring, memories: list[Memory], count: int) -> None:
-    """Feed `count` tokens the way the generator does."""
+    """Feed `count` tokens as the generator does."""
     for piece in ring.pieces(count):
         if ring.grow(piece):
             for memory in memories:
@@ -70,13 +70,13 @@ def full_ring(context: int, chunk: int) -> Ring:
 # The worked example of runtime/decoding/ring.py: W=4, chunk=3, C=6
 
 
-def test_at_position_5_a_prompt_of_five_is_taken_as_1_3_1():
+def test_a_prompt_of_five_at_position_5_is_cut_into_1_3_1():
     ring = sliding_ring(4, 3)
     ring.advance(5)
     assert list(ring.pieces(5)) == [1, 3, 1]
 
 
-def test_from_position_10_it_goes_back_to_7_and_not_to_6():
+def test_position_10_can_rewind_to_7_but_not_to_6():
     ring = sliding_ring(4, 3)
     ring.advance(10)
     assert ring.oldest_rewind() == 7
@@ -90,7 +90,7 @@ def test_from_position_10_it_goes_back_to_7_and_not_to_6():
 # Growth
 
 
-def test_a_ring_starts_at_one_chunk_doubles_and_ends_at_its_capacity():
+def test_a_ring_starts_at_one_chunk_and_doubles_up_to_its_capacity():
     ring = full_ring(context=40, chunk=8)
     sizes = []
     for _ in range(40):
@@ -100,14 +100,14 @@ def test_a_ring_starts_at_one_chunk_doubles_and_ends_at_its_capacity():
     assert list(dict.fromkeys(sizes)) == [8, 16, 32, 40]
 
 
-def test_growing_says_whether_the_session_must_follow():
+def test_grow_says_whether_the_session_must_be_resized():
     ring = full_ring(context=40, chunk=8)
     assert not ring.grow(8)
     assert ring.grow(9)
     assert not ring.grow(9), "it has grown already"
 
 
-def test_rings_of_layers_with_other_windows_grow_to_their_own_capacities():
+def test_layers_with_different_windows_grow_to_their_own_capacities():
     spec = tiny_spec(layer_windows=(4, 16))
     ring = Ring(spec, RingSpec(chunk=3, context=1))
     assert ring.full == {4: 6, 16: 18}
@@ -122,7 +122,7 @@ def test_rings_of_layers_with_other_windows_grow_to_their_own_capacities():
     chunk=st.integers(1, 12),
     turns=st.lists(st.integers(1, 25), max_size=6),
 )
-def test_however_it_grows_every_token_sees_exactly_its_window(
+def test_every_token_sees_exactly_its_window_while_the_ring_grows(
     size: int | None, chunk: int, turns: list[int]
 ):
     ring = full_ring(sum(turns) + 1, chunk) if size is None else sliding_ring(size, chunk)
@@ -135,14 +135,14 @@ def test_however_it_grows_every_token_sees_exactly_its_window(
 # Room
 
 
-def test_a_sliding_model_has_room_without_end():
+def test_a_sliding_model_has_unlimited_room():
     ring = sliding_ring(4, 3)
     ring.advance(10**9)
     assert ring.room() is None
     ring.check_room(10**9)
 
 
-def test_a_model_with_one_layer_that_never_forgets_has_an_end():
+def test_one_layer_without_a_window_limits_the_room():
     ring = Ring(tiny_spec(layer_windows=(4, None)), RingSpec(chunk=4, context=10))
     ring.advance(7)
     assert ring.room() == 3
@@ -151,13 +151,13 @@ def test_a_model_with_one_layer_that_never_forgets_has_an_end():
         ring.check_room(4)
 
 
-def test_too_long_a_text_is_refused_before_its_first_piece():
+def test_a_text_that_is_too_long_is_refused_before_its_first_piece():
     ring = full_ring(context=10, chunk=4)
     with pytest.raises(ContextFullError, match="--context"):
         ring.pieces(11)  # not even iterated
 
 
-def test_rows_stand_where_they_stand():
+def test_rows_have_their_own_positions():
     ring = Ring(tiny_spec(), RingSpec(chunk=4, context=10, max_batch=2), rows=2)
     ring.advance(6, row=1)
     assert (ring.room(0), ring.room(1)) == (10, 4)
@@ -165,11 +165,11 @@ def test_rows_stand_where_they_stand():
     assert ring.positions == [0, 2]
 
 
-# Going back
+# Rewinding
 
 
 @pytest.mark.parametrize("position", [-1, 6])
-def test_a_position_that_the_sequence_does_not_have_is_refused(position: int):
+def test_rewinding_to_a_position_outside_the_sequence_is_refused(position: int):
     ring = full_ring(context=10, chunk=4)
     ring.advance(5)
     with pytest.raises(MistralcError, match="has positions 0 to 5"):
@@ -205,7 +205,7 @@ def test_after_a_rewind_every_token_sees_the_new_text_only(
 def test_after_any_number_of_rewinds_every_token_sees_the_new_text_only(
     sizes: tuple[int | None, ...], chunk: int, moves: list[tuple[int, int]]
 ):
-    """Going back twice may not go further back than the ring still holds."""
+    """Repeated rewinds must not go further back than the ring holds."""
     spec = tiny_spec(layer_windows=sizes)
     ring = Ring(spec, RingSpec(chunk=chunk, context=200))
     memories = [Memory(ring, size) for size in spec.windows]
@@ -217,7 +217,7 @@ def test_after_any_number_of_rewinds_every_token_sees_the_new_text_only(
         feed(ring, memories, 1)
 
 
-def test_starting_over_is_always_possible_and_sees_nothing_of_the_old_text():
+def test_rewinding_to_0_is_always_possible():
     ring = sliding_ring(4, 3)
     memory = Memory(ring, 4)
     feed(ring, [memory], 50)
@@ -225,7 +225,7 @@ def test_starting_over_is_always_possible_and_sees_nothing_of_the_old_text():
     feed(ring, [memory], 50)
 
 
-# Going back on a real model
+# Rewinding a real model
 
 SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))
 
@@ -235,23 +235,23 @@ def continuation(ring: Ring, ids: tiny.Ids) -> tiny.Logits:
 
 
 @pytest.mark.parametrize("length", [5, 18, 19, 40])
-def test_a_model_that_went_back_goes_on_as_if_it_had_never_gone(length: int):
+def test_after_a_rewind_a_model_continues_bit_identically(length: int):
     kept, abandoned, new = (tiny.tokens(SPEC, 40, seed) for seed in (0, 1, 2))
     spec = RingSpec(chunk=3, context=1)
     ring = Ring(SPEC, spec)
     tiny.in_turns(tiny.session(SPEC), ring, np.append(kept[:length], abandoned[:2]), [length, 1, 1])
     ring.rewind(max(length, ring.oldest_rewind()))
-    assert ring.positions == [length], "two tokens are within the slack of chunk 3"
+    assert ring.positions == [length], "two tokens are within the slack of a chunk of 3"
     got = continuation(ring, new)
 
     straight = Ring(SPEC, spec)
     tiny.in_turns(tiny.session(SPEC), straight, kept[:length], [length])
-    # The same operations on the same numbers: nothing may differ at all.
+    # The same operations on the same numbers: the bits must agree.
     np.testing.assert_array_equal(got, continuation(straight, new))
 
 
-def test_going_further_back_than_is_allowed_would_have_given_other_logits():
-    """So that the limit is not merely cautious."""
+def test_a_rewind_beyond_the_limit_would_change_the_logits():
+    """The limit is therefore exact, not merely cautious."""
     kept, new = tiny.tokens(SPEC, 40, 0), tiny.tokens(SPEC, 10, 2)
     ring = Ring(SPEC, RingSpec(chunk=3, context=1))
     tiny.in_turns(tiny.session(SPEC), ring, kept, [40])
@@ -263,5 +263,5 @@ def test_going_further_back_than_is_allowed_would_have_given_other_logits():
 
     straight = Ring(SPEC, RingSpec(chunk=3, context=1))
     tiny.in_turns(tiny.session(SPEC), straight, kept[:too_far], [too_far])
-    # 1e-3 is ten times what rounding may do, see test_prefill_equals_decode.py.
+    # 1e-3 is ten times the tolerance for rounding in test_prefill_equals_decode.py.
     assert np.abs(got - continuation(straight, new)).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Rows put aside and brought back: the text goes on to the bit, and damage is always refused."""
+"""Snapshots of rows: a restored sequence continues bit-identically, and damage is refused."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def text(spec: ModelSpec, row: int = 0) -> Text:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> tuple[Path, Manifest]:
-    """A file with a snapshot of 30 tokens, and the manifest it belongs to."""
+    """A file with a snapshot of 30 tokens, and its manifest."""
     spec = SPECS["windowed"]
     subject, of = text(spec), manifest(spec)
     subject.feed(30)
@@ -94,13 +94,13 @@ def kept(tmp_path: Path) -> tuple[Path, Manifest]:
     return path, of
 
 
-# Going on
+# Continuing
 
 
 @pytest.mark.parametrize("through_a_file", [False, True], ids=["memory", "file"])
 @pytest.mark.parametrize("count", LENGTHS)
 @pytest.mark.parametrize("name", SPECS)
-def test_a_restored_row_goes_on_as_if_it_had_never_been_away(
+def test_a_restored_row_continues_bit_identically(
     name: str, count: int, through_a_file: bool, tmp_path: Path
 ):
     spec = SPECS[name]
@@ -112,7 +112,7 @@ def test_a_restored_row_goes_on_as_if_it_had_never_been_away(
         taken = snapshot.load(tmp_path / "row", of)
     expected = np.concatenate([subject.feed(8, 1), subject.feed(1, 2)])
     other = text(spec, row=2)
-    other.feed(33, seed=9)  # what was in the row before
+    other.feed(33, seed=9)  # other tokens in the row before
     beside = Text(other.session, other.ring, 1)
     beside.feed(5, seed=8)
     snapshot.restore(taken, other.session, other.ring, of, row=2)
@@ -120,10 +120,10 @@ def test_a_restored_row_goes_on_as_if_it_had_never_been_away(
     assert other.ring.positions == [0, 5, count]
     assert other.ring.oldest_rewind(2) == text_rewind(spec, count)
     assert np.array_equal(np.concatenate([other.feed(8, 1), other.feed(1, 2)]), expected)
-    went_on = beside.feed(1, 3)
+    continued = beside.feed(1, 3)
     alone = text(spec, row=1)
     alone.feed(5, seed=8)
-    assert np.array_equal(went_on, alone.feed(1, 3)), "its neighbour was not touched"
+    assert np.array_equal(continued, alone.feed(1, 3)), "the neighbouring row must not change"
 
 
 def text_rewind(spec: ModelSpec, count: int) -> int:
@@ -132,7 +132,7 @@ def text_rewind(spec: ModelSpec, count: int) -> int:
     return ring.oldest_rewind()
 
 
-def test_a_row_that_was_rewound_keeps_how_far_it_can_go_back():
+def test_a_rewound_row_keeps_its_rewind_limit():
     spec = SPECS["windowed"]
     subject, of = text(spec), manifest(spec)
     subject.feed(40)
@@ -146,17 +146,17 @@ def test_a_row_that_was_rewound_keeps_how_far_it_can_go_back():
     assert np.array_equal(other.feed(4, 1), expected)
 
 
-def test_a_snapshot_is_as_large_as_what_the_row_holds_and_no_larger_than_its_ring():
+def test_the_size_of_a_snapshot_is_that_of_the_filled_slots():
     spec = SPECS["windowed"]
     subject, of = text(spec), manifest(spec)
-    per_slot = spec.kv_bytes_per_token("float32")
+    per_slot = of.contract.token_bytes
     subject.feed(10)
     assert subject.take(of).nbytes == 10 * (per_slot + 4)
     subject.feed(36)
     assert subject.take(of).nbytes == 24 * per_slot + 46 * 4
 
 
-def test_tokens_that_are_not_the_rows_are_refused():
+def test_tokens_that_do_not_match_the_row_are_refused():
     subject = text(SPECS["windowed"])
     subject.feed(10)
     with pytest.raises(MistralcError, match="3 tokens were given for a row that holds 10"):
@@ -166,7 +166,7 @@ def test_tokens_that_are_not_the_rows_are_refused():
 # Files
 
 
-def test_a_file_brings_back_what_was_put_there(kept: tuple[Path, Manifest]):
+def test_a_file_restores_the_snapshot(kept: tuple[Path, Manifest]):
     path, of = kept
     found = snapshot.load(path, of)
     subject = text(of.model)
@@ -181,9 +181,9 @@ def test_a_file_brings_back_what_was_put_there(kept: tuple[Path, Manifest]):
 def test_one_flipped_bit_anywhere_is_always_refused(kept: tuple[Path, Manifest]):
     path, of = kept
     whole = path.read_bytes()
-    dice = random.Random(0)  # noqa: S311
+    draw = random.Random(0)  # noqa: S311
     ends = [0, 8 * len(whole) - 1]
-    for bit in (*ends, *(dice.randrange(8 * len(whole)) for _ in range(200))):
+    for bit in (*ends, *(draw.randrange(8 * len(whole)) for _ in range(200))):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
@@ -191,7 +191,7 @@ def test_one_flipped_bit_anywhere_is_always_refused(kept: tuple[Path, Manifest])
             snapshot.load(path, of)
 
 
-def test_a_file_that_was_cut_or_has_more_at_its_end_is_refused(kept: tuple[Path, Manifest]):
+def test_a_truncated_or_extended_file_is_refused(kept: tuple[Path, Manifest]):
     path, of = kept
     whole = path.read_bytes()
     for length in (0, 1, 7, 8, 11, 12, 40, len(whole) // 2, len(whole) - 1):
@@ -208,7 +208,7 @@ def signed(body: bytes) -> bytes:
 
 
 def with_header(**fields: object) -> Callable[[bytes], bytes]:
-    """Change the header's fields, and make the SHA-256 right again."""
+    """Change fields of the header and recompute the SHA-256."""
 
     def change(whole: bytes) -> bytes:
         (length,) = struct.unpack_from("<I", whole, 8)
@@ -220,7 +220,7 @@ def with_header(**fields: object) -> Callable[[bytes], bytes]:
 
 
 def with_tokens(token: int) -> Callable[[bytes], bytes]:
-    """Put another token in the place of the last, and make the SHA-256 right again."""
+    """Replace the last token and recompute the SHA-256."""
 
     def change(whole: bytes) -> bytes:
         (length,) = struct.unpack_from("<I", whole, 8)
@@ -241,7 +241,7 @@ def with_tokens(token: int) -> Callable[[bytes], bytes]:
         (with_header(written=23), "not a snapshot"),
         (with_header(written=29), "not what this bundle's ring holds"),
         (with_header(written=-5), "not a snapshot"),
-        (with_header(written=44), "not what this bundle's ring holds"),  # they went back too far
+        (with_header(written=44), "not what this bundle's ring holds"),  # rewound beyond the limit
         (with_header(tokens=2**70), "not a snapshot"),
         (with_header(tokens=True), "tokens is True; a JSON int is expected"),
         (with_header(bundle=5), "bundle is 5; a JSON str is expected"),
@@ -257,7 +257,7 @@ def with_tokens(token: int) -> Callable[[bytes], bytes]:
         (lambda whole: signed(b"MCLCRING"), "damaged"),
     ],
 )
-def test_a_file_whose_hash_is_right_and_whose_contents_are_not_is_refused(
+def test_invalid_contents_with_a_correct_hash_are_refused(
     kept: tuple[Path, Manifest], change: Callable[[bytes], bytes], message: str
 ):
     path, of = kept
@@ -285,7 +285,7 @@ def test_a_snapshot_of_another_bundle_is_refused_and_changes_nothing(kept: tuple
     assert all(map(np.array_equal, before.caches, after.caches))
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
     kept: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
 ):
     path, of = kept
@@ -301,14 +301,14 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_is_its_users_alone(kept: tuple[Path, Manifest]):
+def test_only_the_user_can_read_a_snapshot_file(kept: tuple[Path, Manifest]):
     assert kept[0].stat().st_mode & 0o077 == 0
 
 
 # Commands
 
 
-def test_generate_pays_for_a_long_prompt_once(
+def test_generate_prefills_a_long_prompt_once(
     mistralc: Command, plain_bundle: Path, tmp_path: Path
 ):
     def run(prompt: str, *more: object) -> dict[str, object]:
@@ -327,21 +327,23 @@ def test_generate_pays_for_a_long_prompt_once(
     assert again["tokens"] == first["tokens"] == run(long)["tokens"]
 
 
-def test_a_chat_goes_on_where_it_was_left(mistralc: Command, plain_bundle: Path, tmp_path: Path):
+def test_a_chat_continues_from_its_session_file(
+    mistralc: Command, plain_bundle: Path, tmp_path: Path
+):
     kept = tmp_path / "chat.ring"
     options = ("chat", plain_bundle, "-n", 3, "-t", 0)
-    begun = mistralc(*options, "--session", kept, stdin=b"hello\n")
+    first = mistralc(*options, "--session", kept, stdin=b"hello\n")
     resumed = mistralc(*options, "--session", kept, stdin=b"more\n/stats\n")
     whole = mistralc(*options, stdin=b"hello\nmore\n/stats\n")
-    assert (begun.code, resumed.code) == (0, 0), begun.err + resumed.err
+    assert (first.code, resumed.code) == (0, 0), first.err + resumed.err
     answers = [ended.out.split("\nprompt_tokens")[0] for ended in (resumed, whole)]
-    assert begun.out + answers[0] == answers[1]
+    assert first.out + answers[0] == answers[1]
     cached = [line for line in resumed.out.splitlines() if line.startswith("cached_tokens")]
     assert cached[0].split() != ["cached_tokens", "0"]
     assert cached == [line for line in whole.out.splitlines() if line.startswith("cached_tokens")]
 
 
-def test_a_damaged_or_foreign_file_is_refused_and_stays_as_it_is(
+def test_a_damaged_or_foreign_session_file_is_refused_and_not_changed(
     mistralc: Command, plain_bundle: Path, sliding_bundle: Path, tmp_path: Path
 ):
     kept = tmp_path / "chat.ring"
@@ -359,7 +361,7 @@ def test_a_damaged_or_foreign_file_is_refused_and_stays_as_it_is(
     assert (no_chat.code, "messages are expected" in no_chat.err) == (1, True)
 
 
-def test_another_system_message_than_the_chat_began_with_is_wrong_usage(
+def test_a_different_system_message_is_a_usage_error(
     mistralc: Command, plain_bundle: Path, tmp_path: Path
 ):
     kept = tmp_path / "chat.ring"
@@ -370,7 +372,7 @@ def test_another_system_message_than_the_chat_began_with_is_wrong_usage(
     assert (ended.code, "--system is not what" in ended.err) == (2, True)
 
 
-def test_a_file_that_could_not_be_written_is_refused_before_the_chat(
+def test_an_unwritable_session_file_is_refused_before_the_chat(
     mistralc: Command, plain_bundle: Path, tmp_path: Path
 ):
     ended = mistralc("chat", plain_bundle, "--session", tmp_path / "no" / "x", stdin=b"hello\n")

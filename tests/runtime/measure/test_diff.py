@@ -12,9 +12,12 @@ from exporter.bundle.staging import list_files
 from exporter.export import ExportOptions, export
 from graphs.manifest import read_manifest
 from runtime.bundle.open import open_bundle
+from runtime.load import load_session, make_ring
 from runtime.measure import diff
 from runtime.measure.diff import ABSENT, Change, compare
 from tests.conftest import Command
+from tests.support import tiny
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 Copy = Callable[[Path], Path]
 
@@ -75,13 +78,10 @@ def test_a_precision_shows_in_manifest_sizes_and_logits(
     assert found["memory"]["a"]["resident"] is not None
 
 
-def test_logits_are_compared_with_those_that_each_bundle_computes_alone(
+def test_compared_logits_are_those_that_each_bundle_computes(
     plain_bundle: Path, rounded_bundle: Path
 ) -> None:
-    # By another way: all positions of each text from a fresh session, in one piece after another.
-    from runtime.load import load_session, make_ring
-    from runtime.measure.perplexity import feed
-
+    # An independent computation: all positions of each text on a new session.
     found = compare(open_bundle(plain_bundle), open_bundle(rounded_bundle)).logits
     assert found is not None
     worst, equal, count = 0.0, 0, 0
@@ -89,20 +89,18 @@ def test_logits_are_compared_with_those_that_each_bundle_computes_alone(
         both = []
         for bundle in (plain_bundle, rounded_bundle):
             manifest = read_manifest(bundle)
-            session, ring = load_session(bundle, manifest), make_ring(manifest)
-            session.resize(ring.capacities)
-            steps = feed(session, ring, np.array(text["ids"]), 0)
-            both.append(np.concatenate([logits.copy() for _, logits in steps]))
+            session, ring = load_session(bundle, manifest.build), make_ring(manifest.build)
+            ids = np.array(text["ids"])
+            both.append(tiny.in_turns(session, ring, ids, (len(ids),)))
         worst = max(worst, float(np.abs(both[0] - both[1]).max()))
         equal += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
         count += len(both[0])
     assert (found.positions, found.top1) == (count, equal / count)
-    # Sums may be taken in another order by another number of threads: float32's 1e-7, grown by
-    # two layers.
+    # Another number of threads changes the summation order: 1e-7 in float32, more after two layers.
     assert found.max_abs == pytest.approx(worst, rel=1e-4)
 
 
-def test_people_read_a_tree_of_what_changed(
+def test_the_text_output_is_a_tree_of_changes(
     mistralc: Command, plain_bundle: Path, rounded_bundle: Path
 ) -> None:
     ended = mistralc("diff", plain_bundle, rounded_bundle)
@@ -118,10 +116,10 @@ def test_people_read_a_tree_of_what_changed(
     assert "not compared" not in ended.out
 
 
-def test_a_bundle_whose_backend_is_missing_is_compared_as_far_as_that_goes(
+def test_without_a_backend_only_files_and_manifests_are_compared(
     mistralc: Command, plain_bundle: Path, copy_of: Copy
 ) -> None:
-    # No host of these tests has a GPU and TensorRT 11.
+    # No test host has a GPU and TensorRT 11.
     other = copy_of(plain_bundle)
     (other / "engine.plan").write_bytes(b"a plan")
     manifest = replace(read_manifest(other), target="tensorrt", files=list_files(other))
@@ -137,7 +135,7 @@ def test_a_bundle_whose_backend_is_missing_is_compared_as_far_as_that_goes(
     assert {"name": "engine.plan", "a": None, "b": 6, "same": False} in found["files"]
 
 
-def test_static_loads_nothing(
+def test_a_static_comparison_loads_no_bundle(
     plain_bundle: Path, rounded_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object, **_named: object) -> None:
@@ -150,11 +148,9 @@ def test_static_loads_nothing(
 
 
 @pytest.mark.usefixtures("kept_traces")
-def test_models_of_other_vocabularies_are_timed_and_their_logits_left_out(
+def test_logits_of_different_vocabularies_are_not_compared(
     plain_bundle: Path, tmp_path: Path
 ) -> None:
-    from tests.support.make_checkpoint import tiny_spec, write_checkpoint
-
     spec = tiny_spec(window=8)
     checkpoint = write_checkpoint(tmp_path / "c", replace(spec, vocab_size=spec.vocab_size + 64))
     export(str(checkpoint), tmp_path / "bundle", ExportOptions())
@@ -166,7 +162,7 @@ def test_models_of_other_vocabularies_are_timed_and_their_logits_left_out(
     )
 
 
-def test_a_damaged_bundle_is_not_compared_at_all(
+def test_a_damaged_bundle_is_not_compared(
     mistralc: Command, plain_bundle: Path, copy_of: Copy
 ) -> None:
     bundle = copy_of(plain_bundle)

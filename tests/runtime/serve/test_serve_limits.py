@@ -1,6 +1,7 @@
-"""Clients that leave, stall, ask too much or have no key, and a server that is told to end.
+"""Clients that disconnect, stall, ask for too much or have no key, and a server that is stopped.
 
-A real process each time; the model slides without end, so a request runs until something ends it.
+Each test uses a real server process. The model's window slides without end, so a request runs until
+something ends it.
 """
 
 import json
@@ -39,7 +40,7 @@ ENDED = 'requests_total{path="/v1/completions",status="200"}'
 
 @pytest.fixture(scope="module")
 def server(sliding_bundle: Path) -> Iterator[Server]:
-    """One that cuts off after a second whoever does not read."""
+    """A server that cuts off clients which do not read for a second."""
     with serving(
         sliding_bundle, "--rows", 2, "--max-waiting", 1, *IMPATIENT, *FREE, program=SMALL_BUFFERS
     ) as running:
@@ -48,7 +49,7 @@ def server(sliding_bundle: Path) -> Iterator[Server]:
 
 @contextmanager
 def both_rows_taken(server: Server) -> Iterator[None]:
-    """Two requests without end, one after the other, since only one may wait."""
+    """Run two endless requests, started one after the other because only one may wait."""
     with closing(server.connection(ENDLESS)):
         until(lambda: server.metric("running_rows") == 1, "a row in use")
         with closing(server.connection(ENDLESS)):
@@ -56,24 +57,24 @@ def both_rows_taken(server: Server) -> Iterator[None]:
             yield
 
 
-# clients that leave
+# Clients that disconnect
 
 
-def test_a_client_that_leaves_a_stream_frees_its_row(server: Server) -> None:
+def test_a_client_that_disconnects_from_a_stream_frees_its_row(server: Server) -> None:
     gone = server.metric(ENDED)
     with closing(server.connection(STREAM)) as connection:
         begun(connection)
         until(lambda: server.metric("running_rows") == 1, "a row in use")
     idle(server)
     steps = server.metric("generated_tokens_total")
-    assert server.metric("generated_tokens_total") == steps, "tokens were made for nobody"
+    assert server.metric("generated_tokens_total") == steps, "tokens were generated for nobody"
     until(
         lambda: server.metric(ENDED) == gone + 1,
         "the end of the request",
     )
 
 
-def test_a_client_that_leaves_before_its_whole_answer_frees_its_row(server: Server) -> None:
+def test_a_client_that_disconnects_before_its_whole_answer_frees_its_row(server: Server) -> None:
     left = server.metric('requests_total{path="/v1/completions",status="499"}')
     with closing(server.connection(ENDLESS)):
         until(lambda: server.metric("running_rows") == 1, "a row in use")
@@ -84,15 +85,15 @@ def test_a_client_that_leaves_before_its_whole_answer_frees_its_row(server: Serv
     )
 
 
-def test_a_client_that_leaves_while_it_waits_gives_its_place_up(server: Server) -> None:
+def test_a_client_that_disconnects_while_waiting_leaves_the_queue(server: Server) -> None:
     with both_rows_taken(server):
         with closing(server.connection(ENDLESS)):
-            until(lambda: server.metric("waiting_requests") == 1, "one that waits")
-        until(lambda: server.metric("waiting_requests") == 0, "nobody that waits")
+            until(lambda: server.metric("waiting_requests") == 1, "a waiting request")
+        until(lambda: server.metric("waiting_requests") == 0, "an empty queue")
     idle(server)
 
 
-def test_closing_openais_stream_is_enough(server: Server) -> None:
+def test_closing_the_stream_of_openais_client_frees_the_row(server: Server) -> None:
     client = server.client()
     stream = client.completions.create(model="tiny", prompt="The ring", **STREAM)
     next(iter(stream))
@@ -100,12 +101,12 @@ def test_closing_openais_stream_is_enough(server: Server) -> None:
     idle(server)
 
 
-# clients that take what is not theirs
+# Clients that take more than their share
 
 
-def test_a_full_queue_is_a_429_with_a_time_to_come_back(server: Server) -> None:
+def test_a_full_queue_is_a_429_with_retry_after(server: Server) -> None:
     with both_rows_taken(server), closing(server.connection(ENDLESS)):
-        until(lambda: server.metric("waiting_requests") == 1, "one that waits")
+        until(lambda: server.metric("waiting_requests") == 1, "a waiting request")
         refused = server.complete(max_tokens=1)
         assert refused.status == 429
         assert int(refused.headers["Retry-After"]) >= 1
@@ -116,28 +117,35 @@ def test_a_full_queue_is_a_429_with_a_time_to_come_back(server: Server) -> None:
 
 
 def test_a_refusal_of_one_choice_cancels_the_others(server: Server) -> None:
-    assert server.complete(n=16, **ENDLESS).status == 429  # two rows and one place to wait
+    assert (
+        server.complete(n=16, **ENDLESS).status == 429
+    )  # there are two rows and one place in the queue
     idle(server)
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_stalls_nobody(server: Server) -> None:
-    few = LIMITS.buffered_tokens // 2  # they may all wait for it: what ends it is the time
+def test_a_client_that_does_not_read_is_cut_off_and_delays_nobody(server: Server) -> None:
+    few = LIMITS.buffered_tokens // 2  # all fit into the buffer, so the time ends it
     ended = server.metric(ENDED)
     alone = server.complete(max_tokens=20, logit_bias=NO_END).json()["choices"]
     with closing(server.connection(STREAM | {"max_tokens": few, "logprobs": 20})) as stalled:
         until(lambda: server.metric("running_rows") == 1, "a row in use")
         beside = server.complete(max_tokens=20, logit_bias=NO_END)
         assert beside.json()["choices"] == alone
-        until(lambda: server.metric(ENDED) == ended + 3, "its end, though it neither read nor left")
+        until(
+            lambda: server.metric(ENDED) == ended + 3,
+            "its end, though it neither read nor disconnected",
+        )
         _is_half_an_answer(rest(stalled))
 
 
-def test_a_client_for_which_too_much_waits_is_cut_off_before_its_time(sliding_bundle: Path) -> None:
+def test_a_client_with_too_much_unread_text_is_cut_off_before_its_time(
+    sliding_bundle: Path,
+) -> None:
     with (
         serving(sliding_bundle, "--stall-seconds", 600, *FREE, program=SMALL_BUFFERS) as server,
         closing(server.connection(STREAM | {"logprobs": 20})) as stalled,
     ):
-        until(lambda: server.metric(ENDED) == 1, "its end, though it neither read nor left")
+        until(lambda: server.metric(ENDED) == 1, "its end, though it neither read nor disconnected")
         idle(server)
         _is_half_an_answer(rest(stalled))
 
@@ -160,7 +168,7 @@ def test_a_body_that_is_too_large_is_a_413(server: Server, chunked: bool) -> Non
     assert b"50000 bytes" in answer
 
 
-def test_a_body_that_does_not_come_is_a_408(server: Server) -> None:
+def test_a_body_that_does_not_arrive_is_a_408(server: Server) -> None:
     head = "POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\nConnection: close\r\n"
     with closing(socket.create_connection((server.host, server.port), 60)) as connection:
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n{")
@@ -178,7 +186,7 @@ def test_a_connection_without_a_request_is_closed(server: Server) -> None:
     [(b"", b"POST /v1/comp"), (b"Content-Length: 9\r\n", b"{")],
     ids=["half a head", "half a body that nobody wants"],
 )
-def test_a_connection_that_was_used_is_closed_as_well(
+def test_a_used_connection_without_a_further_request_is_closed(
     server: Server, more: bytes, begun: bytes
 ) -> None:
     with closing(socket.create_connection((server.host, server.port), 60)) as connection:
@@ -186,7 +194,7 @@ def test_a_connection_that_was_used_is_closed_as_well(
         answer = b""
         while not answer.endswith(b'{"status":"ok"}'):
             answer += connection.recv(1 << 14)
-        connection.sendall(begun)  # and uvicorn's own clock stands still
+        connection.sendall(begun)  # this stops uvicorn's own timeout
         assert rest(connection) == b""
 
 
@@ -202,10 +210,10 @@ def test_an_answer_that_takes_too_long_is_a_504_or_an_error_in_its_stream(
         idle(server)
 
 
-# keys
+# Keys
 
 
-def test_only_who_has_a_key_is_let_in(sliding_bundle: Path, tmp_path: Path) -> None:
+def test_only_clients_with_a_key_are_served(sliding_bundle: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# ours\nfirst-key\n\nsecond-key\n")
     with serving(sliding_bundle, "--api-key-file", keys) as server:
@@ -230,10 +238,10 @@ def test_keys_come_from_the_environment_too(sliding_bundle: Path) -> None:
         assert server.client("two").models.list().data[0].id == "tiny"
 
 
-# the end
+# Stopping
 
 
-def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(sliding_bundle: Path) -> None:
+def test_sigterm_lets_running_requests_finish_and_refuses_new_ones(sliding_bundle: Path) -> None:
     with serving(sliding_bundle, "--rows", 3, *FREE) as server:
         expected = server.complete(max_tokens=500, logit_bias=NO_END).json()["choices"][0]["text"]
         asked = STREAM | {"max_tokens": 500}
@@ -252,12 +260,14 @@ def test_sigterm_lets_what_runs_finish_and_takes_nothing_new(sliding_bundle: Pat
             assert int(refused.headers["Retry-After"]) >= 1
             for begin, connection in zip(begins, (one, two), strict=True):
                 assert _text(begin + rest(connection)) == expected
-            assert server.ask("/ready").json() == {"status": "draining"}  # for the last
+            assert server.ask("/ready").json() == {
+                "status": "draining"
+            }  # answered for the last time
             last.close()
             assert server.wait() == 0
 
 
-def test_what_outlasts_the_drain_is_told_and_cut_off(sliding_bundle: Path) -> None:
+def test_requests_that_outlast_the_drain_get_an_error_and_are_cut_off(sliding_bundle: Path) -> None:
     with (
         serving(sliding_bundle, "--drain-seconds", 0.5, *FREE) as server,
         closing(server.connection(STREAM)) as connection,
@@ -269,7 +279,7 @@ def test_what_outlasts_the_drain_is_told_and_cut_off(sliding_bundle: Path) -> No
         assert server.wait() == 1
 
 
-def test_a_second_signal_ends_it_at_once(sliding_bundle: Path) -> None:
+def test_a_second_signal_ends_the_server_at_once(sliding_bundle: Path) -> None:
     with (
         serving(sliding_bundle, "--drain-seconds", 600, *FREE) as server,
         closing(server.connection(ENDLESS)),
@@ -281,13 +291,13 @@ def test_a_second_signal_ends_it_at_once(sliding_bundle: Path) -> None:
         assert server.wait() == -signal.SIGTERM
 
 
-def test_without_work_sigterm_is_the_end(sliding_bundle: Path) -> None:
+def test_an_idle_server_ends_at_sigterm(sliding_bundle: Path) -> None:
     with serving(sliding_bundle) as server:
         server.signal()
         assert server.wait() == 0
 
 
-# the command
+# The command
 
 
 def test_a_bundle_that_cannot_be_served_ends_the_command(mistralc: Command, tmp_path: Path) -> None:
@@ -300,7 +310,7 @@ def test_a_bundle_that_cannot_be_served_ends_the_command(mistralc: Command, tmp_
     assert "Traceback" not in done.stderr
 
 
-def test_a_port_in_use_is_an_error_in_words(mistralc: Command, sliding_bundle: Path) -> None:
+def test_a_port_in_use_is_an_error_message(mistralc: Command, sliding_bundle: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         ended = mistralc("serve", sliding_bundle, "--port", taken.getsockname()[1])
     assert ended.code == 1
@@ -340,7 +350,7 @@ mistralc.main()
 """
 
 
-def test_a_backend_that_fails_is_told_to_clients_and_to_health(
+def test_a_failed_backend_is_reported_to_clients_and_by_health(
     sliding_bundle: Path, tmp_path: Path
 ) -> None:
     program = tmp_path / "broken.py"
@@ -359,10 +369,10 @@ def test_a_backend_that_fails_is_told_to_clients_and_to_health(
 
 
 def _text(response: bytes) -> str:
-    """The text of a streamed completion, from the bytes of its response."""
+    """Return the text of a streamed completion from the bytes of its response."""
     body = response.partition(b"\r\n\r\n")[2]
     data = b""
-    while body:  # chunked: sizes in hexadecimal, then so many bytes
+    while body:  # chunked: a size in hexadecimal, then that many bytes
         size, _, body = body.partition(b"\r\n")
         data += body[: int(size, 16)]
         body = body[int(size, 16) + 2 :]

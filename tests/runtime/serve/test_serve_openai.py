@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it, unmodified, on a tiny model of random weights."""
+"""The server and OpenAI's unmodified client, on a tiny model of random weights."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -32,7 +32,7 @@ CITY = {
 
 
 class City(BaseModel):
-    """What a client wants to read."""
+    """A schema that a client wants to parse."""
 
     open: bool
     kind: Literal["town", "village"]
@@ -51,7 +51,7 @@ def client(server: Server) -> OpenAI:
 
 @pytest.fixture(scope="module")
 def alone(plain_bundle: Path) -> Callable[[str, int], str]:
-    """`alone(prompt, n)` is the greedy continuation of one sequence, without any server."""
+    """`alone(prompt, n)` is the greedy continuation by the generator, without a server."""
     loaded = load(plain_bundle, threads=1)
 
     def run(prompt: str, count: int) -> str:
@@ -74,7 +74,7 @@ def chat(client: OpenAI, messages: Any = USER, **options: Any) -> Any:
     )
 
 
-def test_the_one_model_is_listed_and_found_by_its_name(client: OpenAI) -> None:
+def test_the_model_is_listed_and_found_by_its_name(client: OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "tiny"
     assert client.models.retrieve("tiny") == model
@@ -83,7 +83,7 @@ def test_the_one_model_is_listed_and_found_by_its_name(client: OpenAI) -> None:
     assert refused.value.code == "model_not_found"
 
 
-def test_a_completion_is_what_the_generator_alone_says(
+def test_a_completion_equals_the_generators(
     client: OpenAI, alone: Callable[[str, int], str]
 ) -> None:
     made = complete(client)
@@ -93,7 +93,7 @@ def test_a_completion_is_what_the_generator_alone_says(
     assert made.usage.total_tokens == made.usage.prompt_tokens + 12
 
 
-def test_sixteen_at_once_each_get_what_they_get_alone(
+def test_sixteen_simultaneous_requests_are_answered_as_if_alone(
     client: OpenAI, alone: Callable[[str, int], str]
 ) -> None:
     prompts = [f"{PROMPT} {'and turns ' * (i % 4)}{i}" for i in range(16)]
@@ -102,7 +102,7 @@ def test_sixteen_at_once_each_get_what_they_get_alone(
     assert made == [alone(prompt, 12) for prompt in prompts]
 
 
-def test_a_stream_joined_is_the_answer_at_once(client: OpenAI) -> None:
+def test_a_joined_stream_equals_the_whole_answer(client: OpenAI) -> None:
     whole = complete(client)
     chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
     *parts, last = chunks
@@ -115,7 +115,7 @@ def test_a_stream_joined_is_the_answer_at_once(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_chat_streams_its_role_then_its_words_then_how_it_ended(client: OpenAI) -> None:
+def test_a_chat_streams_its_role_then_its_text_then_its_finish_reason(client: OpenAI) -> None:
     whole = chat(client)
     assert whole.choices[0].message.role == "assistant"
     first, *parts, last = chat(client, stream=True)
@@ -135,7 +135,7 @@ def test_a_stream_ends_with_done(server: Server) -> None:
     assert events[-2:] == ["data: [DONE]", ""]
 
 
-def test_an_answer_may_be_sent_back_as_the_next_message(client: OpenAI) -> None:
+def test_an_answer_can_be_sent_back_as_the_next_message(client: OpenAI) -> None:
     answer = chat(client, max_tokens=4).choices[0].message
     again = chat(client, [*USER, answer.model_dump(), *USER], max_tokens=4)
     assert again.usage.prompt_tokens > 4
@@ -246,7 +246,7 @@ def test_a_bias_forces_a_token(client: OpenAI) -> None:
         {"temperature": 2, "seed": 1, "extra_body": {"min_p": 0.9}},
     ],
 )
-def test_sampling_parameters_arrive(client: OpenAI, options: Any) -> None:
+def test_sampling_parameters_take_effect(client: OpenAI, options: Any) -> None:
     forced = {"logit_bias": {"100": 2, "101": 1.9}, "max_tokens": 30}
     greedy = complete(client, **forced).choices[0].text
     if options.get("extra_body", {}).get("min_p"):
@@ -260,7 +260,7 @@ def test_top_k_of_one_is_greedy_at_any_temperature(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_json_schema_is_followed_whatever_the_model_would_say(client: OpenAI, seed: int) -> None:
+def test_a_json_schema_is_followed_by_a_model_of_random_weights(client: OpenAI, seed: int) -> None:
     made = chat(
         client, temperature=2, seed=seed, max_tokens=64,
         response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}},
@@ -281,7 +281,7 @@ def test_the_clients_own_parse_reads_a_pydantic_model(client: OpenAI) -> None:
     assert isinstance(made.choices[0].message.parsed, City)
 
 
-def test_json_object_begins_an_object(client: OpenAI) -> None:
+def test_json_object_starts_an_object(client: OpenAI) -> None:
     made = chat(client, response_format={"type": "json_object"}).choices[0]
     assert made.message.content.startswith("{")
 
@@ -294,7 +294,7 @@ def test_a_regex_and_a_grammar_are_followed(client: OpenAI) -> None:
             assert made.finish_reason == "stop"
 
 
-def test_a_prompt_that_was_read_before_is_billed_as_cached(client: OpenAI) -> None:
+def test_a_repeated_prompt_is_reported_as_cached(client: OpenAI) -> None:
     prompt = "A long prompt that two requests have in common, to its last word"
     first, second = complete(client, prompt), complete(client, prompt)
     assert second.choices == first.choices
@@ -302,10 +302,10 @@ def test_a_prompt_that_was_read_before_is_billed_as_cached(client: OpenAI) -> No
     assert second.usage.prompt_tokens_details.cached_tokens < second.usage.prompt_tokens
 
 
-def test_an_answer_ends_where_the_context_does(client: OpenAI) -> None:
+def test_an_answer_ends_at_the_end_of_the_context(client: OpenAI) -> None:
     made = complete(client, max_tokens=64, prompt="a " * 30, logit_bias={"2": -100})
     assert made.choices[0].finish_reason == "length"
-    assert made.usage.total_tokens == CONTEXT + 1  # the last token needs no place of its own
+    assert made.usage.total_tokens == CONTEXT + 1  # the last token is not written to the ring
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -338,7 +338,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), REFUSED, ids=lambda value: str(value)[:30])
-def test_what_cannot_be_served_is_refused_with_its_name(
+def test_an_unsupported_parameter_is_refused_by_name(
     server: Server, body: dict[str, Any], param: str
 ) -> None:
     answer = server.ask("/v1/completions", {"model": "tiny", "prompt": "a", **body})
@@ -367,7 +367,7 @@ def test_what_cannot_be_served_is_refused_with_its_name(
     ],
     ids=lambda value: str(value)[:30],
 )  # fmt: skip
-def test_the_client_raises_bad_request_for_chats_that_cannot_be(
+def test_the_client_raises_bad_request_for_invalid_chats(
     client: OpenAI, options: Any, param: str
 ) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
@@ -386,13 +386,13 @@ def test_another_model_is_not_found(client: OpenAI) -> None:
      (b'{"model": NaN}', "model"), (b"\xff\xfe", ""), (b"[" * 100_000, "")],
     ids=range(7),
 )  # fmt: skip
-def test_a_body_that_is_no_request_is_a_400(server: Server, data: bytes, told: str) -> None:
+def test_a_body_that_is_not_a_request_is_a_400(server: Server, data: bytes, told: str) -> None:
     answer = server.ask("/v1/completions", data=data)
     assert answer.status == 400
     assert told in answer.json()["error"]["message"]
 
 
-def test_other_paths_and_methods_are_told_so_in_the_same_shape(server: Server) -> None:
+def test_unknown_paths_and_methods_get_the_same_form_of_error(server: Server) -> None:
     nothing, method = server.ask("/v1/nothing"), server.ask("/v1/completions")
     assert (nothing.status, nothing.json()["error"]["type"]) == (404, "not_found_error")
     assert (method.status, method.json()["error"]["type"]) == (405, "invalid_request_error")

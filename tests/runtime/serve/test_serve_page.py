@@ -1,4 +1,4 @@
-"""The web page in a real browser: Chromium, where this machine has one."""
+"""The web page in a real browser. Skipped where Chromium is not installed."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        # A container's root has no user namespaces for the sandbox; the page is our own.
+        # Root in a container has no user namespaces for the sandbox, and the page is trusted.
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -54,7 +54,7 @@ def page(browser: Any, server: Server) -> Iterator[Any]:
     page.wait_for_selector("#state[data-state=ready]")
     yield page
     page.close()
-    assert wrong == [], "errors, broken policy, or requests to elsewhere"
+    assert wrong == [], "errors, a violated policy, or requests to other hosts"
 
 
 def answered(page: Any) -> str:
@@ -77,12 +77,14 @@ def test_a_question_is_answered_by_keyboard_alone(page: Any, server: Server) -> 
     assert answered(page) == expected
     assert page.locator(".message[data-role=user]").text_content() == "Hello\nthere"
     note = page.locator(".message footer").last.text_content()
-    assert re.match(r"\d tokens · first after \d+ ms", note)
+    assert re.match(r"\d tokens · first token after \d+ ms", note)
     assert page.evaluate("document.activeElement.id") == "prompt"
 
 
-def test_an_answer_streams_is_watched_and_stopped(page: Any, server: Server) -> None:
-    def without_end(route: Any) -> None:  # the model could end its text at any time
+def test_an_answer_streams_shows_in_the_metrics_and_can_be_stopped(
+    page: Any, server: Server
+) -> None:
+    def without_end(route: Any) -> None:  # otherwise the model could end its text at any time
         route.continue_(post_data=json.dumps(route.request.post_data_json | {"logit_bias": NO_END}))
 
     page.route("**/v1/completions", without_end)
@@ -104,7 +106,7 @@ def test_an_answer_streams_is_watched_and_stopped(page: Any, server: Server) -> 
     assert page.is_visible("#send")
 
 
-def test_an_error_is_shown_in_words(page: Any) -> None:
+def test_an_error_message_is_shown(page: Any) -> None:
     page.select_option("#mode", "text")
     page.fill("#temperature", "9")
     page.fill("#prompt", "Too hot")
@@ -136,7 +138,7 @@ def test_every_control_has_a_name_and_both_schemes_have_contrast(page: Any) -> N
         assert _contrast(of["--on-accent"], of["--accent"]) >= 4.5
 
 
-def test_a_key_is_asked_for_and_taken(browser: Any, plain_bundle: Path) -> None:
+def test_the_page_asks_for_a_key_and_uses_it(browser: Any, plain_bundle: Path) -> None:
     with serving(plain_bundle, MISTRALC_API_KEYS="secret") as server:
         page = browser.new_page()
         page.goto(server.url)

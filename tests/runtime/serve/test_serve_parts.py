@@ -1,4 +1,4 @@
-"""The server's parts that need no server: text and scores of a choice, grammars, inbox, keys."""
+"""Parts of the server, without a server: answers, grammars, jobs, keys and the page."""
 
 import asyncio
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graphs.errors import UsageError
 from runtime.decoding.sampling import Sampled, SamplingParams
-from runtime.scheduling.scheduler import End, Request
+from runtime.scheduling.request import End, Request
 from runtime.serve.errors import ApiError
 from runtime.serve.jobs import Inbox, Job
 from runtime.serve.metrics import Metrics
@@ -40,7 +40,7 @@ def read(answer: Answer, ids: list[int]) -> list[Piece]:
 
 @given(ids=st.lists(st.integers(0, 290), max_size=40), stops=st.lists(st.text("ab ", min_size=1)))
 @example(ids=[191], stops=[])  # the zero byte
-def test_pieces_joined_are_the_text_up_to_its_stop_and_scores_come_in_order(
+def test_joined_pieces_are_the_text_up_to_its_stop_string_and_logprobs_are_in_order(
     tokenizer: Tokenizer, ids: list[int], stops: list[str]
 ) -> None:
     ids = [i for i in ids if i not in tokenizer.stop_ids]
@@ -57,7 +57,7 @@ def test_pieces_joined_are_the_text_up_to_its_stop_and_scores_come_in_order(
     assert sum(len(piece.scored) for piece in read(full, ids)) == len(ids)
 
 
-def test_the_end_of_text_token_counts_and_is_not_scored(tokenizer: Tokenizer) -> None:
+def test_the_end_of_text_token_counts_and_has_no_logprob(tokenizer: Tokenizer) -> None:
     (end,) = tokenizer.stop_ids
     answer = Answer(tokenizer, [], chat=False, logprobs=True)
     pieces = read(answer, [LETTERS[0], end])
@@ -65,7 +65,9 @@ def test_the_end_of_text_token_counts_and_is_not_scored(tokenizer: Tokenizer) ->
     assert sum(len(piece.scored) for piece in pieces) == 1
 
 
-def test_what_may_become_a_stop_is_held_back_until_the_end(tokenizer: Tokenizer) -> None:
+def test_text_that_may_become_a_stop_string_is_held_back_until_the_end(
+    tokenizer: Tokenizer,
+) -> None:
     answer = Answer(tokenizer, ["ab!"], chat=False, logprobs=True)
     pieces = read(answer, tokenizer.encode("xab", add_bos=False))
     assert pieces[-1].text == "ab"
@@ -73,7 +75,7 @@ def test_what_may_become_a_stop_is_held_back_until_the_end(tokenizer: Tokenizer)
 
 
 def greedy(constraint: Any, vocab_size: int, favourite: int) -> list[int]:
-    """What a model that always wants `favourite` writes under a constraint."""
+    """The tokens of a model that always prefers `favourite`, under a constraint."""
     ids: list[int] = []
     for _ in range(200):
         logits = np.zeros(vocab_size, np.float32)
@@ -85,7 +87,7 @@ def greedy(constraint: Any, vocab_size: int, favourite: int) -> list[int]:
     raise AssertionError("the grammar never ended")
 
 
-def test_a_grammar_forces_its_text_and_ends(tokenizer: Tokenizer) -> None:
+def test_a_grammar_forces_its_text_and_ends_it(tokenizer: Tokenizer) -> None:
     grammars = Grammars(tokenizer, tokenizer.vocab_size + 5)  # a model may have unused tokens
     size = tokenizer.vocab_size + 5
     assert tokenizer.decode(greedy(grammars.regex("(yes|no)"), size, size - 1)) in ("yes", "no")
@@ -93,7 +95,7 @@ def test_a_grammar_forces_its_text_and_ends(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(greedy(grammars.json_schema(schema), size, 0)) == "[1, 1]"
 
 
-def test_copies_of_a_grammar_are_at_its_beginning(tokenizer: Tokenizer) -> None:
+def test_copies_of_a_grammar_start_at_its_beginning(tokenizer: Tokenizer) -> None:
     fresh = Grammars(tokenizer, tokenizer.vocab_size).regex("ab?").copies()
     first, second = fresh(), fresh()
     (a,) = tokenizer.encode("a", add_bos=False)[-1:]
@@ -101,7 +103,7 @@ def test_copies_of_a_grammar_are_at_its_beginning(tokenizer: Tokenizer) -> None:
     logits = np.zeros(tokenizer.vocab_size, np.float32)
     second.mask(logits)
     (end,) = tokenizer.stop_ids
-    assert logits[end] == -np.inf, "the second is not where the first is"
+    assert logits[end] == -np.inf, "the second has not moved with the first"
 
 
 @pytest.mark.parametrize("schema", [{"type": "nothing"}, {"not": {}}, {"$ref": "http://else"}])
@@ -119,14 +121,14 @@ def test_a_schema_that_cannot_be_followed_is_refused(tokenizer: Tokenizer, schem
     ],
     ids=["half a character", "long pattern", "long", "many patterns"],
 )  # fmt: skip
-def test_a_schema_that_would_take_too_much_or_cannot_be_read_is_refused(
+def test_a_schema_that_is_too_large_or_unreadable_is_refused(
     tokenizer: Tokenizer, schema: Any
 ) -> None:
-    with pytest.raises(UsageError, match=r"characters|be read|followed"):
+    with pytest.raises(UsageError, match=r"characters|be read|patternProperties"):
         Grammars(tokenizer, tokenizer.vocab_size).json_schema(schema)
 
 
-def test_a_grammar_that_would_overflow_the_stack_is_followed_or_refused(
+def test_a_deep_grammar_is_followed_or_refused_and_never_overflows_the_stack(
     tokenizer: Tokenizer,
 ) -> None:
     def chain(links: int) -> str:
@@ -137,21 +139,21 @@ def test_a_grammar_that_would_overflow_the_stack_is_followed_or_refused(
     longest = grammars.lark(chain(1200))
     assert tokenizer.decode(greedy(longest, tokenizer.vocab_size, x)) == "x"
     with pytest.raises(UsageError, match=r"has .* characters; up to 16,384"):
-        grammars.lark(chain(3000))  # on 8 MiB of stack the end of the process
+        grammars.lark(chain(3000))  # kills the process with a stack of 8 MiB
     with pytest.raises(UsageError, match=r"has .* characters; up to 4,096"):
         grammars.regex("a?" * 3000)
     with pytest.raises(UsageError, match="cannot be read"):
         grammars.regex("\ud800")
 
 
-def test_a_grammar_that_nothing_can_meet_is_the_clients_fault(tokenizer: Tokenizer) -> None:
+def test_a_grammar_without_any_valid_text_is_a_usage_error(tokenizer: Tokenizer) -> None:
     endless = Grammars(tokenizer, tokenizer.vocab_size).json_schema({"$ref": "#"})
     with pytest.raises(UsageError, match="cannot be followed further"):
         endless.mask(np.zeros(tokenizer.vocab_size, np.float32))
 
 
 class Recorder:
-    """Stands for a scheduler: keeps what was submitted and cancelled."""
+    """Replaces a scheduler: records what is submitted and cancelled."""
 
     def __init__(self) -> None:
         self.delivers: list[Any] = []
@@ -165,7 +167,9 @@ class Recorder:
         self.cancelled.append(ticket.number)
 
 
-def test_a_client_that_takes_nothing_is_noticed_before_memory_is(tokenizer: Tokenizer) -> None:
+def test_a_client_that_reads_nothing_overflows_its_buffer_at_the_limit(
+    tokenizer: Tokenizer,
+) -> None:
     async def run() -> tuple[bool, bool, int]:
         scheduler: Any = Recorder()
         inbox = Inbox(asyncio.get_running_loop())
@@ -183,7 +187,7 @@ def test_a_client_that_takes_nothing_is_noticed_before_memory_is(tokenizer: Toke
     assert asyncio.run(run()) == (False, True, 102)
 
 
-def test_nothing_is_lost_where_all_came_before_anyone_looked(tokenizer: Tokenizer) -> None:
+def test_nothing_is_lost_if_all_tokens_arrive_before_the_first_read(tokenizer: Tokenizer) -> None:
     ids = [LETTERS[0], LETTERS[1]]
 
     async def run() -> list[str]:
@@ -205,7 +209,7 @@ def test_nothing_is_lost_where_all_came_before_anyone_looked(tokenizer: Tokenize
     assert asyncio.run(run()) == ["".join(piece.text for piece in read(answer, ids)), "length"]
 
 
-def test_a_service_that_is_not_loaded_says_so(tmp_path: Path) -> None:
+def test_a_service_that_is_not_loaded_refuses_requests(tmp_path: Path) -> None:
     service = Service(Settings(bundle=tmp_path, model="none"))
     assert service.state == "loading"
     with pytest.raises(ApiError) as refused:
@@ -214,7 +218,7 @@ def test_a_service_that_is_not_loaded_says_so(tmp_path: Path) -> None:
     assert b"mistralc_requests" in service.metrics.text()
 
 
-def test_keys_are_lines_and_comments_are_not(
+def test_a_key_file_has_one_key_a_line_and_comments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "keys"
@@ -229,7 +233,7 @@ def test_keys_are_lines_and_comments_are_not(
     assert read_api_keys(None) == ()
 
 
-def test_the_pages_policy_allows_its_own_script_alone() -> None:
+def test_the_pages_policy_allows_only_its_own_script() -> None:
     response = page_response()
     policy = response.headers["Content-Security-Policy"]
     assert "unsafe" not in policy

@@ -1,7 +1,7 @@
-"""Two replicas behind Ray's proxy: the same answers, and what others see when one is killed.
+"""Two replicas behind Ray's proxy: the same answers, and a killed replica affects no other.
 
-A real Ray in a process of its own (tests/support/ray_host.py), on tiny bundles. Skipped where
-the extra `ray` is not installed; CI's `dev` does not have it.
+A real Ray in a process of its own (tests/support/cluster/ray_host.py), on tiny bundles. Skipped
+where the extra `ray` is not installed, as in `dev`.
 """
 
 import contextlib
@@ -35,21 +35,21 @@ ENDLESS: dict[str, Any] = {"model": "tiny", "prompt": "The ring", "max_tokens": 
                            "logit_bias": NO_END, "temperature": 0}  # fmt: skip
 ENVIRONMENT = os.environ | {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AUTH_MODE": "disabled",  # else it leaves a token in the user's home
+    "RAY_AUTH_MODE": "disabled",  # otherwise it leaves a token in the user's home
     "PYTHONPATH": str(ROOT),
 }
-STREAM_S = 15.0  # of a stream that outlasts the start of a new replica, which takes 3 to 6 s
+STREAM_S = 15.0  # duration of a stream that must outlast a replica's start: 3 to 6 s
 
 
 class Cluster(Server):
-    """A Ray of one node that serves. `address` is where its commands reach it."""
+    """Ray Serve on one node. `address` is for Ray's commands."""
 
     def __init__(self, process: "subprocess.Popen[str]", url: str, address: str) -> None:
         super().__init__(process, url, "tiny")
         self.address = address
 
     def replicas(self) -> list[psutil.Process]:
-        """The processes of the replicas."""
+        """Return the processes of the replicas."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -58,12 +58,12 @@ class Cluster(Server):
         return found
 
     def names(self, count: int = 16) -> set[str]:
-        """The replicas that answer `count` requests."""
+        """Return the replicas that answer `count` requests."""
         return {self.ask("/ready").headers[HEADER] for _ in range(count)}
 
 
 class Stream:
-    """A stream of completions that is read in a thread."""
+    """A streamed completion, read in a thread."""
 
     def __init__(self, cluster: Cluster, **options: Any) -> None:
         client = cluster.client()
@@ -92,7 +92,7 @@ class Stream:
 
 
 def await_serving(process: "subprocess.Popen[str]") -> str:
-    """Read what the host prints, Ray's own words among it, until it serves; Ray's address."""
+    """Read the host's output, Ray's messages included, until it serves; returns Ray's address."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("serving "):
@@ -101,7 +101,7 @@ def await_serving(process: "subprocess.Popen[str]") -> str:
 
 
 def free_port() -> int:
-    """One that the system chose; Ray does not take 0."""
+    """Return a free port; Ray does not accept port 0."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port: int = listening.getsockname()[1]
     return port
@@ -110,7 +110,13 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def cluster(sliding_bundle: Path) -> Iterator[Cluster]:
     port = free_port()
-    command = [sys.executable, "-m", "tests.support.ray_host", str(sliding_bundle), str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.cluster.ray_host",
+        str(sliding_bundle),
+        str(port),
+    ]
     with subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -124,14 +130,14 @@ def cluster(sliding_bundle: Path) -> Iterator[Cluster]:
             process.wait(60)
         finally:
             process.kill()
-            for one in family:  # what the end of Ray should have ended
+            for one in family:  # processes that should have ended with Ray
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
 
 
 @pytest.fixture
 def streams(cluster: Cluster) -> Iterator[Callable[..., list[Stream]]]:
-    """`streams(**options)` begins one on each replica."""
+    """`streams(**options)` starts one on each replica."""
     opened: list[Stream] = []
 
     def one_on_each(**options: Any) -> list[Stream]:
@@ -172,7 +178,7 @@ def tokens_in(streams: Callable[..., list[Stream]], seconds: float) -> int:
     return int(1000 * seconds / (time.monotonic() - began))
 
 
-def test_paths_answers_and_errors_are_those_of_one_server(cluster: Cluster) -> None:
+def test_paths_answers_and_errors_equal_those_of_one_server(cluster: Cluster) -> None:
     assert cluster.ask("/health").json() == {"status": "ok"}
     assert cluster.ask("/ready").json() == {"status": "ready"}
     assert cluster.ask("/v1/models").json()["data"][0]["id"] == "tiny"
@@ -196,31 +202,31 @@ def test_requests_go_to_both_replicas(cluster: Cluster) -> None:
     assert len(cluster.replicas()) == 2
 
 
-def test_a_client_that_leaves_frees_its_row(
+def test_a_client_that_disconnects_frees_its_row(
     cluster: Cluster, streams: Callable[..., list[Stream]]
 ) -> None:
     one, other = streams()
     both = {one.replica: 1, other.replica: 1}
     until(lambda: running_rows(cluster) == both, "a row in use on each replica")
     one.close()
-    until(lambda: running_rows(cluster).get(one.replica) == 0, "a row that is free again")
+    until(lambda: running_rows(cluster).get(one.replica) == 0, "a free row")
     other.close()
     until(lambda: running_rows(cluster) == dict.fromkeys(both, 0), "no row in use")
 
 
-def test_a_killed_replica_breaks_its_own_streams_only_and_is_started_again(
+def test_a_killed_replica_breaks_only_its_own_streams_and_is_replaced(
     cluster: Cluster, streams: Callable[..., list[Stream]]
 ) -> None:
     pair = streams()
     before = {stream.replica for stream in pair}
     whole: list[socket.socket] = []
-    while min(running_rows(cluster).values()) < 2:  # until a whole answer is on each, too
+    while min(running_rows(cluster).values()) < 2:  # whole answers, beside the streams
         assert len(whole) < 6, "the proxy sends everything to one replica"
         whole.append(cluster.connection(ENDLESS))
     cluster.replicas()[0].kill()
 
     answers = [cluster.complete(max_tokens=8, temperature=0) for _ in range(20)]
-    assert {answer.status for answer in answers} == {200}, "others saw it"
+    assert {answer.status for answer in answers} == {200}, "other requests were affected"
     assert len({answer.json()["choices"][0]["text"] for answer in answers}) == 1
 
     until(lambda: any(stream.ended for stream in pair), "the end of the killed replica's stream")
@@ -258,7 +264,7 @@ def test_the_documented_command_deploys_a_new_version_and_lets_old_streams_finis
                "--non-blocking", "--address", cluster.address, *arguments]  # fmt: skip
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT) as process:
         until(lambda: cluster.names() - before, "an answer from a new replica")
-        assert not any(stream.ended for stream in pair), "the streams end too soon to show anything"
+        assert not any(stream.ended for stream in pair), "the streams ended too early for this test"
         until(lambda: all(stream.ended for stream in pair), "the end of both streams")
         assert process.wait(PATIENCE_S) == 0
     assert [stream.error for stream in pair] == [None, None]

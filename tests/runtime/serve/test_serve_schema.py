@@ -1,7 +1,7 @@
-"""Schemathesis makes requests out of the server's own OpenAPI schema, right ones and wrong ones.
+"""Schemathesis generates valid and invalid requests from the server's own OpenAPI schema.
 
-Every answer must be one that the schema announces: no 5xx, no undocumented status, body or type,
-and nothing that breaks the schema accepted.
+Every answer must conform to the schema: no 5xx, no undocumented status, body or type. Requests that
+violate the schema must be refused.
 """
 
 from collections.abc import Iterator
@@ -23,8 +23,8 @@ from schemathesis.specs.openapi.checks import (
 
 from tests.support.serving import serving
 
-# Left out is `positive_data_acceptance`: what a JSON schema cannot say (the model's name, a token
-# that the vocabulary has, a grammar that can be followed) is refused with 400, and should be.
+# `positive_data_acceptance` is left out: a valid request may be refused with 400 for what a JSON
+# schema cannot express (the model's name, ids inside the vocabulary, a valid grammar).
 CHECKS: Any = [
     not_a_server_error, status_code_conformance, content_type_conformance,
     response_headers_conformance, response_schema_conformance, negative_data_rejection,
@@ -36,14 +36,14 @@ OPERATIONS = [
     ("/health", "GET"), ("/ready", "GET"), ("/metrics", "GET"), ("/v1/models", "GET"),
     ("/v1/models/{name}", "GET"), ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"),
 ]  # fmt: skip
-NOTHING_TO_BREAK = {path for path, method in OPERATIONS if method == "GET"}  # any name is a name
+ALWAYS_VALID = {path for path, method in OPERATIONS if method == "GET"}  # any name is valid
 
 
 @pytest.fixture(scope="module")
 def api(plain_bundle: Path) -> Iterator[Any]:
     with serving(plain_bundle, "--rows", 4, "--max-new-tokens", 16) as server:
         schema = server.ask("/openapi.json").json()
-        for name in ("CompletionRequest", "ChatRequest"):  # or all it makes would be 404
+        for name in ("CompletionRequest", "ChatRequest"):  # otherwise every request would be a 404
             schema["components"]["schemas"][name]["properties"]["model"]["enum"] = ["tiny"]
         loaded = schemathesis.openapi.from_dict(schema)
         loaded.config.update(base_url=server.url)
@@ -59,11 +59,11 @@ def test_every_path_of_the_schema_is_tested(api: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
 @pytest.mark.parametrize(("path", "method"), OPERATIONS, ids=lambda value: value)
-def test_the_server_answers_as_its_schema_says(
+def test_the_server_answers_as_its_schema_specifies(
     api: Any, path: str, method: str, mode: GenerationMode
 ) -> None:
-    if mode is GenerationMode.NEGATIVE and path in NOTHING_TO_BREAK:
-        pytest.skip("no body, and any name is a name: no request breaks the schema")
+    if mode is GenerationMode.NEGATIVE and path in ALWAYS_VALID:
+        pytest.skip("no body, and any name is valid: no request violates the schema")
 
     @settings(
         max_examples=40, deadline=None, derandomize=True, database=None,

@@ -1,4 +1,4 @@
-"""The server on real weights: what it says is what the command says, and language survives it."""
+"""The server on real weights: it answers like the command, and its text makes sense."""
 
 import json
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ def ask(client: OpenAI, text: str, **options: Any) -> Any:
     )
 
 
-def test_the_capital_of_france_is_paris_for_everyone_who_asks(
+def test_every_client_is_told_that_the_capital_of_france_is_paris(
     client: OpenAI, default_build: Path, mistralc: Command
 ) -> None:
     bundle = default_build / BUNDLE
@@ -46,7 +46,7 @@ def test_the_capital_of_france_is_paris_for_everyone_who_asks(
     assert [answer.choices[0].message.content for answer in made[1:]] == alone
 
 
-def test_a_schema_gives_sense_and_not_only_form(client: OpenAI) -> None:
+def test_an_answer_under_a_schema_makes_sense(client: OpenAI) -> None:
     schema = {
         "type": "object",
         "properties": {"capital": {"type": "string", "enum": ["Rome", "Paris", "Oslo"]}},
@@ -58,7 +58,7 @@ def test_a_schema_gives_sense_and_not_only_form(client: OpenAI) -> None:
     assert json.loads(made.message.content) == {"capital": "Paris"}
 
 
-def test_no_chunk_has_half_a_character(client: OpenAI) -> None:
+def test_no_chunk_splits_a_character(client: OpenAI) -> None:
     stream = client.completions.create(
         model="tiny", prompt="日本の首都は東京です。フランスの首都は", max_tokens=24, stream=True
     )

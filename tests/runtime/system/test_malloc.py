@@ -1,6 +1,6 @@
-"""Where the C library puts blocks, asked in a process of its own, since it lasts as long as that.
+"""Huge pages and heaps of the C library. Each test uses a new process: settings outlast a test.
 
-What is tested is what the kernel was asked for; whether it had huge pages to give is its affair.
+The tests check what the kernel was asked for, not whether it had huge pages to give.
 """
 
 import platform
@@ -19,7 +19,7 @@ from runtime.system.malloc import huge_pages
 ROOT = Path(__file__).resolve().parents[3]
 HUGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how glibc keeps memory")
+pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 
 PRELUDE = """
 import ctypes, threading
@@ -32,7 +32,7 @@ libc.free.argtypes = [ctypes.c_void_p]
 libc.sbrk.restype, libc.sbrk.argtypes = ctypes.c_size_t, [ctypes.c_ssize_t]
 
 def flags(block):
-    "What the kernel was asked of the memory at this address."
+    "The flags that the kernel has for the memory at this address."
     for line in Path("/proc/self/smaps").read_text().splitlines():
         name, *rest = line.split()
         if "-" in name:
@@ -41,14 +41,14 @@ def flags(block):
             return rest
 
 def is_mapped():
-    "Whether a block of 8 MB is mapped by itself, and so goes back when it is freed."
+    "Whether a block of 8 MB has its own mapping, which is unmapped when it is freed."
     block = libc.malloc(8 << 20)
     return block > libc.sbrk(0)
 """
 
 
 def printed(code: str) -> list[str]:
-    """What `code` prints, word by word, in a fresh Python."""
+    """The words that `code` prints in a new Python process."""
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, cwd=ROOT
     )
@@ -57,7 +57,7 @@ def printed(code: str) -> list[str]:
 
 
 @pytest.mark.skipif(not HUGE.exists(), reason="this kernel has no transparent huge pages")
-def test_blocks_inside_are_asked_to_be_huge_and_others_are_not() -> None:
+def test_huge_pages_are_requested_for_blocks_inside_only() -> None:
     found = printed("""
 before = libc.malloc(8 << 20)
 with huge_pages(32 << 20):
@@ -68,25 +68,26 @@ print(*("hg" in flags(block + (4 << 20)) for block in (before, inside, after)))
     assert found == ["False", "True", "False"]
 
 
-def test_quantized_weights_are_loaded_inside_and_floats_are_not(
+def test_huge_pages_are_used_for_quantized_weights_only(
     rounded_bundle: Path, plain_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    sizes = []
 
     @contextmanager
     def recorded(size: int) -> Iterator[None]:
         with huge_pages(size):
             yield
-        asked.append(size)
+        sizes.append(size)
 
-    monkeypatch.setattr("runtime.load.huge_pages", recorded)
+    monkeypatch.setattr("runtime.backends.onnxruntime_cpu.huge_pages", recorded)
     for path in (rounded_bundle, plain_bundle):
-        load_session(path, open_bundle(path).manifest)
-    assert asked[0] >= (rounded_bundle / "weights.safetensors").stat().st_size
-    assert asked[1:] == [0]
+        manifest = open_bundle(path).manifest
+        load_session(path, manifest.build, manifest.files)
+    assert sizes[0] >= (rounded_bundle / "weights.safetensors").stat().st_size
+    assert sizes[1:] == [0]
 
 
-def test_what_was_not_used_goes_back() -> None:
+def test_unused_memory_is_returned() -> None:
     found = printed("""
 before = libc.sbrk(0)
 with huge_pages(1 << 30):
@@ -96,10 +97,10 @@ print(during >> 20, libc.sbrk(0) - before >> 20)
 """)
     during, after = map(int, found)
     assert during >= 1024
-    assert 8 <= after <= 10  # the block, and what `malloc` keeps at the top of its heap
+    assert 8 <= after <= 10  # the block, and what `malloc` keeps at the top of the heap
 
 
-def test_blocks_are_mapped_again_afterwards() -> None:
+def test_large_blocks_get_their_own_mapping_again_afterwards() -> None:
     assert printed("""
 with huge_pages(32 << 20):
     print(is_mapped())
@@ -109,7 +110,7 @@ print(is_mapped())
 
 @pytest.mark.skipif(not HUGE.exists(), reason="this kernel has no transparent huge pages")
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_thread_has_huge_pages_where_all_share_one_heap(shared: bool) -> None:
+def test_a_thread_gets_huge_pages_only_if_all_share_one_heap(shared: bool) -> None:
     found = printed(f"""
 if {shared}:
     one_heap()
@@ -123,9 +124,9 @@ thread.join()
     assert found == [str(shared)]
 
 
-def test_large_blocks_go_back_to_the_system_in_a_server() -> None:
+def test_with_one_heap_large_blocks_are_returned_to_the_system() -> None:
     assert printed("""
-libc.free(libc.malloc(20 << 20))  # moves glibc's threshold up
+libc.free(libc.malloc(20 << 20))  # raises glibc's threshold for mapping
 print(is_mapped())
 one_heap()
 print(is_mapped())

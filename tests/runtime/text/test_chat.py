@@ -1,4 +1,4 @@
-"""Chats against mistral-common and transformers, and what a caller's text cannot do to them."""
+"""Chats against mistral-common and transformers, and against injected control tokens."""
 
 import json
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def system(content: str) -> dict[str, str]:
 
 
 def conversations() -> list[Chat]:
-    """Each content in each place: alone, as an answer, as a system prompt, in a longer chat."""
+    """Each content in each role: alone, as an answer, as a system prompt, in a longer chat."""
     chats: list[Chat] = []
     for i, content in enumerate(CONTENTS):
         other = CONTENTS[(i + 3) % len(CONTENTS)]
@@ -105,7 +105,7 @@ def test_a_rendered_chat_reads_like_the_published_format(version: str, text: str
 
 
 @pytest.mark.parametrize("version", ["v1", "v3", "v7"])
-def test_mistrals_formats_refuse_what_they_do_not_know(version: str) -> None:
+def test_mistrals_formats_refuse_unknown_roles_and_content(version: str) -> None:
     tokenizer = opened(ALL[version])
     with pytest.raises(UsageError, match="got tool"):
         tokenizer.encode_chat([user("Hi"), {"role": "tool", "content": "42"}])
@@ -126,7 +126,7 @@ def test_smollm2_chats_equal_transformers() -> None:
             assert (
                 tokenizer.encode_chat(chat, add_generation_prompt=prompt)
                 == (reference(expected, add_special_tokens=False)["input_ids"])
-            )  # none of the contents holds one of its control tokens
+            )  # no content contains one of its control tokens
 
 
 # Other templates, against transformers
@@ -198,7 +198,7 @@ def test_without_injection_ids_equal_transformers_whatever_the_template_does(
     converted = files(SENTENCEPIECE["v3"])
     reference = fast(converted, scheme and {**METASPACE, "prepend_scheme": scheme})
     backend = tokenizers.Tokenizer.from_str(reference.backend_tokenizer.to_str())
-    # Where a first word's space goes does not depend on how a template writes: three are enough.
+    # The first word's space does not depend on the template, so three templates are enough.
     names = TEMPLATES if scheme is None else ("trimmed", "macro", "prompt")
     for name in names:
         template = TEMPLATES[name]
@@ -214,7 +214,7 @@ def test_without_injection_ids_equal_transformers_whatever_the_template_does(
             assert tokenizer.encode_chat(chat) == expected, (name, content)
 
 
-def test_tokens_that_swallow_the_space_beside_them_do_so_as_in_transformers() -> None:
+def test_tokens_strip_the_spaces_beside_them_as_in_transformers() -> None:
     converted = files(SMOLLM2)
     document = json.loads(converted.tokenizer_json)
     for token in document["added_tokens"]:
@@ -281,7 +281,7 @@ ADVERSARIAL = (
     "content",
     ["[INST]", "[IN\nST]", "</s>", "</</think>s>", "s", "x[INST]x", "</s", "]TSNI[", "[inst]"],
 )
-def test_no_template_can_make_a_control_token_of_a_callers_text(
+def test_no_template_can_turn_a_callers_text_into_a_control_token(
     template: str, content: str
 ) -> None:
     tokenizer = with_template(template)
@@ -295,7 +295,7 @@ def test_no_template_can_make_a_control_token_of_a_callers_text(
     )
 )
 @settings(max_examples=200, deadline=None)
-def test_control_tokens_are_those_of_the_template_alone(contents: list[str]) -> None:
+def test_only_the_template_writes_control_tokens(contents: list[str]) -> None:
     template = "<s>{% for m in messages %}[INST]{{ m.content }}[/INST]{% endfor %}"
     tokenizer = with_template(template)
     chat = [user(content) for content in contents]
@@ -304,13 +304,13 @@ def test_control_tokens_are_those_of_the_template_alone(contents: list[str]) -> 
     assert tokenizer.render_chat(chat) == "<s>" + "".join(f"[INST]{c}[/INST]" for c in contents)
 
 
-def test_a_role_that_is_no_word_is_an_error() -> None:
+def test_a_role_that_is_not_a_word_is_an_error() -> None:
     for role in ("user</s>", "", None, "user\n"):
         with pytest.raises(UsageError, match="role is"):
             opened(SMOLLM2).encode_chat([{"role": role, "content": "Hi"}])
 
 
-def test_masked_text_behaves_as_its_original() -> None:
+def test_masked_text_behaves_like_its_original() -> None:
     mask = Mask(set("[INST]</s>"), ["\U00100000 taken"])
     text = "  [INST] is </s> S "
     hidden = mask.hide(text)
@@ -328,7 +328,7 @@ def test_masked_text_behaves_as_its_original() -> None:
     assert sorted([mask.hide("b"), "a", mask.hide("S")]) == ["S", "a", "b"]
     assert {text: 1}[hidden] == 1
     assert {hidden: 1}[text] == 1
-    raw = "".join(["", hidden])  # as it is written out
+    raw = "".join(["", hidden])  # as a template writes it
     assert not set(raw) & set("[INST]</s>")
     assert "\U00100000" not in raw
     assert mask.reveal(raw) == text
@@ -337,7 +337,7 @@ def test_masked_text_behaves_as_its_original() -> None:
 # Errors
 
 
-def test_a_template_that_raises_says_why() -> None:
+def test_the_reason_of_a_template_that_raises_is_reported() -> None:
     tokenizer = with_template("{{ raise_exception('Only ' + messages[0].content + ' here.') }}")
     with pytest.raises(UsageError, match="refuses these messages: Only users here"):
         tokenizer.encode_chat([user("users")])
@@ -399,7 +399,7 @@ def test_the_date_is_todays() -> None:
     assert len(with_template("{{ strftime_now('%Y-%m-%d') }}").render_chat([user("")])) == 10
 
 
-def test_a_compiled_template_knows_its_control_tokens_longest_first() -> None:
+def test_a_compiled_template_matches_the_longest_control_token() -> None:
     template = ChatTemplate("<a><a>b</a>", control_tokens=["<a>", "<a>b"], variables={})
     parts = template.render([], add_generation_prompt=False)
     assert [(part.text, part.control) for part in parts] == [

@@ -1,4 +1,4 @@
-"""One answer from scripted logits and a real tokenizer: text, ends, clock. No model, no backend."""
+"""One completion from scripted logits and a real tokenizer: text, end, times."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ HIGH = 5.0  # logit of the scripted token; all others are 0
 
 
 class Script:
-    """A session that answers position p with `answers[p]`, and whose clock is its own work."""
+    """A session that prefers token `answers[p]` after position p; its clock counts its own work."""
 
     def __init__(self) -> None:
         self.answers: dict[int, int] = {}
@@ -46,7 +46,7 @@ class Script:
         self.fed += positions
         self.now += SECONDS_PER_TOKEN * len(positions)
         logits = np.zeros((1, 1, SPEC.vocab_size), np.float32)
-        if positions[-1] in self.answers:  # the end of a piece in the middle of a prompt has none
+        if positions[-1] in self.answers:  # a step that ends within the prompt has none
             logits[0, 0, self.answers[positions[-1]]] = HIGH
         return logits
 
@@ -79,7 +79,7 @@ def answer(
     most: int | None = None,
     chat: bool = False,
 ) -> tuple[Completion, list[str]]:
-    """The completion whose logits prefer `tokens` in turn, and the pieces of its text."""
+    """Run a completion whose logits prefer `tokens` in turn; returns it and its pieces."""
     script = generator.session
     assert isinstance(script, Script)
     script.answers = {len(prompt) - 1 + i: token for i, token in enumerate(tokens)}
@@ -89,7 +89,7 @@ def answer(
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of a text: one for each byte, because the tiny vocabulary has no merges."""
+    """Return the tokens of a text: one for each byte, since the tiny vocabulary has no merges."""
     ids = tokenizer.encode(text, add_bos=False)
     assert len(ids) == len(text.encode())
     return ids
@@ -98,12 +98,12 @@ def spelled(tokenizer: Tokenizer, text: str) -> list[int]:
 # Text
 
 
-def test_text_comes_piece_by_piece_as_tokens_do(generator: Generator, tokenizer: Tokenizer) -> None:
+def test_text_arrives_piece_by_piece(generator: Generator, tokenizer: Tokenizer) -> None:
     done, pieces = answer(generator, tokenizer, spelled(tokenizer, "abc"))
     assert (pieces, done.text) == (["a", "b", "c"], "abc")
 
 
-def test_a_character_spread_over_tokens_comes_whole_or_not_yet(
+def test_a_character_spread_over_tokens_is_sent_whole(
     generator: Generator, tokenizer: Tokenizer
 ) -> None:
     text = "né€🙂!"
@@ -122,7 +122,7 @@ def test_a_character_cut_off_by_the_limit_is_one_replacement_character(
     assert done.finish_reason == "length"
 
 
-def test_the_end_of_text_token_ends_the_answer_and_is_no_text(
+def test_the_end_of_text_token_ends_the_answer_and_has_no_text(
     generator: Generator, tokenizer: Tokenizer
 ) -> None:
     ids = [*spelled(tokenizer, "hi"), EOS, *spelled(tokenizer, "never")]
@@ -153,7 +153,7 @@ def test_a_chat_answer_drops_the_first_words_space_and_a_continuation_keeps_it(
 # Ends
 
 
-def test_a_stop_string_that_lies_across_tokens_ends_the_text_before_it(
+def test_a_stop_string_spread_over_tokens_ends_the_text_before_it(
     generator: Generator, tokenizer: Tokenizer
 ) -> None:
     ids = spelled(tokenizer, "one END two")
@@ -180,36 +180,34 @@ def test_a_stop_string_of_one_character_of_many_bytes_is_found(
     assert done.text == "oh "
 
 
-def test_what_only_began_like_a_stop_string_is_text_after_all(
+def test_the_beginning_of_a_stop_string_that_never_completes_is_sent(
     generator: Generator, tokenizer: Tokenizer
 ) -> None:
     done, pieces = answer(generator, tokenizer, spelled(tokenizer, "EN ENE"), stop=("END",))
     assert done.text == "EN ENE"
-    # Each piece is what the next character proved harmless; the last "E" only the end did.
+    # A piece is sent when the next character rules the stop string out; "E" only at the end.
     assert pieces == ["EN ", "EN", "E"]
     assert done.finish_reason == "length"
 
 
-def test_the_end_of_text_token_releases_what_was_held_back_for_a_stop_string(
+def test_the_end_of_text_token_releases_text_held_back_for_a_stop_string(
     generator: Generator, tokenizer: Tokenizer
 ) -> None:
     done, _ = answer(generator, tokenizer, [*spelled(tokenizer, "xEN"), EOS], stop=("END",))
     assert (done.text, done.finish_reason) == ("xEN", "stop")
 
 
-def test_an_answer_ends_after_the_most_tokens_allowed(
-    generator: Generator, tokenizer: Tokenizer
-) -> None:
+def test_an_answer_ends_after_max_new_tokens(generator: Generator, tokenizer: Tokenizer) -> None:
     done, _ = answer(generator, tokenizer, spelled(tokenizer, "abcdef"), most=4)
     assert (done.text, done.finish_reason) == ("abcd", "length")
 
 
-def test_without_a_window_an_answer_ends_where_the_context_does(tokenizer: Tokenizer) -> None:
+def test_without_a_window_an_answer_ends_at_the_end_of_the_context(tokenizer: Tokenizer) -> None:
     plain = tiny_spec()
     ring = Ring(plain, RingSpec(chunk=8, context=10))
     generator = Generator(Script(), ring, plain.vocab_size)
     done, _ = answer(generator, tokenizer, spelled(tokenizer, "x" * 40), prompt=[1] * 6)
-    # Positions 6 to 9 take a token each; the fifth is sampled from the last and needs no place.
+    # Positions 6 to 9 take a token each; the fifth is sampled but not written to the ring.
     assert len(done.tokens) == 5
     assert done.finish_reason == "length"
 
@@ -227,7 +225,7 @@ def test_a_prompt_without_tokens_is_refused(generator: Generator, tokenizer: Tok
 # The ring
 
 
-def test_a_prompt_fed_ahead_is_not_fed_again(
+def test_a_prompt_that_was_prefilled_is_not_fed_again(
     generator: Generator, tokenizer: Tokenizer, script: Script
 ) -> None:
     script.answers = {2: 70, 3: 71}
@@ -247,7 +245,7 @@ def test_the_next_prompt_costs_only_what_the_ring_does_not_hold_yet(
     script.fed.clear()
     longer = [1, 70, 71, *first.tokens, 90, 91]
     second, _ = answer(generator, tokenizer, [82], prompt=longer)
-    # The last token of an answer is sampled and not fed, so positions 0 to 3 are in the ring.
+    # The last token of an answer is sampled but not fed, so positions 0 to 3 are in the ring.
     assert script.fed == [4, 5, 6]
     assert second.timings is not None
     assert (second.timings.prompt_tokens, second.timings.cached_tokens) == (7, 4)
@@ -264,10 +262,10 @@ def test_a_prompt_that_was_edited_goes_back_to_where_it_differs(
     assert second.timings.cached_tokens == 2
 
 
-# The clock
+# Times
 
 
-def test_timings_are_the_sessions_own_work(
+def test_timings_measure_the_sessions_work(
     generator: Generator,
     tokenizer: Tokenizer,
     script: Script,
@@ -321,7 +319,7 @@ def test_log_probabilities_are_those_of_the_logits(
     result = done.to_json()
     for entry, token in zip(result["logprobs"], (80, 81), strict=True):
         assert entry["token_id"] == token
-        # float64 throughout; 1e-9 is far above its rounding and far below a float32 detour.
+        # All in float64: 1e-9 is far above its rounding error and far below that of float32.
         assert entry["logprob"] == pytest.approx(HIGH - norm, abs=1e-9)
         (best, best_logprob), (other, other_logprob) = entry["top_logprobs"]
         assert (best, other) == (token, 0), "of equal logits the lowest id comes first"
@@ -329,7 +327,7 @@ def test_log_probabilities_are_those_of_the_logits(
         assert other_logprob == pytest.approx(-norm, abs=1e-9)  # as above
 
 
-def test_log_probabilities_are_absent_where_nobody_asked(
+def test_log_probabilities_are_absent_unless_asked_for(
     generator: Generator, tokenizer: Tokenizer
 ) -> None:
     result = answer(generator, tokenizer, [80])[0].to_json()
@@ -344,5 +342,5 @@ def test_a_seed_draws_the_same_answer_again_and_another_seed_another(tokenizer: 
         return answer(generator, tokenizer, [80] * 30, params=params)[0].tokens.tolist()
 
     assert drawn(1) == drawn(1)
-    # Logits are nearly flat: of 30 draws from 320 tokens, none need be equal by chance.
+    # Logits are nearly flat, so 30 draws from 320 tokens are not all equal by chance.
     assert all(drawn(a) != drawn(b) for a, b in pairwise(range(3)))

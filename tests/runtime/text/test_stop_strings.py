@@ -1,3 +1,5 @@
+"""Stop strings are found however the text is cut, and only what may become one is held back."""
+
 from itertools import pairwise
 
 import pytest
@@ -19,7 +21,7 @@ def pieces(text: str, at: list[int]) -> list[str]:
 
 
 def stream(stops: list[str], parts: list[str]) -> tuple[str, bool, str | None]:
-    """Everything that comes out, whether it stopped, and at what."""
+    """Return the whole output, whether it stopped, and the stop string."""
     stopping, out = StopStrings(stops), ""
     for part in parts:
         text, stopped = stopping.push(part)
@@ -30,7 +32,7 @@ def stream(stops: list[str], parts: list[str]) -> tuple[str, bool, str | None]:
 
 
 def read_at_once(stops: list[str], text: str) -> tuple[str, bool, str | None]:
-    """The definition: the first place where a stop is complete, and the longest one there."""
+    """By definition: cut at the first place where a stop string is complete, the longest there."""
     for end in range(1, len(text) + 1):
         complete = [stop for stop in stops if text[:end].endswith(stop)]
         if complete:
@@ -47,7 +49,7 @@ def test_however_the_text_is_cut_the_output_is_the_text_before_the_first_stop(
 
 
 @given(stop_lists, texts, cuts)
-def test_only_what_could_begin_a_stop_is_held_back(
+def test_only_a_possible_beginning_of_a_stop_string_is_held_back(
     stops: list[str], text: str, at: list[int]
 ) -> None:
     stopping, given_text, out = StopStrings(stops), "", ""
@@ -95,7 +97,7 @@ def test_nothing_comes_after_a_stop() -> None:
     assert stopping.flush() == ""
 
 
-def test_held_text_comes_with_the_flush_and_only_once() -> None:
+def test_flush_returns_the_held_text_and_only_once() -> None:
     stopping = StopStrings(["</answer>"])
     assert stopping.push("4 < 5 </answer") == ("4 < 5 ", False)
     assert stopping.flush() == "</answer"
@@ -106,7 +108,7 @@ def test_characters_beyond_the_basic_plane_are_single_characters() -> None:
     assert stream(["🙂🙂"], ["a🙂", "b🙂", "🙂c"]) == ("a🙂b", True, "🙂🙂")
 
 
-def test_a_long_stop_string_met_in_single_characters_is_held_back_whole() -> None:
+def test_a_long_stop_string_that_arrives_in_single_characters_is_held_back_whole() -> None:
     stopping = StopStrings(["a" * 5000 + "b"])
     out = [stopping.push("a").text for _ in range(20_000)]
     assert [len(text) for text in out] == [0] * 5000 + [1] * 15_000
@@ -119,6 +121,6 @@ def test_an_empty_stop_string_is_refused(stops: list[str]) -> None:
         StopStrings(stops)
 
 
-def test_a_bare_text_in_place_of_a_list_is_refused() -> None:
+def test_a_string_instead_of_a_list_is_refused() -> None:
     with pytest.raises(UsageError, match="Put it in a list"):
         StopStrings("end")

@@ -1,4 +1,4 @@
-"""Decoding token by token against decoding at once."""
+"""Decoding token by token gives the same text as decoding at once."""
 
 import time
 
@@ -15,7 +15,7 @@ from runtime.text.tokenizer import Tokenizer
 from tests.support.strings import texts
 from tests.support.vocabularies import ALL, SENTENCEPIECE, TEKKEN, opened
 
-# Ids of control tokens and of single bytes (`<0x00>` or the first of tekken's ranks), then any.
+# Ids of control tokens, of single bytes (`<0x00>` or the first of tekken's ranks), and any.
 SPECIAL = st.integers(0, 20)
 BYTES = st.one_of(st.integers(3, 258), st.integers(771, 1026), st.integers(1000, 1255))
 IDS = st.lists(st.one_of(SPECIAL, BYTES, st.integers(0, 140_000)), max_size=40)
@@ -29,16 +29,14 @@ def streamed(tokenizer: Tokenizer, ids: list[int], *, continuation: bool = False
 @pytest.mark.parametrize("name", ALL)
 @given(ids=IDS, continuation=st.booleans())
 @settings(max_examples=250, deadline=None)
-def test_a_stream_says_what_decoding_at_once_says(
-    name: str, ids: list[int], continuation: bool
-) -> None:
+def test_a_stream_equals_decoding_at_once(name: str, ids: list[int], continuation: bool) -> None:
     tokenizer = opened(ALL[name])
     once = tokenizer.decode(ids, continuation=continuation)
     assert streamed(tokenizer, ids, continuation=continuation) == once
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_stream_gives_back_every_text_it_is_fed(name: str) -> None:
+def test_a_stream_round_trips_every_text(name: str) -> None:
     tokenizer = opened(ALL[name])
     for text in texts()[:600]:
         ids = tokenizer.encode(text)
@@ -46,7 +44,7 @@ def test_a_stream_gives_back_every_text_it_is_fed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_half_character_is_ever_shown(name: str) -> None:
+def test_no_part_of_a_character_is_ever_returned(name: str) -> None:
     tokenizer = opened(ALL[name])
     text = "🤷🏽\u200d♀️ 𠮷 한 \U0002a6d6\U00010348é"
     stream = tokenizer.stream()
@@ -55,7 +53,7 @@ def test_no_half_character_is_ever_shown(name: str) -> None:
     assert "".join(shown) + stream.flush() == text
 
 
-def test_what_an_unfinished_character_leaves_is_one_replacement_character() -> None:
+def test_an_unfinished_character_becomes_one_replacement_character() -> None:
     tokenizer = opened(SENTENCEPIECE["v1"])
     ids = tokenizer.encode("🧑🏻\u200d🚀", add_bos=False)
     stream = tokenizer.stream()
@@ -85,7 +83,7 @@ def test_ids_without_a_token_and_control_tokens_have_no_text() -> None:
     assert tokenizer.decode([1, 2, 3, 4, 32768, 10**9, -1]) == ""
 
 
-def test_the_millionth_token_costs_what_the_first_costs() -> None:
+def test_the_millionth_token_costs_as_much_as_the_first() -> None:
     tokenizer = opened(SENTENCEPIECE["v3"])
     ids = tokenizer.encode(" ".join(texts()[:50]))
     stream = tokenizer.stream()
@@ -103,11 +101,11 @@ def test_the_millionth_token_costs_what_the_first_costs() -> None:
     for _ in range(1_000_000 // len(ids)):
         for i in ids:
             stream.push(i)
-    # Decoding everything anew would cost thousands of times more; 3 leaves room for noise.
+    # Decoding everything again would take thousands of times longer; 3 leaves room for noise.
     assert fastest_pass(5) < 3 * early
 
 
-def test_a_decoder_of_another_family_is_refused() -> None:
+def test_an_unsupported_kind_of_decoder_is_refused() -> None:
     backend = Backend(models.WordLevel({"a": 0}, "a"))
     with pytest.raises(MistralcError, match="decoder is null"):
         Tokenizer(backend, {}, {})

@@ -1,0 +1,17 @@
+"""Where this user's cache of mistralc is. Knows nothing about what is kept in it."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def cache_directory() -> Path | None:
+    """The directory for files that may be lost at any time; it need not exist yet.
+
+    `$XDG_CACHE_HOME/mistralc`, or `~/.cache/mistralc` if the variable is not set. None for a user
+    without a home directory, as in many containers.
+    """
+    home = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):
+        home = home or str(Path.home() / ".cache")
+    return Path(home) / "mistralc" if home else None
