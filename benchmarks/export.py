@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
@@ -175,10 +175,8 @@ def disk_bytes(folder: Path) -> int:
     found = 0
     for where, _, names in os.walk(folder):
         for name in names:
-            try:
-                found += os.stat(f"{where}/{name}").st_blocks * 512
-            except FileNotFoundError:
-                continue
+            with suppress(FileNotFoundError):
+                found += Path(where, name).stat().st_blocks * 512
     return found
 
 
@@ -219,8 +217,8 @@ def to_markdown(results: dict[str, Result]) -> str:
     on = next(iter(results.values()))["machine"]
     about = ", ".join(f"{key} {value}" for key, value in on.items())
     return "\n\n".join([
-        f"Estimated / measured, and how far off. Run on: {about}. Load average when an export began: "
-        f"{loads[0]:.1f} to {loads[-1]:.1f}.",
+        f"Estimated / measured, and how far off. Run on: {about}. Load average when an export "
+        f"began: {loads[0]:.1f} to {loads[-1]:.1f}.",
         "\n".join(totals), *refused, "By step:", "\n".join(steps),
     ])  # fmt: skip
 

@@ -56,7 +56,9 @@ def measure(
 def to_markdown(record: Mapping[str, Any]) -> str:
     """Return a measurement's record as the section that goes into `report/verify.md`."""
     found: dict[str, Any] = {each.name: record[each.name] for each in fields(Evaluation)}
-    figures = Evaluation(**{name: inf if value is None else value for name, value in found.items()})
+    for name, value in found.items():
+        found[name] = inf if value is None else value
+    figures = Evaluation(**found)
     shortened = record.get("shortened")
     return "\n".join([
         "# Quality",

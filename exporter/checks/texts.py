@@ -47,7 +47,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateText:
-    """How much the gate reads: `windows` of `length` tokens, and why, if that is less than usual."""
+    """How much the gate reads: `windows` of `length` tokens, and why, if less than usual."""
 
     windows: int
     length: int

@@ -5,7 +5,7 @@ the bundle runs it the way it is used, in pieces, over its own ring. They agree 
 ring, rotary angles, graph passes and runtime are all right.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -108,7 +108,7 @@ def verify(
 def compare(
     session: Session,
     build: Build,
-    chosen: Sequence[Case],
+    chosen: list[Case],
     expected: Iterable[Logits],
     progress: Progress | None = None,
 ) -> list[Agreement]:
@@ -138,13 +138,13 @@ def require(agreements: list[Agreement]) -> None:
 
 
 def to_json(
-    agreements: list[Agreement], against: str, left_out: Sequence[LeftOut] = ()
+    agreements: list[Agreement], against: str, left_out: Iterable[LeftOut] = ()
 ) -> dict[str, Any]:
     """Return the manifest's record of a verification, and of the cases that it left out."""
     passed = all(a.passed for a in agreements)
     return {"against": against, "passed": passed, "allowed": agreements[0].allowed,
             "cases": [asdict(a) for a in agreements],
-            **({"left_out": [asdict(one) for one in left_out]} if left_out else {})}  # fmt: skip
+            **({"left_out": rest} if (rest := [asdict(one) for one in left_out]) else {})}  # fmt: skip
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
