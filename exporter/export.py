@@ -30,7 +30,7 @@ from exporter.engine import audit
 from exporter.engine.process import build_engine
 from exporter.engine.request import BuildRequest
 from exporter.estimate import host
-from exporter.estimate.host import host_needs, require_host
+from exporter.estimate.refusal import require_host
 from exporter.options import ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.make_recipe import (
@@ -40,6 +40,7 @@ from exporter.quantization.make_recipe import (
     quantization,
     weight_facts,
 )
+from exporter.quantization.policy import WeightFacts
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer
@@ -64,6 +65,7 @@ class Source:
     checkpoint: Checkpoint
     table: CalibrationTable | None
     tokenizer: TokenizerFiles
+    facts: WeightFacts
     build: Build
     recipe: Recipe
 
@@ -96,7 +98,7 @@ def export(
     staging.check_destination(destination, force=options.force)
     opened = _open(source, options)
     build = opened.build
-    require_host(build, host_needs(build), destination)
+    require_host(build, destination, options, opened.facts)
     with staging.staged(destination) as directory:
         graph_folder = directory / "graph" if build.target.holds_plan else directory
         graph_folder.mkdir(exist_ok=True)
@@ -176,7 +178,7 @@ def _open(source: str, options: ExportOptions) -> Source:
     build = decide(checkpoint.spec, target, options, facts)
     return Source(
         checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.path),
-        build=build, recipe=make_recipe(build, checkpoint, table),
+        facts=facts, build=build, recipe=make_recipe(build, checkpoint, table),
     )  # fmt: skip
 
 

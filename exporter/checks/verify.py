@@ -144,7 +144,7 @@ def to_json(
     passed = all(a.passed for a in agreements)
     return {"against": against, "passed": passed, "allowed": agreements[0].allowed,
             "cases": [asdict(a) for a in agreements],
-            **({"left_out": rest} if (rest := [asdict(one) for one in left_out]) else {})}  # fmt: skip
+            **({"left_out": rest} if (rest := [*map(asdict, left_out)]) else {})}  # fmt: skip
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
