@@ -108,7 +108,7 @@ def host_needs(build: Build, facts: WeightFacts = NOTHING_KNOWN) -> HostNeeds:
         steps.append(_compile(weights))
     gated = build.target.verified_at_export and build.precision.quantized
     if build.target.verified_at_export:
-        steps += _verify(build, facts, weights)
+        steps += _verify(build, weights)
     if gated:
         steps.append(_gate(build, facts, weights))
     hashed = 0 if build.target.holds_plan else weights  # a plan is hashed while it is written
@@ -169,7 +169,7 @@ def _compile(weights: int) -> HostStep:
     )
 
 
-def _verify(build: Build, facts: WeightFacts, weights: int) -> list[HostStep]:
+def _verify(build: Build, weights: int) -> list[HostStep]:
     """Loading the bundle, and running the cases on it."""
     chosen = cases(build, short=True)
     memory = _session(build, weights)
