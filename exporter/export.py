@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from exporter.bundle import staging
 from exporter.bundle.run_archive import write_run_archive
-from exporter.bundle.weights_file import Layout, link_weights, stream_weights
+from exporter.bundle.weights_file import WeightsLayout, link_weights, stream_weights
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checks import quality_gate
 from exporter.checks.reference_pass import Answers, ask
@@ -192,7 +192,7 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
     """Write `model.onnx` and `weights.safetensors`; tracing runs while weights are streamed."""
     build, recipe = source.build, source.recipe
     stopped = Event()
-    with stage(host.TRACE, Layout.of(recipe).nbytes) as advance:
+    with stage(host.TRACE, WeightsLayout.of(recipe).nbytes) as advance:
 
         def step(count: int) -> None:
             if stopped.is_set():
@@ -235,7 +235,7 @@ def _compile(
     )  # fmt: skip
     with stage(host.COMPILE, request.work) as advance:
         built = build_engine(request, advance)
-    weights = Layout.of(source.recipe).weight_bytes
+    weights = WeightsLayout.of(source.recipe).weight_bytes
     found = audit.audit(built, model.graph, build.contract, weights)
     audit.require(found, allow=options.allow_faults)
     shutil.rmtree(directory / "graph")

@@ -1,9 +1,8 @@
-"""The `__main__.py` of `run.pyz`, where it is copied. Knows where its packages are, and no more.
+"""The `__main__.py` of `run.pyz`: import `runtime` and `graphs` from the archive and nowhere else.
 
-The name `runtime` or `graphs` may be taken on a host: by an installed package, a development
-installation with a finder of its own, a file in the current directory or on PYTHONPATH, or by a
-`.pth` file that has imported it before this program began. In this process both names mean the
-archive, wherever else they may be found.
+Another module on the host may have one of these names: an installed package, a development
+installation with its own finder, a file in the current directory or on PYTHONPATH, or a module that
+a `.pth` file imported before this program began. In this process both names mean the archive.
 """
 
 import importlib
@@ -15,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 
 OURS = ("graphs", "runtime")
-VERSION = "?"  # of the mistralc that wrote the archive, which puts it here
+VERSION = "?"  # replaced by the version of the mistralc that writes the archive
 
 
 class ArchiveFinder:
-    """Finds our packages in the archive, and reports them missing rather than look elsewhere."""
+    """Finds our packages in the archive; reports them missing instead of looking elsewhere."""
 
     def __init__(self, archive: str) -> None:
         self.archive = archive
@@ -27,7 +26,7 @@ class ArchiveFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """As `importlib` asks; None for names that are not ours."""
+        """Find a module of our packages; None for other names. The interface of `importlib`."""
         if name.partition(".")[0] not in OURS:
             return None
         spec = PathFinder.find_spec(name, [self.archive] if path is None else path, target)
@@ -37,7 +36,7 @@ class ArchiveFinder:
 
 
 def use(archive: str) -> None:
-    """Make the archive the only place of our packages in this process."""
+    """Make the archive the only source of our packages in this process."""
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     sys.meta_path.insert(0, ArchiveFinder(archive))
@@ -48,7 +47,7 @@ def use(archive: str) -> None:
 def main(archive: str) -> None:
     """Run the archive's command line."""
     use(archive)
-    importlib.import_module("runtime.cli.run_pyz").main(VERSION)
+    importlib.import_module("runtime.run_pyz").main(VERSION)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Writing a bundle: whole or not at all. Knows nothing about models.
+"""Write a bundle whole or not at all. Knows nothing about models.
 
-Everything is written to a sibling directory, locked by the process that writes it, and renamed
-when complete; an older bundle is exchanged with it in the same instant. A process that was killed
-leaves its sibling unlocked, and the next export beside it sweeps it away.
+Files are written to a staging directory next to the destination, which the writing process locks,
+and which is renamed when it is complete; an older bundle is exchanged with it atomically. A killed
+process leaves its staging directory unlocked, and the next export in the same place removes it.
 """
 
 import ctypes
@@ -31,45 +31,47 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
 def check_destination(destination: Path, *, force: bool) -> None:
-    """Raise unless a bundle may be written to `destination`; nothing is touched.
+    """Raise UsageError unless a bundle may be written to `destination`; changes nothing.
 
-    Only another bundle is ever replaced, and only with `force`.
+    Only another bundle is replaced, and only with `force`.
     """
     parent = destination.absolute().parent
     if not parent.is_dir():
         if parent.exists():
-            raise UsageError(f"{parent} is a file; a directory to write the bundle into is needed.")
+            raise UsageError(
+                f"{parent} is a file; expected a directory for the bundle. Choose another path."
+            )
         return
     if destination.is_symlink() or destination.is_file():
         raise UsageError(
-            f"{destination} exists and is not a bundle's directory. Choose another name."
+            f"{destination} exists and is not the directory of a bundle. Choose another name."
         )
     if destination.is_dir() and any(destination.iterdir()):
         if not (destination / FILE_NAME).is_file():
             raise UsageError(
-                f"The directory {destination} exists and is not a bundle, so it is left alone. "
+                f"The directory {destination} exists and is not a bundle, so it is never replaced. "
                 "Choose another name."
             )
         if not force:
             raise UsageError(
                 f"There is a bundle at {destination} already. Choose another name, or add --force "
-                "to replace it once the new one is complete."
+                "to replace it when the new one is complete."
             )
 
 
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """Give a directory to write to, which becomes `destination` if the block does not raise.
+    """Yield a directory that becomes `destination` if the block does not raise.
 
-    A file-system error inside the block, a full disk above all, is raised as MistralcError;
-    whatever happens, nothing half-written stays behind.
+    Raises MistralcError for an error of the file system in the block, such as a full disk. Nothing
+    half-written stays behind in any case.
     """
     destination = destination.absolute()
     staging = destination.parent / f"{PARTIAL}{destination.name}-{os.getpid()}"
     missing = [parent for parent in destination.parents if not parent.exists()]
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(destination.parent)
+        _remove_leftovers(destination.parent)
         staging.mkdir()
         try:
             with _locked(staging):
@@ -86,29 +88,28 @@ def staged(destination: Path) -> Iterator[Path]:
 
 
 def write_model(model: ir.Model, directory: Path) -> None:
-    """Write `model.onnx`; its weights must point into `weights.safetensors` already."""
+    """Write `model.onnx`, whose weights already refer to `weights.safetensors`."""
     ir.save(model, directory / "model.onnx")
 
 
 def write_tokenizer(files: TokenizerFiles, directory: Path) -> None:
-    """Write the tokenizer, its settings and the generation defaults."""
+    """Write `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`."""
     (directory / "tokenizer.json").write_text(files.tokenizer_json, encoding="utf-8")
     for name in ("tokenizer_config", "generation_config"):
         write_json(directory / f"{name}.json", getattr(files, name))
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write readable JSON, characters as they are; half of a surrogate pair as JSON's escape."""
+    """Write indented JSON in UTF-8; only unpaired surrogates are escaped."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def list_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, FileEntry]:
-    """Size and SHA-256 of every file in a bundle's directory, by name.
+    """Return size and SHA-256 of every file in a bundle's directory, by name.
 
-    Without the manifest, which cannot have its own, and the signature, which has the manifest's.
-
-    `known` are hashes taken while a file was written; 14.5 GB are not read again for them.
+    Leaves out the manifest, which cannot contain its own hash, and its signature. `known` are
+    hashes that were taken while a file was written, so that 14.5 GB are not read again.
     """
     found = sorted(path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path for path in found}
@@ -120,9 +121,9 @@ def list_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[
 
 
 def write_record(manifest: Manifest, report: str, directory: Path) -> Manifest:
-    """Write a verification's report and the manifest that lists it, which is returned.
+    """Write a verification's report, and the manifest that lists it; returns that manifest.
 
-    Nothing is replaced before both are on the disk: when that is full, an old bundle stays whole.
+    Both are on the disk before either replaces an old file, so a full disk leaves the bundle whole.
     """
     data = report.encode()
     entry = FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
@@ -145,9 +146,9 @@ def write_record(manifest: Manifest, report: str, directory: Path) -> Manifest:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold a lock on a directory that the kernel lets go when this process ends, however it ends.
+    """Hold a lock on a directory; the kernel releases it however this process ends.
 
-    Raises BlockingIOError when another process holds it.
+    Raises BlockingIOError if another process holds it.
     """
     handle = os.open(directory, os.O_RDONLY)
     try:
@@ -157,15 +158,15 @@ def _locked(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _sweep(parent: Path) -> None:
-    """Remove what killed exports left in `parent`."""
+def _remove_leftovers(parent: Path) -> None:
+    """Remove the staging directories that killed exports left in `parent`."""
     for leftover in parent.glob(f"{PARTIAL}*"):
         with suppress(OSError), _locked(leftover):
             shutil.rmtree(leftover)
 
 
 def _publish(staging: Path, destination: Path) -> None:
-    """Rename `staging` to `destination`; an older bundle there takes the staging name."""
+    """Rename `staging` to `destination`; an older bundle there takes the name of `staging`."""
     if not destination.is_dir():
         staging.rename(destination)
         return

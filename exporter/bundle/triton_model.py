@@ -1,7 +1,7 @@
-"""The `1/model.py` of a Triton model repository, where it is copied. Knows where the bundle lies.
+"""The `1/model.py` of a Triton model repository: run the bundle that lies beside it.
 
-The bundle beside it brings its own runtime, in `run.pyz`; Triton's Python needs numpy, tokenizers,
-jinja2 and the bundle's backend, and no install of mistralc.
+The bundle brings its own runtime, in `run.pyz`. Triton's Python needs numpy, tokenizers, jinja2 and
+the bundle's backend, but not mistralc.
 """
 
 import importlib
@@ -14,7 +14,7 @@ BUNDLE = Path(__file__).absolute().parent / "bundle"
 
 
 class TritonPythonModel:
-    """What Triton's Python backend loads, calls and unloads."""
+    """The model that Triton's Python backend loads, calls and unloads."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the bundle."""
@@ -24,7 +24,7 @@ class TritonPythonModel:
         self.model.load(BUNDLE, json.loads(args["model_config"]))
 
     def execute(self, requests: list[Any]) -> None:
-        """Take requests; the model is decoupled, so their responses follow."""
+        """Accept requests; the model is decoupled, so responses follow later."""
         self.model.execute(requests)
 
     def finalize(self) -> None:

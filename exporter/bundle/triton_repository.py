@@ -1,4 +1,4 @@
-"""A model repository of Triton Inference Server around a bundle. Knows nothing about models.
+"""Write a Triton Inference Server model repository for a bundle. Knows nothing about models.
 
 REPOSITORY/NAME/config.pbtxt
 REPOSITORY/NAME/1/model.py        runtime/serve/triton_backend.py, out of the bundle's run.pyz
@@ -16,10 +16,10 @@ from graphs.errors import MistralcError, UsageError
 from graphs.manifest import FILE_NAME, SIGNATURE, Manifest
 from runtime.bundle.open import open_bundle
 
-ROWS = 8  # requests that run side by side, where the bundle does not say fewer
-PARAMETERS = {"max_waiting": 256, "max_tokens": 4096}  # as `serve` has them
+ROWS = 8  # requests that run at the same time on a CPU; an engine has a fixed number of rows
+PARAMETERS = {"max_waiting": 256, "max_tokens": 4096}  # the defaults of `serve`
 
-INPUTS = {  # type and dimension of each; all are optional, and one of the first two is needed
+INPUTS = {  # type and dimension; all are optional, but one of the first two is needed
     "prompt": ("STRING", 1),
     "messages": ("STRING", 1),  # a chat, as JSON
     "max_tokens": ("INT32", 1),
@@ -38,13 +38,13 @@ RUNTIME = "runtime/serve/triton_backend.py"  # in run.pyz
 
 
 def check_repository(destination: Path) -> None:
-    """Raise UsageError unless a repository may be written to `destination`: nothing is replaced."""
+    """Raise UsageError unless `destination` is missing or an empty directory."""
     if destination.is_dir() and not destination.is_symlink() and not any(destination.iterdir()):
         return
     if destination.exists() or destination.is_symlink():
         raise UsageError(
-            f"{destination} exists and is not an empty directory, and nothing is replaced. Choose "
-            "another name, or remove it."
+            f"{destination} exists and is not an empty directory; expected a new one, because "
+            "nothing is replaced. Choose another name, or remove it."
         )
 
 
@@ -53,14 +53,14 @@ def write_repository(
 ) -> Path:
     """Write the repository, whole or not at all; returns the model's directory in it.
 
-    Raises MistralcError where the bundle is damaged or has a runtime that Triton cannot use.
+    Raises MistralcError if the bundle is damaged, or has a runtime without Triton's part.
     """
     check_repository(destination)
     opened = open_bundle(bundle, require_signature=require_signature)
     manifest, name = opened.manifest, bundle.resolve().name
     if not _has_runtime(bundle / "run.pyz"):
         raise MistralcError(
-            f"{bundle} was exported by a mistralc that knew no Triton: its run.pyz has no "
+            f"{bundle} was exported by a mistralc without support for Triton: its run.pyz lacks "
             f"{RUNTIME}. Export the checkpoint again."
         )
     with staged(destination) as staging:
@@ -77,8 +77,8 @@ def write_repository(
 
 
 def config(name: str, manifest: Manifest) -> str:
-    """The text of `config.pbtxt`, a ModelConfig (Triton's model_config.proto) in text format."""
-    on_cpu = manifest.target == "cpu"
+    """Return `config.pbtxt`: a ModelConfig (Triton's model_config.proto) in text format."""
+    on_cpu = not manifest.known_target.on_gpu
     parameters = {"rows": ROWS if on_cpu else manifest.ring.max_batch, **PARAMETERS}
     lines = [
         f"name: {json.dumps(name)}",
@@ -90,7 +90,7 @@ def config(name: str, manifest: Manifest) -> str:
             for key, (kind, size) in INPUTS.items()
         ),
         *(f'output {{ name: "{key}" data_type: TYPE_STRING dims: [ 1 ] }}' for key in OUTPUTS),
-        # One instance has all rows; another would load the weights again.
+        # One instance runs all rows; another one would load the weights a second time.
         "instance_group { count: 1 kind: KIND_CPU }" if on_cpu
         else "instance_group { count: 1 kind: KIND_GPU gpus: [ 0 ] }",
         *(

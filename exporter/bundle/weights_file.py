@@ -1,13 +1,13 @@
-"""Weights, streamed block by block into one `weights.safetensors`. Knows no operator.
+"""Stream the weights into one `weights.safetensors`, block by block. Knows nothing about operators.
 
-The file is an ordinary safetensors file under the checkpoint's canonical names, so any tool reads
-it; and its byte ranges are at the same time the ONNX external data of `model.onnx` in the same
-folder. All weights come first, in their canonical order, then the scales of the quantized ones,
-then what else those have: so a merged weight (q, k and v, say) is the range that spans its
-neighbours, scales included, and the file does not depend on the graph.
+The file is an ordinary safetensors file with the checkpoint's canonical names, so any tool reads
+it. Its byte ranges are also the ONNX external data of `model.onnx` in the same directory. All
+weights come first, in canonical order, then the scales of the quantized ones, then their zero
+points or minimums. So a merged weight (such as q, k and v) is one range that spans its neighbours,
+likewise its scales, and the file does not depend on the graph.
 
-Bytes that need no conversion are moved by the kernel, which shares them with the checkpoint where
-the file system can. The rest is converted a block at a time.
+The kernel copies bytes that need no conversion, and shares them with the checkpoint if the file
+system can. The rest is converted a block at a time.
 """
 
 import errno
@@ -28,29 +28,26 @@ from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange
 from exporter.quantization.packing import pack
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized
+from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
 from graphs.passes.weight_ref import weight_of
 from graphs.quant_scheme import MINIMUM, SCALE, ZERO_POINT, StoredPart, stored_parts
 
 FILE_NAME = "weights.safetensors"
 
-ELEMENT: Mapping[str, str] = {  # safetensors' name of an element type; int4 are two to a byte
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8",
-    "float8e4m3": "F8_E4M3", "int4": "U8",
-}  # fmt: skip
-ALIGNMENT = 64  # bytes; of the first tensor, so that a mapped file suits any vector load
-BLOCK = 1 << 25  # bytes converted or moved at once: 32 MiB
-QUANTIZED = 1 << 22  # bytes in float32 that are quantized at once, with half a dozen copies
+ALIGNMENT = 64  # bytes, of the first tensor: suits any vector load from a mapped file
+BLOCK = 1 << 25  # bytes converted or copied at once: 32 MiB
+QUANTIZED_BLOCK = 1 << 22  # bytes in float32 that are quantized at once, in about six copies
 LARGEST_FLOAT16 = torch.finfo(torch.float16).max
 
 Progress = Callable[[int], None]  # called with the number of bytes just written
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """The file before it is written: its header, and where in the file each tensor lies.
+class WeightsLayout:
+    """The header of the file, and the byte range of each tensor, known before it is written.
 
-    `parts` are the tensors that a quantized weight is stored as, by the weight's name.
+    `parts` are the tensors in which each weight is stored, by the weight's name.
     """
 
     header: bytes
@@ -59,7 +56,7 @@ class Layout:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Self:
-        """Lay out all weights of the recipe's model, one after another without a gap."""
+        """Lay out all weights of the recipe's model without gaps."""
         shapes = recipe.spec.weight_shapes()
         parts = {name: _parts(name, shape, recipe) for name, shape in shapes.items()}
         ordered = sorted(
@@ -68,12 +65,13 @@ class Layout:
         entries, ends, end = {}, {}, 0
         for part in ordered:
             shape = [*part.shape]
-            if part.element == "int4":
-                shape[-1] //= 2
+            element = ELEMENT_TYPES[part.element]
+            if element.bits < 8:  # packed into bytes, and stored as such
+                shape[-1] = element.nbytes(shape[-1])
             begin, end = end, end + part.nbytes
             ends[part.name] = begin, end
             entries[part.name] = {
-                "dtype": ELEMENT[part.element], "shape": shape, "data_offsets": [begin, end],
+                "dtype": element.safetensors, "shape": shape, "data_offsets": [begin, end],
             }  # fmt: skip
         table = {"__metadata__": {"format": "pt"}, **entries}
         text = json.dumps(table, separators=(",", ":")).encode()
@@ -101,7 +99,7 @@ def _parts(name: str, shape: tuple[int, ...], recipe: Recipe) -> tuple[StoredPar
 
 
 def _section(name: str) -> int:
-    """Weights and codes first, then what they have besides, each kind together."""
+    """Order the sections: weights and codes, then scales, zero points and minimums."""
     suffixes = (SCALE, ZERO_POINT, MINIMUM)
     return next((i for i, suffix in enumerate(suffixes, 1) if name.endswith(suffix)), 0)
 
@@ -111,12 +109,10 @@ def stream_weights(
 ) -> str:
     """Write `weights.safetensors` into `directory`; returns the checkpoint's fingerprint.
 
-    A weight is hashed beside the writing of the next, while its pages are still in memory.
-
-    Raises MistralcError naming the tensor when a weight is not finite, in the checkpoint or after
-    conversion.
+    Each weight is hashed while the next is written, so its pages are still in memory. Raises
+    MistralcError naming the weight that is not finite in the checkpoint, or not in float16's range.
     """
-    layout = Layout.of(recipe)
+    layout = WeightsLayout.of(recipe)
     with (
         (directory / FILE_NAME).open("wb", buffering=0) as file,
         ThreadPoolExecutor(1) as hasher,
@@ -125,7 +121,7 @@ def stream_weights(
         try:
             _write(file, 0, layout.header)
             for name in recipe.spec.weight_shapes():
-                for count in _weight(checkpoint, recipe, name, layout, file):
+                for count in _write_weight(checkpoint, recipe, name, layout, file):
                     if progress is not None:
                         progress(count)
                 digests[name] = hasher.submit(checkpoint.digest, name)
@@ -136,15 +132,15 @@ def stream_weights(
 
 
 def link_weights(model: ir.Model, recipe: Recipe, directory: Path) -> None:
-    """Make the graph's weights point into the `weights.safetensors` of `directory`."""
-    ranges = Layout.of(recipe).ranges
+    """Make the graph's weights refer to byte ranges of `weights.safetensors` in `directory`."""
+    ranges = WeightsLayout.of(recipe).ranges
     for value in model.graph.initializers.values():
         weight = weight_of(value)
         if weight is None:
             continue
         parts = [ranges[part] for part in weight.parts]
         if any(end != begin for (_, end), (begin, _) in pairwise(parts)):
-            raise ValueError(f"the parts of {weight!r} do not lie next to each other")
+            raise ValueError(f"the parts of {weight!r} are not adjacent")
         begin, end = parts[0][0], parts[-1][1]
         value.const_value = ir.ExternalTensor(
             FILE_NAME, begin, end - begin, weight.dtype,
@@ -152,23 +148,23 @@ def link_weights(model: ir.Model, recipe: Recipe, directory: Path) -> None:
         )  # fmt: skip
 
 
-def _weight(
-    checkpoint: Checkpoint, recipe: Recipe, name: str, layout: Layout, file: BinaryIO
+def _write_weight(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, layout: WeightsLayout, file: BinaryIO
 ) -> Iterator[int]:
-    """Write one weight, all its parts; yields the bytes written, block by block."""
+    """Write all parts of one weight; yields the number of bytes written, block by block."""
     stored = checkpoint.tensor(name)
     check_finite(name, stored)
     at = [layout.ranges[part.name][0] for part in layout.parts[name]]
     calibrated = recipe.calibrated(name)
     source = checkpoint.bytes_of(name)
-    as_it_is = name not in recipe.schemes and not calibrated
-    if as_it_is and source is not None and TORCH_FLOATS[source.dtype] == recipe.stored:
-        yield from _moved(source, stored, file, at[0])
+    unchanged = name not in recipe.schemes and not calibrated
+    if unchanged and source is not None and TORCH_FLOATS[source.dtype] == recipe.stored:
+        yield from _copy(source, stored, file, at[0])
         return
     if recipe.stored is torch.float16:
         _check_range(name, stored)
-    # What calibration decided is for the weight as a whole, a layer's linear at the most.
-    size = QUANTIZED if name in recipe.schemes else BLOCK
+    # Calibration decides about a weight as a whole, which is a linear of one layer at most.
+    size = QUANTIZED_BLOCK if name in recipe.schemes else BLOCK
     rows = len(stored) if calibrated else max(1, size // max(1, stored[0].numel() * 4))
     exact = recipe.repacked.get(name)
     blocks = stored.split(rows) if exact is None else [stored]
@@ -183,7 +179,7 @@ def _weight(
 
 
 def _converted(recipe: Recipe, name: str, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Some rows of a weight as their parts."""
+    """Convert some rows of a weight into their parts."""
     weight = recipe.smoothed(name, weight)
     if name not in recipe.schemes:
         return [weight.to(recipe.stored).contiguous()]
@@ -200,12 +196,12 @@ def _check_range(name: str, tensor: torch.Tensor) -> None:
     if largest > LARGEST_FLOAT16:
         raise MistralcError(
             f"The weight {name} has values up to {largest:.3g}, beyond float16's 65504. Export "
-            "with --precision bf16, which has float32's range."
+            "with --precision bf16, which has the range of float32."
         )
 
 
-def _moved(source: ByteRange, stored: torch.Tensor, file: BinaryIO, at: int) -> Iterator[int]:
-    """Move bytes from file to file without reading them, or from the mapping if that is refused."""
+def _copy(source: ByteRange, stored: torch.Tensor, file: BinaryIO, at: int) -> Iterator[int]:
+    """Let the kernel copy bytes from file to file; if it cannot, write them from the mapping."""
     done = 0
     with source.path.open("rb") as origin:
         while done < source.length:
@@ -226,7 +222,7 @@ def _moved(source: ByteRange, stored: torch.Tensor, file: BinaryIO, at: int) -> 
 
 
 def _write(file: BinaryIO, at: int, data: bytes | memoryview) -> None:
-    """Write all of `data` at byte `at`; one system call takes 2 GB at most and may take less."""
+    """Write all of `data` at byte `at`; one system call writes at most 2 GB, and maybe less."""
     rest = memoryview(data)
     while rest:
         count = os.pwrite(file.fileno(), rest, at)

@@ -1,9 +1,9 @@
 """Make a process allocate at the same addresses every time. Knows nothing about TensorRT.
 
-The order of some lists in a TensorRT plan follows heap addresses: one graph had five plans, which
-listed the output tensors in different orders. With both functions below, none of these changed the
-plan any more: the Python modules imported before, torch among them; environment variables; the
-path of the sources; whether Python had to compile them.
+The order of some lists in a TensorRT plan follows heap addresses: one graph had six plans, which
+listed its outputs in different orders. With both functions below, the plan no longer depends on the
+Python modules imported before (torch among them), on environment variables, on the path of the
+sources, or on whether Python had to compile them.
 """
 
 import ctypes

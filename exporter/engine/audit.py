@@ -1,8 +1,8 @@
-"""What TensorRT made of the graph, read from its own list of layers. Builds and runs nothing.
+"""Audit an engine by TensorRT's own list of its layers. Builds and runs nothing.
 
-An engine can be right and still be wrong for production: weights stored twice, attention taken
-apart into products and a softmax, a cache copied instead of updated. None of it shows in the
-answers, all of it in the layers, which the builder names even on a machine without a GPU:
+An engine can give right answers and still be unfit for production: weights stored twice, attention
+split into products and a softmax, a cache copied instead of updated in place. The answers do not
+show this, but the layers do, and the builder lists them even on a machine without a GPU:
 
     Name: _gemm_mha_v2_myl0_6, LayerType: kgen, Inputs: [ { Name: … }], Constants: […],
     Outputs: […], TacticName: , StreamId: 0, Metadata: [ONNX Layer: node_attention]
@@ -10,20 +10,20 @@ answers, all of it in the layers, which the builder names even on a machine with
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import onnx_ir as ir
 
 from exporter.engine.request import EnginePlan
-from graphs.contract import GraphContract, TensorSpec
+from graphs.contract import GraphContract
 from graphs.errors import MistralcError
 
 FUSED = re.compile(r"mha|fmha|flash", re.IGNORECASE)  # in the names of fused attention kernels
-REPEAT = "Repl"  # in the names of kernels that write a value out several times
-STORED_ONCE = 1.02  # plan bytes by weight bytes; twice the linears of a 7B would be 1.9
-ALLOWANCE = 4 << 20  # bytes of kernels and tables, which a small model's plan mostly consists of
+REPEAT = "Repl"  # in the names of kernels that write a value several times
+STORED_ONCE = 1.02  # plan bytes / weight bytes; with a 7B's linears stored twice it is 1.9
+ALLOWANCE = 4 << 20  # bytes of kernels and tables, most of a small model's plan
 
 _NAME = re.compile(r"Name: (\S+), LayerType: (\w*)")
 _SECTION = re.compile(r"(Inputs|Outputs): \[(.*?)\](?=, (?:Constants|TacticName):)")
@@ -33,7 +33,7 @@ _SOURCE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerInfo:
-    """One layer of an engine: what it reads and writes, and the ONNX nodes it came from."""
+    """One layer of an engine: the tensors it reads and writes, and the ONNX nodes it implements."""
 
     name: str
     kind: str
@@ -43,7 +43,7 @@ class LayerInfo:
 
     @classmethod
     def parse(cls, line: str) -> Self | None:
-        """Read a line of TensorRT's list; None where it is not one."""
+        """Parse a line of TensorRT's list; None if it does not describe a layer."""
         found = _NAME.match(line)
         if found is None:
             return None
@@ -57,10 +57,10 @@ class LayerInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audit:
-    """The facts about an engine that decide whether it may be shipped. Sizes are in bytes.
+    """The facts that decide whether an engine may ship. Sizes are in bytes.
 
-    `attention_fused` of `attention` nodes run in one fused kernel; `caches_in_place` of `caches`
-    are read and written under one name; `caches_repeated` are written out once per query head.
+    `attention_fused` of `attention` nodes run in a fused kernel. `caches_in_place` of `caches` are
+    read and written under one name. `caches_repeated` are written once per query head.
     """
 
     layers: Mapping[str, int]
@@ -78,7 +78,7 @@ class Audit:
 
     @property
     def faults(self) -> list[str]:
-        """What is wrong with the engine, in words; empty when nothing is."""
+        """Describe each fault of the engine; empty if there is none."""
         found = []
         if self.attention_fused < self.attention:
             found.append(
@@ -89,17 +89,17 @@ class Audit:
         if self.plan_bytes > STORED_ONCE * self.weight_bytes + ALLOWANCE:
             ratio = self.plan_bytes / self.weight_bytes
             found.append(f"the plan has {ratio:.2f} times the bytes of the weights")
-        if self.interface != "as the contract":
+        if self.interface != "matches the contract":
             found.append(self.interface)
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for the manifest."""
+        """Return plain data for the manifest."""
         return {**asdict(self), "warnings": list(self.warnings), "faults": self.faults}
 
 
 def audit(plan: EnginePlan, graph: ir.Graph, contract: GraphContract, weights: int) -> Audit:
-    """Compare the engine's layers with the graph it was built from; `weights` are its bytes."""
+    """Compare the layers with the graph they were built from; `weights` is the weights' size."""
     layers = [layer for layer in map(LayerInfo.parse, plan.layers) if layer is not None]
     attention = {str(node.name) for node in graph if node.op_type == "Attention"}
     fused = {n for layer in layers if FUSED.search(layer.name) for n in layer.nodes & attention}
@@ -125,22 +125,22 @@ def audit(plan: EnginePlan, graph: ir.Graph, contract: GraphContract, weights: i
 
 
 def require(found: Audit, *, allow: bool) -> None:
-    """Raise MistralcError when the engine has a fault, unless the user allowed it."""
+    """Raise MistralcError if the engine has a fault, unless the user allowed faults."""
     if found.faults and not allow:
         raise MistralcError(
             f"TensorRT {found.tensorrt} built an engine that is not fit to ship: "
-            f"{'; '.join(found.faults)}. Add --allow-faults to keep it all the same, or try "
-            "another version of TensorRT."
+            f"{'; '.join(found.faults)}. Add --allow-faults to publish it anyway, or try another "
+            "version of TensorRT."
         )
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
-    """Return an audit's record as the section that goes into the bundle's report."""
+    """Format an audit's record as a section of the bundle's report."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in record["layers"].items())
     ratio = record["plan_bytes"] / record["weight_bytes"]
     rows = {
         "TensorRT": record["tensorrt"],
-        "GPUs": ", ".join(record["gpus"]) or "every one that it supports",
+        "GPUs": ", ".join(record["gpus"]) or "every GPU that it supports",
         "layers": kinds,
         "fused attention": f"{record['attention_fused']} of {record['attention']}",
         "caches in place": f"{record['caches_in_place']} of {record['caches']}",
@@ -162,15 +162,8 @@ def _interface(plan: EnginePlan, contract: GraphContract) -> str:
         ("input", plan.inputs, contract.inputs),
         ("output", plan.outputs, contract.outputs),
     ):
-        expected = dict(_shapes(table, contract.capacities))
+        expected = {row.name: row.sized(contract.capacities) for row in table}
         if dict(tensors) != expected:
             wrong = sorted(set(expected.items()) ^ set(tensors.items()))[0]
-            return f"the {kind} {wrong[0]} is not as the contract has it"
-    return "as the contract"
-
-
-def _shapes(
-    table: Iterable[TensorSpec], fixed: Mapping[str, int]
-) -> Iterable[tuple[str, tuple[int, ...]]]:
-    for row in table:
-        yield row.name, tuple(fixed.get(d, -1) if isinstance(d, str) else d for d in row.shape)
+            return f"the {kind} {wrong[0]} does not match the contract"
+    return "matches the contract"

@@ -1,4 +1,4 @@
-"""A byte-pair vocabulary as a `tokenizers` document. Knows nothing about where it came from."""
+"""Write a byte-pair vocabulary as a `tokenizers` document. Knows nothing about file formats."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ P = TypeVar("P", str, bytes)
 
 
 def merges_from_ranks(ranks: Mapping[P, int]) -> list[tuple[P, P]]:
-    """Every way to join two pieces into a third, in the order in which they are to be tried.
+    """Return every pair of pieces that joins into a third, in the order of their priority.
 
-    SentencePiece and tiktoken join whichever neighbours make the best-ranked piece, however it
-    is cut; a `tokenizers` document lists pairs. So every cut of a piece into two pieces is a
-    merge, with the merged piece's rank. Both programs take the leftmost of equals, and a run
-    such as `aaa` is then cut as `aa` + `a`: hence the longest left part first.
+    SentencePiece and tiktoken join the neighbours that make the best-ranked piece, wherever it is
+    split; a `tokenizers` document lists pairs. So every split of a piece into two pieces is a merge
+    with the rank of the whole piece. Among equals both programs take the leftmost, which splits a
+    run such as `aaa` into `aa` + `a`. Therefore the longest left part comes first.
     """
     found: list[tuple[int, int, P, P]] = []
-    lengths = {len(piece) for piece in ranks}  # a piece of a megabyte is not to be cut everywhere
+    lengths = {len(piece) for piece in ranks}  # so a piece of a megabyte is not split everywhere
     for piece, rank in ranks.items():
         for cut in range(len(piece) - 1, 0, -1):
             if cut not in lengths or len(piece) - cut not in lengths:
@@ -30,14 +30,14 @@ def merges_from_ranks(ranks: Mapping[P, int]) -> list[tuple[P, P]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """A token found in text as it stands. `special` ones are control tokens, not text."""
+    """A token that is matched in text literally. `special` ones are control tokens, not text."""
 
     id: int
     content: str
     special: bool = True
 
     def entry(self) -> dict[str, Any]:
-        """Its entry in the document. One that is text is looked for after normalization."""
+        """Return its entry in the document. A token that is text is matched after normalization."""
         return {
             "id": self.id,
             "content": self.content,
@@ -59,7 +59,7 @@ def document(
     decoder: dict[str, Any],
     **model: Any,
 ) -> dict[str, Any]:
-    """The document; `model` overrides the options of `tokenizers`' BPE model."""
+    """Return the document; `model` overrides options of the BPE model of `tokenizers`."""
     options = {
         "type": "BPE",
         "dropout": None,

@@ -1,8 +1,8 @@
-"""Mistral's chat formats as Jinja templates. Knows nothing about tokens or files.
+"""Mistral's chat formats as Jinja templates. Knows nothing about token ids or files.
 
-Mistral publishes the formats as code that encodes each part by itself (`mistral-common`); a
-control token between two parts does the same here. Only v1 has none but `<s>` and `</s>`: its
-markers are text. Tools are not part of these templates.
+Mistral publishes the formats as code (`mistral-common`) that encodes each part separately. Here the
+control tokens between the parts have the same effect. v1 has no control tokens except `<s>` and
+`</s>`: its markers are text. The templates do not support tools.
 """
 
 _ROLES = """
@@ -41,7 +41,7 @@ _V1 = (
 """
 )
 
-# The system prompt stands before the last user message, where the model reads it last.
+# The system prompt comes before the last user message.
 _V3 = (
     _ROLES
     + """

@@ -1,4 +1,4 @@
-"""A GGUF's tokenizer metadata as a `tokenizers` document. Knows nothing about the file's layout."""
+"""Convert GGUF's tokenizer metadata to a `tokenizers` document. Reads no file."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from graphs.errors import MistralcError
 
 Metadata = Mapping[str, Any]  # by key, without the prefix `tokenizer.`
 
-# How each pre-tokenizer that llama.cpp names splits text before byte-pair merging.
+# By llama.cpp's name: how a pre-tokenizer splits text before byte-pair merging.
 _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
     "smollm": (
         {"type": "Digits", "individual_digits": True},
@@ -21,7 +21,7 @@ _PRE_TOKENIZERS: Mapping[str, tuple[dict[str, Any], ...]] = {
 
 
 def to_document(metadata: Metadata, path: Path) -> dict[str, Any]:
-    """The `tokenizers` document for a vocabulary of kind `llama` or `gpt2`."""
+    """Return the `tokenizers` document of a vocabulary of kind `llama` or `gpt2`."""
     kinds: dict[str, Callable[[Metadata, Path], dict[str, Any]]] = {
         "gpt2": _from_gpt2,
         "llama": _from_llama,
@@ -29,25 +29,31 @@ def to_document(metadata: Metadata, path: Path) -> dict[str, Any]:
     kind = metadata.get("ggml.model")
     if not isinstance(kind, str) or kind not in kinds:
         raise MistralcError(
-            f"The tokenizer of {path} is of the kind {kind!r:.40}; `llama` (SentencePiece) "
-            "or `gpt2` (byte-pair) is expected. Export from the original checkpoint instead of "
+            f"The tokenizer of {path} is of the kind {kind!r:.40}; expected `llama` "
+            "(SentencePiece) or `gpt2` (byte-pair). Export from the original checkpoint instead of "
             "the GGUF."
         )
     try:
         return kinds[kind](metadata, path)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:  # of the wrong type, too
+    except (
+        KeyError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        # TypeError and AttributeError: values of the wrong type.
         raise MistralcError(
             f"The tokenizer metadata of {path} is incomplete or damaged "
-            f"({type(error).__name__}: {error!s:.200}). Download it again, or export from the "
-            "original checkpoint."
+            f"({type(error).__name__}: {error!s:.200}). Download the file again, or export from "
+            "the original checkpoint."
         ) from error
 
 
 def _from_llama(metadata: Metadata, path: Path) -> dict[str, Any]:
     if len(metadata.get("ggml.precompiled_charsmap", ())):
         raise MistralcError(
-            f"The tokenizer of {path} replaces characters (`precompiled_charsmap`); one that "
-            "leaves them as they are is expected. Export from the original checkpoint instead."
+            f"The tokenizer of {path} replaces characters (`precompiled_charsmap`); expected one "
+            "that leaves them unchanged. Export from the original checkpoint instead of the GGUF."
         )
     columns = ("ggml.tokens", "ggml.scores", "ggml.token_type")
     rows = zip(*(metadata[column] for column in columns), strict=True)
@@ -70,7 +76,7 @@ def _from_gpt2(metadata: Metadata, path: Path) -> dict[str, Any]:
         known = ", ".join(f"`{name}`" for name in _PRE_TOKENIZERS)
         raise MistralcError(
             f"The byte-pair tokenizer of {path} splits text by the rules named {pre!r:.40}; "
-            f"{known} is expected. Export from the original checkpoint instead of the GGUF."
+            f"expected {known}. Export from the original checkpoint instead of the GGUF."
         )
     tokens, kinds = metadata["ggml.tokens"], metadata["ggml.token_type"]
     ids = {text: i for i, text in enumerate(tokens)}

@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer as the three files of a bundle. Knows nothing about weights.
+"""Convert a checkpoint's tokenizer to the three files of a bundle. Knows nothing about weights.
 
-Hugging Face's `tokenizer.json` is taken byte for byte; Mistral's own files and a GGUF's
-vocabulary are turned into one with the same ids, so that a production host needs nothing but
-the `tokenizers` package.
+Hugging Face's `tokenizer.json` is copied byte for byte. Mistral's own files and the vocabulary of a
+GGUF file are converted to one with the same ids, so a production host needs only the `tokenizers`
+package.
 """
 
 import json
@@ -23,31 +23,31 @@ from runtime.text.tokenizer import Tokenizer, is_token_id, parse_tokenizer
 _MODEL_FILE = re.compile(r".*\.model(?:\.(v\d+)(?:m\d+)?)?")
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
              "max_new_tokens")  # fmt: skip
-# Tokens with which chat formats end a turn, where a checkpoint names only the end of a document.
+# Tokens that end a turn in chat formats, for checkpoints that name only the end of a document.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerFiles:
-    """`tokenizer.json` as text; `tokenizer_config.json` and `generation_config.json` as values."""
+    """`tokenizer.json` as text; `tokenizer_config.json` and `generation_config.json` as data."""
 
     tokenizer_json: str
     tokenizer_config: dict[str, Any]
     generation_config: dict[str, Any]
 
     def open(self) -> Tokenizer:
-        """The tokenizer that a bundle with these files has. Raises `MistralcError`."""
+        """Open the tokenizer as a bundle with these files does. Raises MistralcError."""
         backend = parse_tokenizer(self.tokenizer_json, "tokenizer.json")
         return Tokenizer(backend, self.tokenizer_config, self.generation_config)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A tokenizer and what is known about its use; None is "not said"."""
+    """A tokenizer and the settings for its use; None means not given."""
 
     tokenizer_json: str
     version: str | None = None
-    bos: int | str | None = None  # an id, or how the token is spelled
+    bos: int | str | None = None  # an id, or the token's text
     eos: int | str | None = None
     unk_token: str | None = None
     pad_token: str | None = None
@@ -58,7 +58,7 @@ class _Source:
 
 
 def read_tokenizer(source: Path) -> TokenizerFiles:
-    """The tokenizer of a checkpoint: a directory, or a GGUF file. Raises `MistralcError`."""
+    """Read the tokenizer of a checkpoint: a directory, or a GGUF file. Raises MistralcError."""
     if source.is_file():
         return convert_file(source)
     path = _find(source)
@@ -66,12 +66,12 @@ def read_tokenizer(source: Path) -> TokenizerFiles:
 
 
 def convert_file(path: Path) -> TokenizerFiles:
-    """One tokenizer file, without the settings that may lie beside it."""
+    """Convert one tokenizer file, without settings from other files."""
     return _files(_convert(path), path)
 
 
 def _find(directory: Path) -> Path:
-    """The tokenizer file of a directory: Hugging Face's before Mistral's, newest version first."""
+    """Find the tokenizer file of a directory: Hugging Face's first, then Mistral's newest."""
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     tekkens = [name for name in names if name.startswith("tekken") and name.endswith(".json")]
     models = [name for name in names if _MODEL_FILE.fullmatch(name)]
@@ -79,8 +79,8 @@ def _find(directory: Path) -> Path:
     candidates = [*(["tokenizer.json"] if "tokenizer.json" in names else []), *tekkens, *models]
     if not candidates:
         raise MistralcError(
-            f"{directory} has no tokenizer; tokenizer.json (Hugging Face), tekken.json or "
-            "tokenizer.model (Mistral) is expected. Get the file from where the weights are from."
+            f"{directory} has no tokenizer; expected tokenizer.json (Hugging Face), tekken.json or "
+            "tokenizer.model (Mistral). Download the file from the source of the weights."
         )
     return directory / candidates[0]
 
@@ -97,11 +97,11 @@ def _convert(path: Path) -> _Source:
             return _from_sentencepiece(path)
     except (OSError, UnicodeDecodeError) as error:
         raise MistralcError(
-            f"The tokenizer {path} cannot be read ({error}). Get the file again."
+            f"The tokenizer {path} cannot be read ({error}). Download the file again."
         ) from error
     raise MistralcError(
-        f"{path} is not a tokenizer that can be told by its name; tokenizer.json, tekken.json, "
-        "tokenizer.model or a .gguf file is expected."
+        f"{path} does not have the name of a tokenizer file; expected tokenizer.json, tekken.json, "
+        "tokenizer.model or a .gguf file."
     )
 
 
@@ -145,7 +145,7 @@ def _from_gguf(path: Path) -> _Source:
         version=metadata.get("ggml.pre"),
         bos=metadata.get("ggml.bos_token_id"),
         eos=metadata.get("ggml.eos_token_id"),
-        # llama.cpp's default: SentencePiece vocabularies want a BOS, byte-pair ones do not.
+        # llama.cpp's default: a BOS for SentencePiece vocabularies, none for byte-pair ones.
         add_bos=metadata.get("ggml.add_bos_token", metadata.get("ggml.model") == "llama"),
         chat_template=metadata.get("chat_template"),
         stop_ids=() if eot is None else (eot,),
@@ -153,7 +153,7 @@ def _from_gguf(path: Path) -> _Source:
 
 
 def _with_settings(source: _Source, directory: Path) -> _Source:
-    """`source` with what the directory's Hugging Face files say about it."""
+    """Add the settings in the directory's Hugging Face files to `source`."""
     config, generation, names = (
         read_json(path).values if path.is_file() else {}
         for path in (
@@ -167,51 +167,51 @@ def _with_settings(source: _Source, directory: Path) -> _Source:
     bos = None if "bos_token" in settings else config.get("bos_token_id")
     return replace(
         source,
-        bos=_first_said(_spelled(settings, "bos_token"), source.bos, bos),
-        eos=_first_said(_spelled(settings, "eos_token"), source.eos),
-        unk_token=_first_said(_spelled(settings, "unk_token"), source.unk_token),
-        pad_token=_first_said(_spelled(settings, "pad_token"), source.pad_token),
-        add_bos=_first_said(settings.get("add_bos_token"), source.add_bos),
-        chat_template=_first_said(_template_beside(directory, settings), source.chat_template),
+        bos=_first_given(_token_text(settings, "bos_token"), source.bos, bos),
+        eos=_first_given(_token_text(settings, "eos_token"), source.eos),
+        unk_token=_first_given(_token_text(settings, "unk_token"), source.unk_token),
+        pad_token=_first_given(_token_text(settings, "pad_token"), source.pad_token),
+        add_bos=_first_given(settings.get("add_bos_token"), source.add_bos),
+        chat_template=_first_given(_template_in(directory, settings), source.chat_template),
         stop_ids=_stop_ids(
-            _first_said(generation.get("eos_token_id"), config.get("eos_token_id")), directory
+            _first_given(generation.get("eos_token_id"), config.get("eos_token_id")), directory
         ),
         sampling={
             key: generation[key]
             for key in _SAMPLING
             if isinstance(generation.get(key), int | float)
-            and abs(generation[key]) < LARGEST_NUMBER  # and no NaN
+            and abs(generation[key]) < LARGEST_NUMBER  # and not NaN
         },
     )
 
 
-def _first_said(*values: Any) -> Any:
+def _first_given(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
 def _stop_ids(eos: Any, directory: Path) -> tuple[int, ...]:
-    """`eos_token_id` as Hugging Face writes it: a number, a list of numbers, or nothing."""
+    """Read Hugging Face's `eos_token_id`: a number, a list of numbers, or nothing."""
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(map(is_token_id, ids)):
         raise MistralcError(
-            f"The `eos_token_id` of {directory} is {eos!r:.60}; a token id or a list of them is "
-            "expected. Correct generation_config.json or config.json."
+            f"The `eos_token_id` of {directory} is {eos!r:.60}; expected a token id or a list of "
+            "them. Correct generation_config.json or config.json."
         )
     return tuple(ids)
 
 
-def _template_beside(directory: Path, settings: Mapping[str, Any]) -> str | None:
+def _template_in(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise MistralcError(
-                f"The chat template {path} cannot be read ({error}); text in UTF-8 is expected. "
-                "Get the file again."
+                f"The chat template {path} cannot be read ({error}); expected text in UTF-8. "
+                "Download the file again."
             ) from error
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several, by name
+    if isinstance(template, list):  # several named templates
         named = (entry for entry in template if isinstance(entry, dict))
         found = (entry.get("template") for entry in named if entry.get("name") == "default")
         return next(found, None)
@@ -219,7 +219,7 @@ def _template_beside(directory: Path, settings: Mapping[str, Any]) -> str | None
 
 
 def _files(source: _Source, path: Path) -> TokenizerFiles:
-    """The three files, after opening them the way the runtime will."""
+    """Make the three files, and check them by opening them as the runtime does."""
     _check_types(source, path)
     backend = parse_tokenizer(source.tokenizer_json, str(path))
     bos, eos = (_look_up(backend, token, path) for token in (source.bos, source.eos))
@@ -245,7 +245,7 @@ def _files(source: _Source, path: Path) -> TokenizerFiles:
     generation_config = {"eos_token_id": sorted(stop_ids), **(source.sampling or {})}
     opened = Tokenizer(backend, tokenizer_config, generation_config)
     if template is not None:
-        _ = opened.chat_template  # raises here rather than on the production host
+        _ = opened.chat_template  # an error here is better than one on the production host
     return TokenizerFiles(
         tokenizer_json=source.tokenizer_json,
         tokenizer_config=tokenizer_config,
@@ -260,40 +260,39 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 
 
 def _check_types(source: _Source, path: Path) -> None:
-    """Raise MistralcError for the first thing said about a tokenizer that is of another type."""
-    said = {name: getattr(source, name) for name in _TYPES}
-    wrong = [name for name, v in said.items() if v is not None and type(v) not in _TYPES[name]]
+    """Raise MistralcError for the first setting of a wrong type."""
+    given = {name: getattr(source, name) for name in _TYPES}
+    wrong = [name for name, v in given.items() if v is not None and type(v) not in _TYPES[name]]
     for name in (*wrong, *([] if all(map(is_token_id, source.stop_ids)) else ["stop_ids"])):
         expected = " or ".join(kind.__name__ for kind in _TYPES.get(name, (int,)))
         raise MistralcError(
-            f"The settings of the tokenizer {path} say that its {name} is "
-            f"{getattr(source, name)!r:.60}; {expected} is expected. Correct the checkpoint's "
-            "settings, or get the file again."
+            f"The setting {name} of the tokenizer {path} is {getattr(source, name)!r:.60}; "
+            f"expected {expected}. Correct the checkpoint's settings, or download the file again."
         )
 
 
 def _look_up(backend: Any, token: int | str | None, path: Path) -> tuple[int, str] | None:
-    """Id and spelling of a token that is given as one of the two."""
+    """Return id and text of a token that is given as one of the two."""
     if token is None:
         return None
     i: int | None = None
     text: str | None = None
     if isinstance(token, str):
         text = token
-        with suppress(UnicodeEncodeError):  # half of a surrogate pair, which no token is
+        with suppress(UnicodeEncodeError):  # an unpaired surrogate, which is never a token
             i = backend.token_to_id(token)
     elif is_token_id(token):
         i, text = token, backend.id_to_token(token)
     if i is None or text is None:
         raise MistralcError(
             f"The tokenizer {path} has no token {token!r:.60}, which the checkpoint's settings "
-            "name as its BOS or EOS. Get tokenizer and settings from the same place."
+            "name as BOS or EOS. Download tokenizer and settings from the same source."
         )
     return i, text
 
 
-def _spelled(settings: Mapping[str, Any], name: str) -> str | None:
-    """A token in `tokenizer_config.json`: a string, or an object with the string in it."""
+def _token_text(settings: Mapping[str, Any], name: str) -> str | None:
+    """Read a token in `tokenizer_config.json`: a string, or an object that contains it."""
     token = settings.get(name)
     return token.get("content") if isinstance(token, dict) else token
 

@@ -1,7 +1,7 @@
-"""A SentencePiece BPE vocabulary as a `tokenizers` document. Knows nothing about directories.
+"""Convert a SentencePiece BPE vocabulary to a `tokenizers` document. Knows no directories.
 
-The pieces come from a model file (Mistral's `tokenizer.model*`) or from a GGUF, which carries
-the same table. Scores of SentencePiece's BPE are minus the order in which pieces were learned.
+The pieces come from a model file (Mistral's `tokenizer.model*`) or from a GGUF file, which has the
+same table. A piece's score is minus its position in the order in which the pieces were learned.
 """
 
 import re
@@ -34,7 +34,7 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One row of the vocabulary; its id is its place."""
+    """One row of the vocabulary; its id is its index."""
 
     text: str
     score: float
@@ -43,7 +43,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """All of a SentencePiece model that its tokenization depends on."""
+    """The part of a SentencePiece model that tokenization depends on."""
 
     pieces: tuple[Piece, ...]
     bos_id: int
@@ -52,21 +52,21 @@ class Vocabulary:
     remove_extra_whitespaces: bool = False
 
     def version(self) -> str:
-        """Mistral's tokenizer version, told by the control tokens that each version added."""
+        """Tell Mistral's tokenizer version by the control tokens that each version added."""
         control = {piece.text for piece in self.pieces if piece.type is PieceType.CONTROL}
         marks = {"v7": "[SYSTEM_PROMPT]", "v3": "[PREFIX]", "v2": "[INST]"}
         return next((version for version, mark in marks.items() if mark in control), "v1")
 
 
 def read_model(path: Path) -> Vocabulary:
-    """The vocabulary of a SentencePiece model file. Raises `MistralcError` on what it cannot do."""
+    """Read a SentencePiece model file. Raises MistralcError if it is damaged or not supported."""
     proto = ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError as error:
         raise MistralcError(
-            f"{path} cannot be read as a SentencePiece model ({error}). The file is cut short or "
-            "is something else, for example a Git LFS pointer: download it again."
+            f"{path} cannot be read as a SentencePiece model ({error}). The file is truncated, or "
+            "something else, such as a Git LFS pointer: download it again."
         ) from error
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     refused = {
@@ -77,16 +77,16 @@ def read_model(path: Path) -> Vocabulary:
         "unescaped whitespace": not normalizer.escape_whitespaces,
         "unused pieces": any(piece.type == PieceType.UNUSED for piece in proto.pieces),
         "a denormalizer": bool(proto.denormalizer_spec.precompiled_charsmap),
-        # `tokenizers` replaces by grapheme where SentencePiece takes the longest match: é in two
-        # code points and CR LF come out differently. Mistral's and Llama's models replace nothing.
+        # `tokenizers` replaces graphemes, SentencePiece the longest match, so é in two code points
+        # and CR LF would differ. Mistral's and Llama's models replace nothing.
         f"the normalizer {normalizer.name!r}": bool(normalizer.precompiled_charsmap),
     }
     for what, found in refused.items():
         if found:
             raise MistralcError(
-                f"The SentencePiece model {path} has {what}; a BPE model that leaves characters "
-                "as they are, like Mistral's and Llama's, is expected. Use a checkpoint that "
-                "carries a tokenizer.json instead."
+                f"The SentencePiece model {path} has {what}; expected a BPE model that leaves "
+                "characters unchanged, like Mistral's and Llama's. Use a checkpoint with a "
+                "tokenizer.json."
             )
     return Vocabulary(
         pieces=tuple(
@@ -101,16 +101,16 @@ def read_model(path: Path) -> Vocabulary:
 
 
 def to_document(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The `tokenizers` document with the same ids.
+    """Return the `tokenizers` document with the same ids.
 
-    One text differs: exactly one user-defined piece (`[REF]`) and nothing else is not given the
-    leading space that it has in SentencePiece.
+    One text is tokenized differently: a single user-defined piece (`[REF]`) and nothing else lacks
+    the leading space that SentencePiece gives it.
     """
     ids = {piece.text: i for i, piece in enumerate(vocabulary.pieces)}
     if len(ids) != len(vocabulary.pieces):
         raise MistralcError(
             f"The vocabulary has {len(vocabulary.pieces)} pieces, but only {len(ids)} different "
-            "ones; each is expected once. The tokenizer file is damaged: download it again."
+            "ones; expected each piece once. The tokenizer file is damaged: download it again."
         )
     user_defined = _of_type(vocabulary, PieceType.USER_DEFINED)
     added_types = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
@@ -135,29 +135,29 @@ def _of_type(vocabulary: Vocabulary, *types: PieceType) -> list[str]:
 
 
 def _merges(vocabulary: Vocabulary) -> list[tuple[str, str]]:
-    """SentencePiece joins neighbours into any normal piece, the one of best score first."""
+    """Return the merges: neighbours join into any normal piece, the best score first."""
     normal = (piece for piece in vocabulary.pieces if piece.type is PieceType.NORMAL)
     best_first = sorted(normal, key=lambda piece: -piece.score)
     ranks = {piece.text: rank for rank, piece in enumerate(best_first)}
     for text in ranks:
-        lacking = next((c for c in text if len(text) > 1 and c not in ranks), None)
-        if lacking is not None:
+        missing = next((c for c in text if len(text) > 1 and c not in ranks), None)
+        if missing is not None:
             raise MistralcError(
-                f"The vocabulary has the piece {text!r} but not its character {lacking!r}; every "
-                "character of a piece is expected to be a piece. Use a checkpoint that carries "
-                "a tokenizer.json instead."
+                f"The vocabulary has the piece {text!r} but not its character {missing!r}; "
+                "expected every character of a piece to be a piece. Use a checkpoint with a "
+                "tokenizer.json."
             )
     return merges_from_ranks(ranks)
 
 
 def _normalizers(vocabulary: Vocabulary, user_defined: Sequence[str]) -> list[dict[str, Any]]:
-    """The steps of SentencePiece's normalizer, in its order: extra spaces, prefix, spaces.
+    """Return the steps of SentencePiece's normalizer, in its order: extra spaces, prefix, spaces.
 
-    A user-defined piece is looked for in normalized text, and `tokenizers` normalizes the piece
-    too: the prefix must leave it alone, or it would be found only after a space.
+    A user-defined piece is matched in normalized text, and `tokenizers` normalizes the piece too.
+    So the prefix must not change it, or the piece would match only after a space.
     """
     steps: list[dict[str, Any]] = []
-    if vocabulary.remove_extra_whitespaces:  # at the end, a literal U+2581 is a space as well
+    if vocabulary.remove_extra_whitespaces:  # at the end, a literal U+2581 is a space too
         ends, runs = rf"\A +|[ {SPACE}]+\z", " +"
         steps += [_replace({"Regex": ends}, ""), _replace({"Regex": runs}, " ")]
     if vocabulary.add_dummy_prefix and user_defined:

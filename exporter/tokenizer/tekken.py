@@ -1,7 +1,7 @@
-"""Mistral's `tekken.json` as a `tokenizers` document. Knows nothing about directories.
+"""Convert Mistral's `tekken.json` to a `tokenizers` document. Knows no directories.
 
-A tekken vocabulary is tiktoken's: byte strings ranked by the order in which they were learned,
-cut to the model's size, with the special tokens on the first ids.
+A tekken vocabulary is one of tiktoken: byte strings ranked by the order in which they were learned,
+truncated to the model's size. The special tokens have the first ids.
 """
 
 import base64
@@ -14,7 +14,7 @@ from exporter.tokenizer.bpe import AddedToken, document, merges_from_ranks
 from graphs.errors import MistralcError
 from runtime.text.detokenizer import byte_characters
 
-# The special tokens of files from before they listed them, in order of their ids.
+# The special tokens of older files, which do not list them; in order of their ids.
 _FIRST_SPECIAL = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
     "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]",
@@ -23,12 +23,12 @@ _FIRST_SPECIAL = (
 )  # fmt: skip
 
 
-_MOST_SPECIAL = 100_000  # ids; Mistral reserves 1,000, and a damaged number must not fill memory
+_MAX_SPECIAL = 100_000  # ids; Mistral reserves 1,000, and a damaged number must not fill memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tekken:
-    """What a tekken file says: `special[i]` has id i, `vocabulary[r]` id `len(special) + r`."""
+    """The contents of a file: `special[i]` has id i, `vocabulary[r]` id `len(special) + r`."""
 
     version: str
     pattern: str
@@ -37,7 +37,7 @@ class Tekken:
 
 
 def read_tekken(path: Path) -> Tekken:
-    """Read a tekken file. Raises `MistralcError` where it is damaged or inconsistent."""
+    """Read a tekken file. Raises MistralcError if it is damaged or inconsistent."""
     try:
         content = json.loads(path.read_bytes())
         config, listed = content["config"], content["vocab"]
@@ -50,13 +50,13 @@ def read_tekken(path: Path) -> Tekken:
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise MistralcError(
             f"{path} cannot be read as a tekken tokenizer "
-            f"({type(error).__name__}: {error!s:.200}); JSON "
-            "with `config`, `vocab` and perhaps `special_tokens` is expected. Download it again."
+            f"({type(error).__name__}: {error!s:.200}); expected JSON with `config`, `vocab` and "
+            "perhaps `special_tokens`. Download it again."
         ) from error
-    if num_special > _MOST_SPECIAL or not all(isinstance(name, str) for name in names):
+    if num_special > _MAX_SPECIAL or not all(isinstance(name, str) for name in names):
         raise MistralcError(
             f"The tekken tokenizer {path} reserves {num_special:,} special tokens, or one of them "
-            f"is no text; texts, and at most {_MOST_SPECIAL:,}, are expected. Download it again."
+            f"is not a string; expected strings, at most {_MAX_SPECIAL:,}. Download it again."
         )
     special = tuple(names + [f"<SPECIAL_{i}>" for i in range(len(names), num_special)])
     single_bytes = tuple(bytes([byte]) for byte in range(256))
@@ -79,7 +79,7 @@ def read_tekken(path: Path) -> Tekken:
 
 
 def to_document(tekken: Tekken) -> dict[str, Any]:
-    """The `tokenizers` document with the same ids."""
+    """Return the `tokenizers` document with the same ids."""
     ranks = {token: rank for rank, token in enumerate(tekken.vocabulary)}
     letters = {token: _letters(token) for token in ranks}
     ids = {text: i for i, text in enumerate(tekken.special)}
@@ -87,8 +87,8 @@ def to_document(tekken: Tekken) -> dict[str, Any]:
     if len(ids) != len(tekken.special) + len(ranks):
         clash = sorted(set(tekken.special) & set(letters.values()))
         raise MistralcError(
-            f"The tekken tokenizer spells {clash} both as special tokens and as text; each "
-            "spelling is expected once. Use a checkpoint that carries a tokenizer.json instead."
+            f"The tekken tokenizer has {clash} both as special tokens and as text; expected each "
+            "string once. Use a checkpoint with a tokenizer.json."
         )
     split = {"type": "Split", "pattern": {"Regex": tekken.pattern}, "behavior": "Isolated"}
     byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}

@@ -41,7 +41,7 @@ def params(**changes: Any) -> dict[str, Any]:
 
 
 def gguf(**changes: Any) -> dict[str, Any]:
-    """GGUF metadata of a small model; `__` in a name stands for a dot."""
+    """GGUF metadata of a small model; `__` in a name means a dot."""
     values: dict[str, Any] = {
         "general.architecture": "llama", "llama.block_count": 2, "llama.context_length": 512,
         "llama.embedding_length": 64, "llama.feed_forward_length": 96,
@@ -124,7 +124,7 @@ def test_head_dim_is_taken_from_the_file_or_divided() -> None:
 def test_the_sliding_window_means_what_it_means_to_transformers() -> None:
     assert spec_from_hf(hf(sliding_window=8)).layer_windows == (8, 8)
     assert spec_from_hf(hf(sliding_window=None)).layer_windows == (None, None)
-    # Absent is not null: MistralConfig then has its default, 4096.
+    # Absent is not null: MistralConfig then uses its default, 4096.
     absent = hf(sliding_window=...)
     assert spec_from_hf(absent).layer_windows == (4096, 4096)
     assert MistralConfig.from_dict(dict(absent)).sliding_window == 4096
@@ -156,7 +156,7 @@ def test_the_architecture_may_be_named_by_model_type_alone() -> None:
     assert spec_from_hf(hf(architectures=...)) == spec_from_hf(hf(model_type=...))
 
 
-def test_settings_without_effect_are_let_through() -> None:
+def test_settings_without_effect_are_accepted() -> None:
     harmless = hf(
         attention_bias=False, mlp_bias=False, num_local_experts=0, partial_rotary_factor=1.0,
         quantization_config=None, use_cache=True, attention_dropout=0.0, pretraining_tp=2,
@@ -238,7 +238,7 @@ def test_a_config_beyond_the_architecture_is_refused_by_name(
 # params.json
 
 
-def test_params_say_the_same_as_config() -> None:
+def test_params_give_the_same_spec_as_config() -> None:
     spec = tiny_spec(head_dim=24, tie_word_embeddings=True, window=8)
     assert spec_from_params(mistral_params(spec)) == spec == spec_from_hf(hf_config(spec))
 
@@ -256,7 +256,7 @@ def test_params_without_theta_mean_a_million_and_with_a_window_ten_thousand() ->
     assert spec_from_params(params(rope_theta=..., sliding_window=8)).rope_theta == 1e4
 
 
-def test_params_without_a_context_have_the_reference_codes() -> None:
+def test_params_without_a_context_get_that_of_the_reference_code() -> None:
     spec = spec_from_params(params(max_position_embeddings=...))
     assert spec.max_position_embeddings == 128_000
     shorter = params(max_position_embeddings=..., max_seq_len=4096)
@@ -302,7 +302,7 @@ def test_params_beyond_the_architecture_are_refused_by_name(
 # GGUF
 
 
-def test_gguf_metadata_says_the_same_as_config() -> None:
+def test_gguf_metadata_gives_the_same_spec_as_config() -> None:
     expected = tiny_spec()
     assert from_gguf() == expected  # among others: float32's 1e-5 is 1e-5 again
     assert spec_from_gguf(gguf(), tied=True).tie_word_embeddings

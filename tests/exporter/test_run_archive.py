@@ -1,4 +1,4 @@
-"""`run.pyz`: what is in it, and that it runs a bundle where nothing of ours is installed."""
+"""`run.pyz`: what is in it, and that it runs a bundle where mistralc is not installed."""
 
 import ast
 import importlib.metadata
@@ -9,8 +9,8 @@ import subprocess
 import sys
 import venv
 import zipfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 
 import pytest
@@ -51,23 +51,59 @@ def modules(archive: Path) -> dict[str, str]:
         return {name: file.read(name).decode() for name in file.namelist() if name.endswith(".py")}
 
 
-def test_the_archive_has_the_runtime_and_what_that_imports_of_graphs(sliding_bundle: Path) -> None:
+def test_the_archive_has_its_entry_points_and_all_that_these_import_and_nothing_else(
+    sliding_bundle: Path,
+) -> None:
     found = modules(sliding_bundle / "run.pyz")
-    runtime = {path.relative_to(ROOT).as_posix() for path in (ROOT / "runtime").rglob("*.py")}
-    assert runtime <= found.keys()
     assert {name.partition("/")[0] for name in found} == {"__main__.py", "runtime", "graphs"}
+    entries = {"__main__.py", *(f"{n.replace('.', '/')}.py" for n in run_archive.ENTRY_POINTS)}
+    assert entries <= found.keys()
+    wanted = set(entries)
     for name, source in found.items():
-        for node in ast.walk(ast.parse(source)):
-            imported = []
-            if isinstance(node, ast.Import):
-                imported = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                imported = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for module in imported:
-                assert module.partition(".")[0] not in BUILD_TOOLS, f"{name} imports {module}"
-                path = module.replace(".", "/") + ".py"
-                if path.startswith("graphs/") and (ROOT / path).is_file():
-                    assert path in found, f"{name} imports {module}, which was left out"
+        for module in imports(source):
+            assert module.partition(".")[0] not in BUILD_TOOLS, f"{name} imports {module}"
+            path = module.replace(".", "/") + ".py"
+            if path.startswith(("graphs/", "runtime/")) and (ROOT / path).is_file():
+                assert path in found, f"{name} imports {module}, which was left out"
+                wanted.add(path)
+    packages = {f"{folder}/__init__.py" for name in wanted for folder in folders(name)}
+    assert found.keys() == wanted | packages
+
+
+def imports(source: str) -> Iterator[str]:
+    """Every module that a source file imports, and every name that could be one."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def folders(name: str) -> list[str]:
+    """The folders around a file of the archive."""
+    return [parent.as_posix() for parent in PurePosixPath(name).parents if parent.name]
+
+
+def test_what_only_a_build_host_uses_does_not_ship(sliding_bundle: Path) -> None:
+    found = modules(sliding_bundle / "run.pyz")
+    assert not [name for name in found if "passes" in name or "corpus" in name]
+    assert "runtime/serve/ray_app.py" not in found, "Ray imports it from an installed mistralc"
+
+
+def test_sources_are_those_of_the_packages_without_comments_and_module_docstrings(
+    sliding_bundle: Path,
+) -> None:
+    for name, source in modules(sliding_bundle / "run.pyz").items():
+        if name == "__main__.py":
+            continue
+        original = (ROOT / name).read_text(encoding="utf-8")
+        expected, archived = ast.parse(original), ast.parse(source)
+        if ast.get_docstring(expected) is not None:
+            del expected.body[0]
+        lines = ast.dump(archived, include_attributes=True)  # with the line of every node
+        assert lines == ast.dump(expected, include_attributes=True), name
+        assert "# noqa" not in source
 
 
 def test_entries_are_in_order_and_say_nothing_of_when_or_by_whom(sliding_bundle: Path) -> None:
@@ -84,15 +120,23 @@ def test_data_files_of_the_runtime_come_along_and_leftovers_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "runtime"
-    for name in ("__init__.py", "serve/__init__.py", "serve/page.html", "serve/.page.html.swp",
-                 "serve/page.html~", "__pycache__/a.cpython-311.pyc", ".hidden/a.py"):  # fmt: skip
+    for name in ("__init__.py", "cli/__init__.py", "serve/__init__.py", "serve/page.html",
+                 "serve/.page.html.swp", "serve/page.html~", "__pycache__/a.cpython-311.pyc",
+                 ".hidden/a.py", "unused/__init__.py", "unused/data.txt"):  # fmt: skip
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_bytes(b"")
+    (package / "cli" / "run_pyz.py").write_bytes(b"import runtime.serve\n")
     monkeypatch.setattr(
         run_archive, "runtime", SimpleNamespace(__file__=str(package / "__init__.py"))
     )
     found = {name for name in run_archive.contents() if name.startswith("runtime/")}
-    assert found == {"runtime/__init__.py", "runtime/serve/__init__.py", "runtime/serve/page.html"}
+    assert found == {"runtime/__init__.py", "runtime/cli/__init__.py", "runtime/cli/run_pyz.py",
+                     "runtime/serve/__init__.py", "runtime/serve/page.html"}  # fmt: skip
+
+
+def test_stripping_remarks_keeps_code_on_its_line() -> None:
+    source = '"""What it is.\n\nMore."""\nx = "#1"  # why\n# a remark\ny = 2\n'
+    assert run_archive.strip_remarks(source) == '\n\n\nx = "#1"\n\ny = 2\n'
 
 
 def test_the_manifest_lists_the_archive_like_any_other_file(sliding_bundle: Path) -> None:
@@ -135,7 +179,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("runtime", "graphs"):
         (site / package).mkdir()
         (site / package / "__init__.py").write_text("", encoding="utf-8")
-        for module in ("standalone", "cli", "load", "errors", "manifest", "plain_typer"):
+        for module in ("cli", "load", "errors", "manifest"):
             (site / package / f"{module}.py").write_text(DECOY, encoding="utf-8")
     (site / "decoys.py").write_text(FINDER.replace("{path!r}", repr(str(site))), encoding="utf-8")
     (site / "decoys.pth").write_text("import decoys\n", encoding="utf-8")
@@ -152,7 +196,7 @@ def run(
 
 
 def test_the_decoys_are_in_the_way_and_typer_is_not_there(host: Path, tmp_path: Path) -> None:
-    # Else the tests below would show nothing.
+    # Otherwise the tests below would show nothing.
     for module in ("runtime.cli.run_pyz", "graphs.errors"):
         done = run(host, "-c", f"import {module}", cwd=tmp_path)
         assert done.stderr == "the decoy ran\n"
@@ -191,7 +235,7 @@ def test_packages_of_our_names_in_the_current_directory_and_on_the_path_are_not_
     archive = copy_of(sliding_bundle) / "run.pyz"
     for module in ("runtime.py", "graphs.py"):
         (tmp_path / module).write_text(DECOY, encoding="utf-8")
-    # A module that is imported from nowhere else shows that these directories are looked at.
+    # Importing a decoy shows that Python searches these directories.
     probe = run(host, "-c", "import runtime.cli.run_pyz", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert probe.stderr == "the decoy ran\n"
     for command in (("inspect", archive.parent), ("chat", archive.parent), ("--version",), ("-h",)):
@@ -203,7 +247,7 @@ def test_packages_of_our_names_in_the_current_directory_and_on_the_path_are_not_
 def test_the_archive_finds_its_modules_after_the_directory_was_changed(
     host: Path, sliding_bundle: Path, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    # Commands import what they need when they run; a relative path would then lead nowhere.
+    # Commands import what they need when they run; a relative path would then be wrong.
     code = f"""
 import os, runpy, sys
 sys.argv = ["run.pyz", "-h"]
@@ -241,7 +285,7 @@ def test_errors_of_the_archive_are_a_paragraph_and_a_status(host: Path, tmp_path
         (("generate", ".", "x", "--system", "y"), 2, "run.pyz: --system belongs to a chat"),
         (("generate", ".", "--bogus"), 2, "unrecognized arguments: --bogus"),
         (("bench", ".", "--repeat", "0"), 2, "argument --repeat: 0 is below 1"),
-        (("nonsense",), 2, "there is no command 'nonsense'"),
+        (("nonsense",), 2, "There is no command 'nonsense'"),
         ((), 2, ""),
     ):
         done = run(host, archive, *command, cwd=tmp_path)
@@ -253,8 +297,9 @@ def test_errors_of_the_archive_are_a_paragraph_and_a_status(host: Path, tmp_path
 def test_the_archive_of_another_python_process_is_the_same(tmp_path: Path) -> None:
     run_archive.write_run_archive(tmp_path)
     (tmp_path / "other").mkdir()
-    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\nfrom exporter import run_archive"
-            f"\nrun_archive.write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
+    code = ("import os; os.umask(0o077)\nfrom pathlib import Path\n"
+            "from exporter.bundle import run_archive\n"
+            f"run_archive.write_run_archive(Path({str(tmp_path / 'other')!r}))")  # fmt: skip
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu"}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     assert (tmp_path / "run.pyz").read_bytes() == (tmp_path / "other" / "run.pyz").read_bytes()

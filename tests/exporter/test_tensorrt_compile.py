@@ -1,4 +1,4 @@
-"""The portable graph compiles with TensorRT-RTX as it is: no plugin, no rewriting, no GPU.
+"""The portable graph compiles with TensorRT-RTX without plugins, rewriting or a GPU.
 
 This holds the graph contract, not the engine code: every operator and attribute is one that
 TensorRT takes, the ring is updated in place, and weights are stored once.
@@ -37,12 +37,12 @@ CHUNK = 8
 SPEC = tiny_spec(
     vocab_size=4096, hidden_size=512, intermediate_size=1024, num_attention_heads=8, head_dim=64,
     window=13, tie_word_embeddings=True,
-)  # fmt: skip  # 7 million weights, so that a plan that stores them twice is seen
+)  # fmt: skip  # 7 million weights, so that storing them twice shows in the plan's size
 CAPACITY = RingSpec(chunk=CHUNK, context=1).capacity(13)
 
 
 def write_graph(directory: Path, spec: ModelSpec, activation: Dtype) -> Path:
-    """The portable graph with the ring's capacity fixed, which TensorRT asks for."""
+    """Write the portable graph with the ring's capacity fixed, as TensorRT requires."""
     model = tiny.fill(tiny.lowered(spec, "portable", activation), spec)
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
@@ -52,7 +52,7 @@ def write_graph(directory: Path, spec: ModelSpec, activation: Dtype) -> Path:
 
 
 def profile(spec: ModelSpec, activation: Dtype) -> Profile:
-    """One row, one token to a chunk of them, logits of one."""
+    """One row, one token up to a chunk, logits of one token."""
     least, most = {"B": 1, "S": 1, "T": 1}, {"B": 1, "S": CHUNK, "T": 1}
     found = Profile()
     for row in graph_inputs(spec, activation):
@@ -75,13 +75,13 @@ def test_a_sliding_window_model_compiles_and_its_plan_holds_the_weights_once(
 ):
     plan = compile_plan(write_graph(tmp_path, SPEC, activation), SPEC, activation)
     weights = SPEC.num_parameters * item_size(activation)
-    # Beside the weights a plan has its kernels and tables: 1.9 MB of them were seen.
+    # A plan also has kernels and tables: 1.9 MB here.
     # The tied embedding (4.2 MB) stored twice, or the linears (9 MB), would not fit below.
     assert weights < len(plan) < weights + 3_000_000
 
 
-def test_a_graph_that_asks_for_what_tensorrt_has_not_is_refused(tmp_path: Path):
-    """So that compiling above means that every attribute was taken, not skipped."""
+def test_an_attribute_that_tensorrt_lacks_is_refused(tmp_path: Path):
+    """Shows that compiling the graphs above did not ignore attributes."""
     from polygraphy.exception import PolygraphyException
 
     path = write_graph(tmp_path, SPEC, "float16")

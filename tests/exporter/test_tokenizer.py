@@ -68,18 +68,18 @@ def test_text_survives_encoding_and_decoding(path: Path) -> None:
 
 
 def _spelled(tokenizer: Tokenizer) -> str:
-    """How `▁` comes back: SentencePiece cannot tell it from a space, tekken can."""
+    """How `▁` is decoded: SentencePiece does not distinguish it from a space, tekken does."""
     return "▁" if tokenizer.vocab_size > 100_000 else " "
 
 
 @pytest.mark.parametrize("text", ["[REF]", "[REFERENCE_DOC_3]"])
-def test_a_lone_user_defined_piece_is_the_one_text_without_its_leading_space(text: str) -> None:
+def test_only_a_single_user_defined_piece_lacks_its_leading_space(text: str) -> None:
     path = SENTENCEPIECE["v7"]
     reference = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
     assert reference[1:] == opened(path).encode(text, add_bos=False)
 
 
-def test_the_first_id_is_the_bos_where_the_checkpoint_wants_one() -> None:
+def test_the_first_id_is_the_bos_if_the_checkpoint_asks_for_one() -> None:
     mistral, smollm2 = opened(SENTENCEPIECE["v3"]), opened(SMOLLM2)
     assert mistral.encode("a")[0] == mistral.bos_id == 1
     assert mistral.encode("a")[1:] == mistral.encode("a", add_bos=False)
@@ -99,7 +99,7 @@ def test_no_text_becomes_a_control_token(name: str) -> None:
             assert not special & set(tokenizer.encode(text, add_bos=False)), text
 
 
-def test_a_stop_token_is_never_text_even_where_the_file_does_not_call_it_special() -> None:
+def test_a_stop_token_is_never_text_even_if_the_file_does_not_mark_it_special() -> None:
     converted = files(SMOLLM2)
     document = json.loads(converted.tokenizer_json)
     for token in document["added_tokens"]:
@@ -113,7 +113,7 @@ def test_a_stop_token_is_never_text_even_where_the_file_does_not_call_it_special
     assert chat == opened(SMOLLM2).encode_chat([{"role": "user", "content": "<|im_end|>"}])
 
 
-def test_merges_are_every_cut_of_a_piece_in_the_order_of_the_pieces() -> None:
+def test_merges_are_every_split_of_a_piece_in_the_order_of_the_pieces() -> None:
     ranks = {"ab": 0, "abc": 1, "a": 9, "b": 8, "c": 7, "bc": 6, "aa": 2, "aaa": 3}
     assert merges_from_ranks(ranks) == [
         ("a", "b"), ("ab", "c"), ("a", "bc"), ("a", "a"), ("aa", "a"), ("a", "aa"), ("b", "c")
@@ -165,7 +165,7 @@ def _pairs(pieces: list[str]) -> list[tuple[str, str]]:
 
 
 def test_smollm2_ids_equal_transformers_reading_of_the_same_gguf() -> None:
-    # transformers leaves out the rule that a digit stands alone, which shows after two spaces.
+    # transformers does not split digits from what precedes them, which shows after spaces.
     alike = [text for text in texts() if not regex.search(r"\s\p{N}", text)]
     assert len(alike) > 0.8 * COUNT
     document = transformers_smollm2().backend_tokenizer.to_str()
@@ -177,7 +177,7 @@ def test_smollm2_ids_equal_transformers_reading_of_the_same_gguf() -> None:
 
 
 def test_a_llama_kind_of_gguf_has_the_ids_of_its_sentencepiece_model(tmp_path: Path) -> None:
-    path = tmp_path / "mistral"  # told by its first bytes
+    path = tmp_path / "mistral"  # recognized by its first bytes
     _write_gguf(path, SENTENCEPIECE["v3"])
     reference = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE["v3"]))
     converted = convert_file(path)
@@ -279,12 +279,12 @@ def test_a_hugging_face_tokenizer_passes_through_byte_for_byte(tmp_path: Path) -
     assert config["chat_template"] == "{{ messages[0].content }}"
 
 
-def test_settings_beside_the_tokenizer_are_read(tmp_path: Path) -> None:
+def test_settings_next_to_the_tokenizer_are_read(tmp_path: Path) -> None:
     shutil.copy(SENTENCEPIECE["v3"], tmp_path / "tokenizer.model")
     (tmp_path / "config.json").write_text('{"eos_token_id": 2, "bos_token_id": 1}')
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}[INST]hi[/INST]")
     converted = read_tokenizer(tmp_path)
-    assert converted.tokenizer_config["tokenizer_version"] == "v3"  # told by its pieces
+    assert converted.tokenizer_config["tokenizer_version"] == "v3"  # recognized by its pieces
     assert converted.tokenizer_config["chat_template"] == "{{ bos_token }}[INST]hi[/INST]"
     assert converted.generation_config == {"eos_token_id": [2]}
 
@@ -295,7 +295,7 @@ def test_the_newest_of_mistrals_own_files_is_taken(tmp_path: Path) -> None:
     assert read_tokenizer(tmp_path).tokenizer_config["tokenizer_version"] == "v7"
 
 
-def test_the_end_of_a_turn_stops_although_only_the_end_of_a_document_is_named(
+def test_the_end_of_a_turn_stops_even_if_only_the_end_of_a_document_is_named(
     tmp_path: Path,
 ) -> None:
     converted = files(SMOLLM2)
@@ -306,7 +306,7 @@ def test_the_end_of_a_turn_stops_although_only_the_end_of_a_document_is_named(
     assert read_tokenizer(tmp_path).generation_config == {"eos_token_id": [0, 2]}
 
 
-def test_a_written_tokenizer_loads_as_it_was(tmp_path: Path) -> None:
+def test_a_written_tokenizer_loads_unchanged(tmp_path: Path) -> None:
     converted = files(SENTENCEPIECE["v3"])
     (tmp_path / "tokenizer.json").write_text(converted.tokenizer_json, encoding="utf-8")
     for name in ("tokenizer_config", "generation_config"):
@@ -321,7 +321,7 @@ def test_a_written_tokenizer_loads_as_it_was(tmp_path: Path) -> None:
 
 def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(MistralcError, match=r"has no tokenizer; tokenizer\.json"):
+    with pytest.raises(MistralcError, match=r"has no tokenizer; expected tokenizer\.json"):
         read_tokenizer(tmp_path)
 
 
@@ -335,7 +335,7 @@ def test_a_directory_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
         ("tokenizer.model.v3", b"version https://git-lfs", "cannot be read as a SentencePiece"),
         ("tokenizer.model.v3", b"", "has no pieces"),
         ("model.gguf", b"GGUF" + bytes(20), "model.gguf"),
-        ("vocab.txt", b"a", "told by its name"),
+        ("vocab.txt", b"a", "does not have the name of a tokenizer file"),
     ],
 )
 def test_a_damaged_file_is_one_clear_paragraph(
@@ -376,7 +376,7 @@ def test_settings_that_name_a_token_the_vocabulary_lacks_are_an_error(tmp_path: 
         read_tokenizer(tmp_path)
 
 
-def test_half_a_surrogate_pair_is_an_error() -> None:
+def test_an_unpaired_surrogate_is_an_error() -> None:
     with pytest.raises(MistralcError, match="surrogate"):
         opened(SENTENCEPIECE["v1"]).encode("a\ud83e")
 

@@ -112,7 +112,7 @@ def test_requests_stream_the_text_that_the_bundle_generates_and_stay_apart(
     assert max(map(len, result["responses"])) > 2, "nothing was streamed"
 
 
-def test_seeds_chats_and_stop_strings_are_as_elsewhere(
+def test_seeds_chats_and_stop_strings_work_as_in_generate(
     model: Path, sliding_bundle: Path, mistralc: Command
 ) -> None:
     sampled = {"prompt": "The ring", "max_tokens": 16, "temperature": 1.0, "seed": 7}
@@ -146,7 +146,7 @@ def test_a_request_that_cannot_be_served_gets_one_error_and_others_go_on(model: 
     assert served[-1]["finish_reason"] in ("stop", "length")
 
 
-def test_a_request_too_many_is_told_that_it_may_try_again(model: Path) -> None:
+def test_a_request_beyond_the_limit_is_told_to_try_again(model: Path) -> None:
     config = config_of(model)
     config["parameters"]["max_waiting"]["string_value"] = "0"
     (refused,) = run(model, {"prompt": "x"}, config=config)["responses"]
