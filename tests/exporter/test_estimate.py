@@ -12,8 +12,13 @@ import pytest
 
 from exporter.bundle.weights_file import WeightsLayout
 from exporter.checkpoint.open import open_checkpoint
-from exporter.estimate import RUNTIME_RESERVE, fit, plan, require_host
+from exporter.decide import decide
+from exporter.estimate import host, refusal
+from exporter.estimate.model import RUNTIME_RESERVE, Estimate, estimate, fit
+from exporter.estimate.refusal import require_host
+from exporter.options import BuildOptions
 from exporter.quantization.make_recipe import make_recipe
+from exporter.quantization.policy import WeightFacts
 from graphs.build import Build
 from graphs.errors import MistralcError, UsageError
 from graphs.gpu_catalogue import GPUS
@@ -403,9 +408,9 @@ def test_without_a_gpu_the_table_has_them_all(mistralc: Command, config_only: Pa
     ("options", "message"),
     [
         (("--gpu", "rtx9090"), "--gpu is 'rtx9090'"),
-        (("--gpu", "l4", "--target", "cpu"), "--gpu belongs to a GPU's target"),
-        (("--target", "cpu", "--precision", "bf16"), "the target cpu computes in float32"),
-        (("--context", "100"), "every layer of this checkpoint slides"),
+        (("--gpu", "l4", "--target", "cpu"), "--gpu is for a GPU's target"),
+        (("--target", "cpu", "--precision", "bf16"), "the target cpu takes fp32, int8wo, int4wo, int8, fp8"),
+        (("--context", "100"), "every layer of this checkpoint has a window"),
         (("--context", "100", "--window", "10"), "exclude each other"),
     ],
 )
