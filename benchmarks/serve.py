@@ -1,10 +1,10 @@
-"""Many streaming clients on one server: are their answers those of a request alone, and how fast?
+"""Measure a server under many streaming clients and compare every answer with that of one client.
 
-    python benchmarks/serve.py BUNDLE --clients 64 --seconds 120
+    python -m benchmarks.serve BUNDLE --clients 64 --seconds 120
 
-A server process of its own and OpenAI's client. First every prompt is asked alone, greedy; then all
-clients ask at once, for the whole time, and every answer is compared. Prints a Markdown table, and
-what it ran on.
+Starts a server process and uses OpenAI's client. First every prompt is sent alone, greedily; then
+all clients send requests for the given time, and every answer is compared. Prints the machine and
+a Markdown table: throughput, latencies, different answers, errors, and memory over time.
 """
 
 import argparse
@@ -32,8 +32,8 @@ PROMPTS = tuple(f"{'Once more. ' * (i % 5)}Write a story about {t}." for i, t in
 
 
 @dataclass
-class Seen:
-    """What clients saw. Times are in seconds."""
+class Measurements:
+    """What clients measured. Times are in seconds."""
 
     answers: int = 0
     different: int = 0
@@ -45,12 +45,12 @@ class Seen:
 
     @property
     def rate(self) -> float:
-        """Tokens per second, of all clients together."""
+        """Tokens per second of all clients together."""
         return self.tokens / self.seconds
 
 
-async def ask(client: AsyncOpenAI, prompt: str, count: int, seen: Seen) -> str:
-    """One streamed answer; its times go into `seen`."""
+async def ask(client: AsyncOpenAI, prompt: str, count: int, measured: Measurements) -> str:
+    """Stream one answer and record its times in `measured`."""
     began = latest = time.perf_counter()
     text = ""
     stream = await client.chat.completions.create(
@@ -60,28 +60,28 @@ async def ask(client: AsyncOpenAI, prompt: str, count: int, seen: Seen) -> str:
     async for chunk in stream:
         now = time.perf_counter()
         if chunk.usage is not None:
-            seen.tokens += chunk.usage.completion_tokens
+            measured.tokens += chunk.usage.completion_tokens
         if not chunk.choices or not chunk.choices[0].delta.content:
             continue
-        (seen.between if text else seen.ttft).append(now - (latest if text else began))
+        (measured.between if text else measured.ttft).append(now - (latest if text else began))
         text += chunk.choices[0].delta.content
         latest = now
     return text
 
 
-async def alone(client: AsyncOpenAI, count: int) -> tuple[dict[str, str], Seen]:
-    """Every prompt's answer, one at a time."""
-    seen, began = Seen(), time.perf_counter()
-    answers = {prompt: await ask(client, prompt, count, seen) for prompt in PROMPTS}
-    seen.seconds = time.perf_counter() - began
-    return answers, seen
+async def alone(client: AsyncOpenAI, count: int) -> tuple[dict[str, str], Measurements]:
+    """Answer every prompt, one at a time."""
+    measured, began = Measurements(), time.perf_counter()
+    answers = {prompt: await ask(client, prompt, count, measured) for prompt in PROMPTS}
+    measured.seconds = time.perf_counter() - began
+    return answers, measured
 
 
 async def together(
     client: AsyncOpenAI, expected: dict[str, str], clients: int, seconds: float, count: int
-) -> Seen:
-    """All clients at once; each begins its last answer before `seconds` are over."""
-    seen, began = Seen(), time.perf_counter()
+) -> Measurements:
+    """Run all clients at once; each starts its last request before `seconds` have passed."""
+    measured, began = Measurements(), time.perf_counter()
 
     async def one(first: int) -> None:
         for i in itertools.count(first):
@@ -89,20 +89,20 @@ async def together(
                 return
             prompt = PROMPTS[i % len(PROMPTS)]
             try:
-                text = await ask(client, prompt, count, seen)
+                text = await ask(client, prompt, count, measured)
             except Exception as error:
-                seen.errors.append(repr(error))
+                measured.errors.append(repr(error))
                 return
-            seen.answers += 1
-            seen.different += text != expected[prompt]
+            measured.answers += 1
+            measured.different += text != expected[prompt]
 
     await asyncio.gather(*(one(i) for i in range(clients)))
-    seen.seconds = time.perf_counter() - began
-    return seen
+    measured.seconds = time.perf_counter() - began
+    return measured
 
 
 async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, str]:
-    """Both phases, and the server's memory around the second."""
+    """Run both phases and sample the server's memory during the second."""
     process = psutil.Process(server.process.pid)
     memory: list[int] = []
 
@@ -115,9 +115,9 @@ async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, st
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600
     ) as client:
         count = arguments.new_tokens
-        await ask(client, "Warm up.", count, Seen())
+        await ask(client, "Warm up.", count, Measurements())
         expected, single = await alone(client, count)
-        await together(client, expected, arguments.clients, 0, count)  # the ring grows now
+        await together(client, expected, arguments.clients, 0, count)  # lets the ring grow
         watching = asyncio.create_task(watch())
         many = await together(client, expected, arguments.clients, arguments.seconds, count)
         watching.cancel()
@@ -126,7 +126,7 @@ async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, st
         "clients, rows": f"{arguments.clients}, {arguments.rows}",
         "seconds": f"{many.seconds:.0f}",
         "answers": f"{many.answers:,}",
-        "other than alone": str(many.different),
+        "different from one client": str(many.different),
         "errors": str(len(many.errors)) + (f": {many.errors[0]}" if many.errors else ""),
         "tokens/s, all clients": f"{many.rate:.1f}",
         "tokens/s, one client": f"{single.rate:.1f}",
@@ -140,7 +140,7 @@ async def measure(server: Server, arguments: argparse.Namespace) -> dict[str, st
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    """The 50th and the 99th percentile."""
+    """The 50th and 99th percentile, as text."""
     ranked = sorted(values)
     at = [ranked[min(len(ranked) - 1, int(len(ranked) * q))] for q in (0.5, 0.99)]
     return " and ".join(f"{1000 * value:,.0f} ms" for value in at)

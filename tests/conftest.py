@@ -1,6 +1,6 @@
-"""What several test files share: the command line in process, tiny checkpoints, their bundles.
+"""Shared fixtures: the command line in process, tiny checkpoints, their bundles.
 
-What takes long to make is made once per run: the worker processes of pytest-xdist share it.
+Expensive files are made once per run; the worker processes of pytest-xdist share them.
 """
 
 import fcntl
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pytest
 
-CONTEXT = 96  # tokens that `plain_bundle` holds: more than prompts here, few enough to fill
+CONTEXT = 96  # tokens of `plain_bundle`: longer than the prompts here, short enough to fill
 LONGEST = (
     "test_smollm2.py",
     "test_readme.py",
@@ -24,15 +24,15 @@ LONGEST = (
     "test_trace.py",
     "test_serve_smollm2.py",
 )
-"""Files of half a minute and more. They come first: of two worker processes that share the files
-out, one would wait at the end for the other's last long one. See `make test`."""
+"""Test files that take half a minute and more. They run first: otherwise one of two workers could
+idle at the end while the other runs the last long file. See `make test`."""
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread of OpenMP for each
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: one OpenMP thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Ended(NamedTuple):
-    """How a command ended: its exit status, standard output, and standard error."""
+    """How a command ended: exit status, standard output, standard error."""
 
     code: int
     out: str
@@ -43,14 +43,14 @@ Command = Callable[..., Ended]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put `LONGEST` in front, in their order."""
+    """Run the files of `LONGEST` first, in that order."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep hashes and matplotlib's caches of tests out of the user's home."""
+    """Keep caches of tests out of the user's home."""
     home = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(home))
@@ -60,7 +60,7 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def mistralc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`mistralc(*arguments, stdin=b"...")` runs the program in this process, and returns Ended."""
+    """`mistralc(*arguments, stdin=b"...")` runs the program in this process; returns Ended."""
 
     def run(*arguments: object, stdin: bytes = b"") -> Ended:
         import mistralc as program
@@ -73,7 +73,7 @@ def mistralc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
             code: object = 0
         except SystemExit as ended:
             code = ended.code
-        assert isinstance(code, int), f"the program ended with {code!r}, which is no exit status"
+        assert isinstance(code, int), f"the program ended with {code!r} instead of an exit status"
         return Ended(code, *capsys.readouterr())
 
     return run
@@ -84,12 +84,12 @@ Once = Callable[[str, Callable[[Path], object]], Path]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
-    """`once(name, make)` is a path at which the first process to ask let `make(path)` write.
+    """`once(name, make)` returns a path that `make(path)` writes once for all processes.
 
-    The others wait until it is there, whole.
+    The first process to ask writes it; the others wait until it is complete.
     """
     own = tmp_path_factory.getbasetemp()
-    shared = own.parent if own.name.startswith("popen-") else own  # workers of one run share it
+    shared = own.parent if own.name.startswith("popen-") else own  # shared by the workers of a run
 
     def made(name: str, make: Callable[[Path], object]) -> Path:
         path = shared / "once" / name
@@ -106,7 +106,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
 
 @pytest.fixture(scope="session")
 def sliding_checkpoint(once: Once) -> Path:
-    """A checkpoint of 100,000 random weights with a window of 8 tokens. Do not change it."""
+    """A checkpoint of 100,000 random weights with a window of 8 tokens. Read-only."""
     from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
     return once("sliding/tiny", lambda path: write_checkpoint(path, tiny_spec(window=8)))
@@ -114,7 +114,7 @@ def sliding_checkpoint(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_checkpoint(once: Once) -> Path:
-    """The same without a window. Do not change it."""
+    """The same without a window. Read-only."""
     from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
     return once("plain/tiny", lambda path: write_checkpoint(path, tiny_spec()))
@@ -130,7 +130,7 @@ def sliding_bundle(once: Once, sliding_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def plain_bundle(once: Once, plain_checkpoint: Path) -> Path:
-    """The bundle of `plain_checkpoint`, whose text ends at `CONTEXT` tokens."""
+    """The bundle of `plain_checkpoint` with a context of `CONTEXT` tokens."""
     from exporter.export import ExportOptions, export
 
     options = ExportOptions(context=CONTEXT, chunk=8)
@@ -139,7 +139,7 @@ def plain_bundle(once: Once, plain_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def rounded_bundle(once: Once, plain_checkpoint: Path) -> Path:
-    """`plain_bundle` with weights in 8 bits, nothing calibrated."""
+    """`plain_bundle` with 8-bit weights, not calibrated."""
     from exporter.export import ExportOptions, export
 
     options = ExportOptions(precision="int8wo", context=CONTEXT, chunk=8)
@@ -148,9 +148,9 @@ def rounded_bundle(once: Once, plain_checkpoint: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def kept_traces() -> Iterator[None]:
-    """Let exports in this process take copies of the traces that `tests/support/tiny.py` keeps.
+    """Make exports in this process use the cached traces of `tests/support/tiny.py`.
 
-    Tracing is most of a tiny export. `test_trace.py` shows that a trace made anew is the same.
+    Most of the time of a tiny export is tracing. `test_trace.py` shows that a new trace is equal.
     """
     from tests.support import tiny
 
@@ -161,7 +161,7 @@ def kept_traces() -> Iterator[None]:
 
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
-    """`copy_of(bundle)` is a copy that a test may damage, alone in a directory of its own."""
+    """`copy_of(bundle)` is a copy that a test may damage, in its own directory."""
     return lambda path: Path(shutil.copytree(path, tmp_path / "copies" / path.name))
 
 
@@ -189,7 +189,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.fixture(scope="session")
 def default_build(once: Once) -> Path:
-    """A folder in which `make export` has done its work for the CPU: half a minute, once a run."""
+    """A folder with the CPU bundle of `make export`: half a minute, once per run."""
     from exporter.export import ExportOptions, export
 
     bundle = once(

@@ -1,4 +1,4 @@
-"""The GPU script, as far as it goes without a GPU: its refusal, its steps, its table."""
+"""The GPU benchmark without a GPU: its refusal, its steps, its table."""
 
 import json
 import subprocess
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import check
+from benchmarks.gpu import check, measure
+from graphs.build import Build
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from runtime.backends.tensorrt import TrtSession
 from runtime.system import host
 from tests.support import tiny
-from tests.support.device_session import RING, SPEC
+from tests.support.device_session import RING, SPEC, open_plan
 
 pytest.importorskip("tensorrt_rtx", reason="not installed: pip install 'mistralc[rtx]'")
 pytest.importorskip("cuda.bindings", reason="not installed: pip install 'mistralc[rtx]'")
@@ -27,7 +28,7 @@ MACHINE = {
 
 
 @pytest.mark.skipif(host.cuda().problem is None, reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
+def test_without_a_gpu_it_fails_and_writes_nothing(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, check.__file__, "--layers", "1", "--out", tmp_path / "out"],
         capture_output=True, text=True, check=False,
@@ -39,7 +40,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_step_that_crashes_is_told_apart_from_one_that_fails_or_hangs():
+def test_crashes_failures_and_timeouts_of_a_step_are_distinguished():
     python = [sys.executable, "-c"]
     assert check.step([*python, "print('hello'); print('{\"a\": 1}')"], 60) == {"a": 1}
     with pytest.raises(MistralcError, match="signal 11"):
@@ -50,7 +51,7 @@ def test_a_step_that_crashes_is_told_apart_from_one_that_fails_or_hangs():
         check.step([*python, "import time; time.sleep(60)"], 1)
 
 
-def test_a_step_that_fails_after_its_answer_keeps_it():
+def test_the_output_of_a_failing_step_is_kept():
     kept: list[object] = []
     program = "print('{\"passed\": false}'); raise SystemExit(1)"
     with pytest.raises(MistralcError, match="exit 1"):
@@ -72,17 +73,17 @@ def test_a_step_that_fails_after_its_answer_keeps_it():
         ("NVIDIA GeForce GTX 1060", "6.1", 6.4, None),
     ],
 )
-def test_a_device_is_found_in_the_table_by_capability_memory_and_name(
+def test_a_device_is_found_in_the_catalogue_by_capability_memory_and_name(
     name: str, capability: str, gigabytes: float, expected: str | None
 ):
     device = host.Device(
         name=name, compute_capability=capability, memory_bytes=int(gigabytes * 1e9)
     )
-    found = check.find_gpu(device)
+    found = measure.catalogue_entry(device)
     assert (found and found.name) == expected
 
 
-def test_the_table_has_a_row_per_batch_and_a_note_for_what_did_not_run():
+def test_the_table_has_a_row_per_batch_and_notes_on_missing_runs():
     bench = {
         "batch": 1, "tokens_per_s": 61.25, "of_datasheet": 0.8, "of_copy": None, "ttft_s": 0.5,
         "decode_s_at": {4096: 0.0163, 65_536: 0.0164},
@@ -91,7 +92,7 @@ def test_the_table_has_a_row_per_batch_and_a_note_for_what_did_not_run():
         {"target": "rtx", "precision": "fp16", "verification": {"passed": True},
          "bench": {"by_batch": [bench]}, "bench_gpu_bytes": 15_500_000_000},
         {"target": "tensorrt", "precision": "fp16", "skipped": "tensorrt is not installed"},
-        {"target": "cuda", "precision": "fp16", "error": "bench: signal 11: it said nothing"},
+        {"target": "cuda", "precision": "fp16", "error": "bench: signal 11: no error output"},
     ]  # fmt: skip
     report = json.loads(json.dumps({"machine": MACHINE, "layers": 32, "runs": runs}))
     text = check.table(report)
@@ -104,7 +105,7 @@ def test_the_table_has_a_row_per_batch_and_a_note_for_what_did_not_run():
 
 
 def test_a_bundle_is_measured_at_every_position(tmp_path: Path):
-    """On the GPU made of host memory: the figures mean nothing, their names and signs do."""
+    """On the fake GPU: only the names and signs of the figures are meaningful."""
     path = tmp_path / "engine.plan"
     path.write_bytes(tiny.model_bytes(SPEC, "cpu"))
     manifest = Manifest(
@@ -113,19 +114,19 @@ def test_a_bundle_is_measured_at_every_position(tmp_path: Path):
     )  # fmt: skip
     device = host.Device(name="NVIDIA L4", compute_capability="8.9", memory_bytes=24 * 10**9)
 
-    def load(bundle: Path, manifest: Manifest, *, batch: int) -> TrtSession:
-        return TrtSession(path, SPEC, RING, "float32", "rtx", batch=batch)
+    def load(bundle: Path, build: Build, files: object, *, batch: int) -> TrtSession:
+        return open_plan(path, batch=batch)
 
     with fake_tensorrt(SPEC, RING) as fake, pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "cuda", lambda: host.Cuda(devices=(device,)))
-        patch.setattr(check, "read_manifest", lambda bundle: manifest)
-        patch.setattr(check, "load_session", load)
-        patch.setattr(check, "PROMPT", 20)
-        patch.setattr(check, "COPY_BYTES", 1 << 16)
-        found = json.loads(json.dumps(check.measure(tmp_path, [1])))
+        patch.setattr(measure, "read_manifest", lambda bundle: manifest)
+        patch.setattr(measure, "load_session", load)
+        patch.setattr(measure, "PROMPT", 20)
+        patch.setattr(measure, "COPY_BYTES", 1 << 16)
+        found = json.loads(json.dumps(measure.measure(tmp_path, [1])))
         assert not fake.cudart.live
     (batch,) = found["by_batch"]
-    assert list(batch["decode_s_at"]) == [str(position) for position in check.POSITIONS]
+    assert list(batch["decode_s_at"]) == [str(position) for position in measure.POSITIONS]
     assert all(seconds > 0 for seconds in batch["decode_s_at"].values())
     assert batch["captured"]
     assert batch["read_bytes_per_step"] > 0

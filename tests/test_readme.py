@@ -1,61 +1,71 @@
-"""The README's commands are run as they stand there, and print what it says they print."""
+"""Every command in a document is run or parsed, and prints what the document says it prints."""
 
 import re
 import shlex
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Command
+from tests.support.command_lines import FOREIGN, TOOLS, check
+from tests.support.documents import (
+    DOCUMENTS,
+    README,
+    ROOT,
+    between,
+    block_commands,
+    inline_commands,
+)
+from tests.support.write_documents import PARTS, Part
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONSOLE = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
-BASH = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE", "REPOSITORY")
-CANNOT_RUN = {  # commands of docs/*.md that no test runs, by how they begin, and why
-    "podman ": "needs a container engine, and images from a registry",
-    "pip install ": "needs a package index",
-    "cd ": "test_run_archive.py runs the commands that follow, in an environment of their own",
-    "python run.pyz ": "the same",
+CHECKPOINTS = ("Mistral-7B-Instruct-v0.3", "Mistral-7B-v0.1")  # in documents; tiny ones here
+CANNOT_RUN = {  # commands of ours that are parsed and not run, by how they begin, and why
     "mistralc serve ": "ends when it is told to; test_serve_openai.py starts it",
-    "serve run ": "needs the extra ray; test_serve_ray.py runs it",
-    "tritonserver ": "needs Triton; test_triton.py calls the model as it would",
+    "python ": "run.pyz in an environment of its own: test_run_archive.py; scripts take long",
+    ".venv/bin/python ": "the tests themselves",
+    "make ": "makes an environment first; what it would run is parsed",
+    "pip install ": "needs a package index",
 }
 
 
-def console_commands(text: str) -> Iterator[tuple[str, str]]:
-    """Each `$ command` of the console blocks, without its comment, and the output shown below."""
-    for block in CONSOLE.findall(text):
-        for entry in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
-            command, _, output = entry.partition("\n")
-            yield command.partition(" # ")[0].strip(), output
+def text_of(document: Path) -> str:
+    return document.read_text(encoding="utf-8")
 
 
-def document_commands(document: Path) -> list[str]:
-    """The commands of a document's console and bash blocks, in their order."""
-    text = document.read_text(encoding="utf-8")
-    commands = [command for command, _ in console_commands(text)]
-    lines = (line for block in BASH.findall(text) for line in block.splitlines())
-    return commands + [line.partition(" # ")[0].strip() for line in lines if line.strip()]
+def run_instead(command: str) -> str:
+    """The command of ours that a `make` command ends with; any other command itself."""
+    if not command.startswith("make "):
+        return command
+    done = ["make", "--dry-run", *shlex.split(command)[1:]]
+    planned = subprocess.run(done, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return planned.splitlines()[-1].removeprefix(".venv/bin/")
 
 
 def test_every_mistralc_command_of_the_readme_works_and_prints_what_it_shows(
     default_build: Path,
     sliding_checkpoint: Path,
+    kept_traces: None,
     mistralc: Command,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(default_build)
+    """Beside the build of SmolLM2; a Mistral-7B is a tiny checkpoint here."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sliding_checkpoint, CHECKPOINTS[0])
+    Path("build").mkdir()
+    Path("build/smollm2-cpu-fp32").symlink_to(default_build / "build" / "smollm2-cpu-fp32")
     ran = []
-    for command, shown in console_commands((ROOT / "README.md").read_text(encoding="utf-8")):
-        if not command.startswith("mistralc "):
+    for command, shown in block_commands(text_of(README)):
+        check(command)
+        own = run_instead(command) if shown else command
+        if not own.startswith("mistralc ") or own.startswith(tuple(CANNOT_RUN)):
+            assert not shown, f"nobody compares what `{command}` prints"
             continue
-        words = shlex.split(command.replace("path/to/Mistral-7B-v0.1", str(sliding_checkpoint)))
+        words = shlex.split(own)
         ended = mistralc(*words[1:], stdin=b"")
         assert ended.code == 0, f"`{command}` failed: {ended.err}"
         if shown:
@@ -68,20 +78,42 @@ def test_make_export_writes_the_bundle_that_the_readme_names() -> None:
     planned = subprocess.run(
         ["make", "--dry-run", "export"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
+    assert "mistralc export smollm2 --output build/smollm2-rtx-fp16 --target rtx " in planned
     assert "mistralc export smollm2 --output build/smollm2-cpu-fp32 " in planned
 
 
-def test_make_alone_lists_every_target_that_the_readme_names() -> None:
+def test_make_export_builds_only_what_was_chosen_and_calibrates_first_if_it_must() -> None:
+    chosen = ["CHECKPOINT=there/Mistral-7B/", "TARGET=rtx", "PRECISION=int8"]
+    planned = subprocess.run(
+        ["make", "--dry-run", "export", *chosen], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert "--output build/Mistral-7B-rtx-int8 --target rtx --precision int8 " in planned
+    assert planned.count("mistralc export ") == 1
+    table = "build/Mistral-7B-int8.table"
+    assert f"mistralc calibrate there/Mistral-7B/ --output {table} --precision int8" in planned
+    assert f"--calibration {table}" in planned
+
+
+def test_make_alone_lists_every_target_that_the_documents_name() -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    targets = {t for line in re.findall(r"make ((?:[a-z-]+ ?)+)", text) for t in line.split()}
-    named = {t for t in targets if re.search(rf"^{t}:", (ROOT / "Makefile").read_text(), re.M)}
-    assert {"export", "test", "lint", "type"} <= named
-    assert all(f"make {target}" in listed for target in named)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    text = "\n".join(map(text_of, DOCUMENTS))
+    named = {t for line in re.findall(r"make ((?:[a-z-]+ ?)+)", text) for t in line.split()}
+    assert {"export", "test", "lint", "type", "docs", "bench-peers"} <= named & targets
+    assert all(f"make {target} " in listed for target in targets)
+
+
+def test_every_script_that_measures_has_a_target_of_make() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if 'if __name__ == "__main__"' in path.read_text(encoding="utf-8"):
+            run = re.search(rf"-m {re.escape(module)}(?: |$)", makefile, re.MULTILINE)
+            assert run or path.name == "worker.py", f"no target of make runs {module}"
 
 
 def test_the_readme_lists_exactly_the_commands_that_there_are(mistralc: Command) -> None:
-    table = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text_of(README)
     documented = set(re.findall(r"^\| `mistralc ([a-z]+)", table, re.MULTILINE))
     shown = mistralc("--help").out
     commands = set(re.findall(r"^│ ([a-z]+)  ", shown.partition("Commands")[2], re.MULTILINE))
@@ -97,7 +129,7 @@ def test_options_named_in_the_documents_exist(
     )
     helps = {name: mistralc(name, "--help").out for name in commands}
     for document in DOCUMENTS:
-        for line in re.findall(r"mistralc ([a-z]+ [^\n`|]*)", document.read_text(encoding="utf-8")):
+        for line in re.findall(r"mistralc ([a-z]+ [^\n`|]*)", text_of(document)):
             name, *words = line.split()
             if name in commands:
                 for option in re.findall(r"--[a-z][a-z-]+", " ".join(words)):
@@ -106,8 +138,16 @@ def test_options_named_in_the_documents_exist(
 
 def test_links_in_the_documents_lead_somewhere() -> None:
     for document in DOCUMENTS:
-        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        links = re.findall(r"\]\(([^):]+)\)|<img src=\"([^\":]+)\"", text_of(document))
+        for target, _, heading in (one.partition("#") for pair in links for one in pair if one):
+            path = document.parent / target if target else document
+            assert path.exists(), f"{document.name} links to {target}"
+            if heading:
+                headings = re.findall(r"^#+ (.+)$", text_of(path), re.MULTILINE)
+                anchors = [
+                    re.sub(r"[^\w -]", "", one.lower()).replace(" ", "-") for one in headings
+                ]
+                assert heading in anchors, f"{document.name} links to #{heading} of {path.name}"
 
 
 @pytest.mark.usefixtures("kept_traces")
@@ -125,13 +165,14 @@ def test_every_command_of_the_documents_runs(
     The checkpoint is the one without a window, whose chunks are long: `report` reads a long text.
     """
     places = {name: tmp_path / name.lower() for name in PLACEHOLDERS}
-    places["CHECKPOINT"] = plain_checkpoint
+    places |= dict.fromkeys(("CHECKPOINT", *CHECKPOINTS), plain_checkpoint)
     places["FILE"].write_text("It was a bright cold day in April. " * 60, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    for command in document_commands(document):
-        if command.startswith(tuple(CANNOT_RUN)):
-            continue
+    for command, _ in block_commands(text_of(document)):
+        check(command)
         given = shlex.split(command)
+        if given[0] in FOREIGN or command.startswith(tuple(CANNOT_RUN)):
+            continue
         assert given[0] == "mistralc", f"{command}: run it here, or say in CANNOT_RUN why not"
         for name in {"BUNDLE", "OTHER"} & {*given}:
             if "export" not in given and not places[name].exists():
@@ -142,22 +183,42 @@ def test_every_command_of_the_documents_runs(
 
 
 def test_what_cannot_be_run_is_still_in_a_document() -> None:
-    commands = [command for document in DOCUMENTS for command in document_commands(document)]
+    commands = [command for each in DOCUMENTS for command, _ in block_commands(text_of(each))]
     for beginning in CANNOT_RUN:
         assert any(command.startswith(beginning) for command in commands), beginning
+    programs = {shlex.split(command)[0] for command in commands}
+    assert programs >= FOREIGN.keys(), "no document has these commands any more"
 
 
-def test_scripts_named_in_the_documents_exist_with_their_options() -> None:
-    found = 0
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        for module, options in re.findall(r"`python (?:-m )?(tests[./][\w./]+)([^`]*)`", text):
-            stem = ROOT / module.removesuffix(".py").replace(".", "/")
-            script = next(p for p in (stem.with_suffix(".py"), stem / "__main__.py") if p.exists())
-            for option in re.findall(r"--[a-z][a-z-]+", options):
-                assert f'"{option}"' in script.read_text(encoding="utf-8"), f"{script}: {option}"
-            found += 1
-    assert found >= 4, "the documents lost the commands that make their figures"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_the_sentences_of_documents_exist_with_their_options(document: Path) -> None:
+    for command in inline_commands(
+        text_of(document), ("mistralc", "python", "make", "pip", *TOOLS)
+    ):
+        check(command, whole=False)
+
+
+def test_the_documents_name_the_commands_that_make_their_figures() -> None:
+    found = [c for each in DOCUMENTS for c in inline_commands(text_of(each), ("python -m",))]
+    assert len({c.split()[2] for c in found}) >= 10, "commands that make figures were lost"
+
+
+def test_a_command_that_does_not_exist_is_found() -> None:
+    wrong = (
+        "mistralc exprot CHECKPOINT", "mistralc export CHECKPOINT --windw 5",
+        "mistralc export CHECKPOINT --window five", "python run.pyz export .", "make exprot",
+        "make export CHEKPOINT=smollm2", "python -m benchmarks.flat BUNDLE --stps 3",
+        "python -m benchmarks.round BUNDLE", "pip install '.[gpu]'", "pip install numpi",
+        "python benchmarks/flat.py BUNDLE", "pytest tests/test_nothing.py",
+    )  # fmt: skip
+    for command in wrong:
+        with pytest.raises(AssertionError, match=re.escape(command)):
+            check(command)
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS.keys())
+def test_what_follows_from_the_code_is_in_the_documents_as_it_is_now(part: Part) -> None:
+    assert between(part.document, *part.marks) == part.write(), "run `make docs`"
 
 
 def test_code_named_in_the_documents_is_where_they_say() -> None:
@@ -167,7 +228,7 @@ def test_code_named_in_the_documents_is_where_they_say() -> None:
         path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")
     )
     for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
+        text = text_of(document)
         for name, path in re.findall(r"`(\w+)`\s\(`([\w/]+\.py)`\)", text):
             source = (ROOT / path).read_text(encoding="utf-8")
             defined = rf"^(?:class |def )?{name}\b(?=[\(:\[]|: | =|, )"

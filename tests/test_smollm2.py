@@ -1,7 +1,7 @@
-"""Real weights: SmolLM2-135M, 30 layers, against transformers reading the same file for itself.
+"""SmolLM2-135M, 30 layers of real weights, against transformers reading the same GGUF file.
 
-transformers has its own reader for GGUF (its own names, its own un-permuting of Q and K), so
-nothing of ours stands between the file and the reference. Deselect with `-m "not smollm2"`.
+transformers has its own GGUF reader with its own names and un-permuting of Q and K, so the
+reference uses none of our code. Deselect with `-m "not smollm2"`.
 """
 
 import json
@@ -54,32 +54,32 @@ little clock with a bird for every child in the village. His daughter learned th
 and her hands were even steadier than his own. People came from far away to see what the two had \
 made. One morning, when the snow lay high and the road was closed, a stranger knocked at the \
 door, and the bird had been told. The bird had been told"""
-    + ", and the bird had been told" * 50  # this is how the model itself goes on
+    + ", and the bird had been told" * 50  # the model itself continues like this
 )
 
 TOLERANCE = 2e-4
-"""What is promised, in logits, which reach 35 here. On TEXT 9e-5 were seen.
+"""Tolerance of logits, which reach 35 here; on TEXT they differed by 9e-5.
 
-It cannot hold on every text. SmolLM2 was not trained to forget its first token, and where a window
-makes it, it may amplify rounding: there transformers in float32 is 1e-3 and more away from itself
-in float64. `test_where_float32_is_not_enough…` measures ours on such a text with that yardstick.
+It cannot hold on every text. SmolLM2 was not trained with a window, and once its first token is out
+of the window it may amplify rounding: there transformers in float32 differs from itself in float64
+by 1e-3 and more. `test_where_float32_is_imprecise…` compares both with float64 on such a text.
 """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The prompt, and the tokens that our runtime continued it with."""
+    """A prompt and the tokens that our runtime generated after it."""
 
     prompt: list[int]
     generated: list[int]
 
     @property
     def text(self) -> tiny.Ids:
-        """What was written to the ring: all but the last token, which nothing follows."""
+        """The tokens in the ring: all but the last, which is never written."""
         return np.array(self.prompt + self.generated[:-1])
 
     def differing(self, logits: tiny.Logits) -> list[int]:
-        """The generated tokens that `logits` of the whole text would have chosen otherwise."""
+        """Indices of generated tokens that differ from the choice by `logits` of the whole text."""
         choices = logits[len(self.prompt) - 1 :].argmax(-1).tolist()
         pairs = zip(self.generated, choices, strict=True)
         return [at for at, (ours, theirs) in enumerate(pairs) if ours != theirs]
@@ -106,7 +106,7 @@ def session(
     tiny.fill_from(model, lambda name: checkpoint.tensor(name).float())
     ir.save(model, directory / "model.onnx", external_data="weights.bin")
     loaded = OrtSession(directory / "model.onnx", spec)
-    (directory / "weights.bin").unlink()  # half a gigabyte, and it has been read
+    (directory / "weights.bin").unlink()  # half a gigabyte that has been loaded
     return loaded
 
 
@@ -118,7 +118,7 @@ def encode(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
 
 @pytest.fixture(scope="module")
 def run(session: OrtSession, spec: ModelSpec, encode: Callable[[str], list[int]]) -> Run:
-    """400 tokens, greedily, from a prompt that is fed in chunks."""
+    """400 greedy tokens after a prompt that is fed in chunks."""
     prompt = encode(PROMPT)
     assert len(prompt) > 3 * CHUNK
     generator = Generator(session, ring_of(spec, CHUNK), spec.vocab_size)
@@ -134,9 +134,9 @@ def ring_of(spec: ModelSpec, chunk: int) -> Ring:
 
 @pytest.fixture(scope="module")
 def theirs(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What transformers reads in the file: `config`, and `tensors` by name."""
+    """`config` and `tensors` that transformers reads from the file."""
     spec = checkpoint.spec
-    # names only: which Q and K, of how many heads, are to be un-permuted
+    # Only the names: which Q and K to un-permute, with how many heads.
     with torch.device("meta"):
         names = LlamaForCausalLM(
             LlamaConfig(
@@ -146,7 +146,7 @@ def theirs(checkpoint: Checkpoint) -> dict[str, Any]:
                 num_key_value_heads=spec.num_key_value_heads,
             )
         )
-    # `from_pretrained(gguf_file=...)` ends here too, but asks for a package it does not need.
+    # `from_pretrained(gguf_file=...)` calls this too, but requires a package that it does not need.
     read: dict[str, Any] = load_gguf_checkpoint(
         str(checkpoint.path), return_tensors=True, model_to_load=names
     )
@@ -155,7 +155,7 @@ def theirs(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def reference(theirs: dict[str, Any]) -> MistralForCausalLM:
-    """transformers' model of its own reading, and the window that we chose."""
+    """transformers' model with its own weights and our window."""
     settings = {
         name: value
         for name, value in theirs["config"].items()
@@ -165,14 +165,16 @@ def reference(theirs: dict[str, Any]) -> MistralForCausalLM:
         MistralConfig(**settings, sliding_window=WINDOW, attn_implementation="eager")
     )
     result = model.load_state_dict(theirs["tensors"], strict=False)
-    assert (result.missing_keys, result.unexpected_keys) == (["lm_head.weight"], []), "it is tied"
+    assert (result.missing_keys, result.unexpected_keys) == (["lm_head.weight"], []), (
+        "the embedding is tied"
+    )
     model.tie_weights()
     return model.eval()
 
 
 @contextmanager
 def without_window(reference: MistralForCausalLM) -> Iterator[None]:
-    """Let the reference attend to everything, as the checkpoint has it."""
+    """Let the reference use full attention, as the checkpoint does."""
     reference.model.config.sliding_window = None
     try:
         yield
@@ -181,7 +183,7 @@ def without_window(reference: MistralForCausalLM) -> Iterator[None]:
 
 
 def logits_of(model: MistralForCausalLM, ids: tiny.Ids) -> NDArray[np.floating]:
-    """transformers' logits [n, V] of the whole text in one pass, without a cache."""
+    """transformers' logits [n, V] of the whole text in one pass without a cache."""
     with torch.inference_mode():
         logits = model(torch.from_numpy(ids)[None], use_cache=False).logits
     return logits[0].numpy()
@@ -195,9 +197,7 @@ def furthest(got: NDArray[np.floating], expected: NDArray[np.floating]) -> float
 # Weights
 
 
-def test_weights_equal_those_that_transformers_reads(
-    checkpoint: Checkpoint, theirs: dict[str, Any]
-):
+def test_weights_equal_those_read_by_transformers(checkpoint: Checkpoint, theirs: dict[str, Any]):
     tensors = theirs["tensors"]
     assert tensors.keys() == checkpoint.spec.weight_shapes().keys()
     for name, shape in checkpoint.spec.weight_shapes().items():
@@ -213,30 +213,30 @@ def test_weights_equal_those_that_transformers_reads(
 def test_greedy_text_is_identical_token_by_token_for_400_tokens(
     run: Run, reference: MistralForCausalLM
 ):
-    """By induction: after the same text the reference, too, takes the token that was taken.
+    """By induction: after the same text the reference chooses the same next token.
 
-    One pass over the finished text asks it for its choice at all 400 places. That is the text it
-    would write itself, and cheaper than letting it.
+    One pass over the finished text gives its choice at all 400 positions, which is cheaper than
+    generating.
     """
     assert len(run.generated) == NEW_TOKENS
     expected = logits_of(reference, run.text)
-    parted = run.differing(expected)
-    assert not parted, f"the texts part after {parted[0]} of {NEW_TOKENS} tokens"
-    assert len(set(run.generated)) > 30, "a few words again and again would show little"
+    different = run.differing(expected)
+    assert not different, f"the texts differ after {different[0]} of {NEW_TOKENS} tokens"
+    assert len(set(run.generated)) > 30, "a text of few distinct tokens would prove little"
     best = np.sort(expected[len(run.prompt) - 1 :], axis=-1)[:, -2:]
-    # Two backends agree only where rounding (5e-4 on this text) does not decide; 2.5e-2 were seen.
-    assert (best[:, 1] - best[:, 0]).min() > 1e-2, "the prompt is to be one without a near tie"
+    # Backends agree only if rounding (5e-4 on this text) does not decide; the margin was 2.5e-2.
+    assert (best[:, 1] - best[:, 0]).min() > 1e-2, "the prompt must not lead to a near tie"
 
 
-def test_the_window_has_its_say_in_the_text(run: Run, reference: MistralForCausalLM):
-    """Else the same text could have come from a model without a window."""
+def test_the_window_changes_the_logits(run: Run, reference: MistralForCausalLM):
+    """Otherwise a model without a window could have given the same text."""
     ids = run.text[: 3 * WINDOW]
     sliding = logits_of(reference, ids)
     with without_window(reference):
         full = logits_of(reference, ids)
     differences = np.abs(full - sliding).max(-1)
-    assert (differences[:WINDOW] <= TOLERANCE).all(), "nothing is forgotten yet"
-    assert (differences[WINDOW:] > 100 * TOLERANCE).all(), "the reference does not slide"
+    assert (differences[:WINDOW] <= TOLERANCE).all(), "all tokens are still in the window"
+    assert (differences[WINDOW:] > 100 * TOLERANCE).all(), "the reference has no window"
 
 
 # Logits
@@ -257,25 +257,25 @@ def test_graph_and_decoder_agree_with_transformers_at_every_position(
     assert found <= TOLERANCE, "the graph disagrees"
 
 
-def test_where_float32_is_not_enough_we_are_as_close_to_float64_as_transformers_is(
+def test_where_float32_is_imprecise_we_are_as_close_to_float64_as_transformers(
     run: Run, reference: MistralForCausalLM, session: OrtSession, spec: ModelSpec
 ):
-    """The text of the run, now fed in chunks of 32: it was written one token at a time."""
+    """The generated text, fed in chunks of 32 instead of single tokens."""
     theirs = logits_of(reference, run.text)
     try:
         exact = logits_of(reference.double(), run.text)
     finally:
         reference.float()
     ours = tiny.in_turns(session, ring_of(spec, 32), run.text, [len(run.text)])
-    assert run.differing(ours) == [], "chunks choose other tokens than steps did"
-    # Both are float32; which of two roundings is amplified more is chance, a factor of 4 is not.
+    assert run.differing(ours) == [], "chunks choose different tokens than single steps"
+    # Both are float32. Which rounding is amplified more is chance, but a factor of 4 is not.
     assert furthest(ours, exact) <= max(TOLERANCE, 4 * furthest(theirs, exact))
 
 
 # Perplexity
 
 
-def test_perplexity_is_that_of_transformers(
+def test_perplexity_equals_that_of_transformers(
     reference: MistralForCausalLM, default_build: Path, mistralc: Command
 ):
     """Through the command line, on the default text, without a window."""
@@ -290,6 +290,6 @@ def test_perplexity_is_that_of_transformers(
             logits = torch.from_numpy(logits_of(reference, ids)[:-1]).double()
             nll += float(cross_entropy(logits, torch.from_numpy(ids[1:]), reduction="sum"))
     assert result["tokens"] == 2 * 511
-    # 0.1 % is what is promised; two programs in float32 were seen to agree to 2e-7. A window of 64
-    # triples it, and a rotary base of 90,000 for 100,000 moves it by 2e-3.
+    # The tolerance is 0.1%; two float32 programs agreed to 2e-7. A window of 64 triples the
+    # perplexity, and a rotary base of 90,000 instead of 100,000 changes it by 2e-3.
     assert result["perplexity"] == pytest.approx(math.exp(nll / result["tokens"]), rel=1e-3)

@@ -1,11 +1,11 @@
-"""Does it run on this GPU, is it right, and how fast? By hand, on a host with a GPU:
+"""Check and measure mistralc on a GPU. Run it by hand on a host that has one:
 
     python benchmarks/gpu/check.py [--layers N] [--target rtx|tensorrt|cuda ...] [--out DIR]
 
-Makes a random-weight checkpoint of Mistral-7B's shapes, exports it for each target that this host
-can build, compares it with the PyTorch decoder, and measures it. Every step is a process of its own
-with a time limit, so that a crash or a hang costs one line of the table. Prints JSON and a Markdown
-table. Knows nothing about what a good figure is.
+The script writes a random-weight checkpoint of Mistral-7B's shapes, exports it for each target that
+this host supports, verifies it against the PyTorch decoder, and measures it. Every step is a
+process of its own with a time limit, so a crash or a hang costs one row of the table. It prints the
+machine, the versions and all figures as JSON, and a Markdown table, and writes both to DIR.
 """
 
 import argparse
@@ -13,48 +13,35 @@ import json
 import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run as a script
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where run as a script
-
-from exporter.estimate import plan
+from benchmarks.gpu.measure import POSITIONS, MemoryPeak, measure
 from graphs.errors import MistralcError
-from graphs.gpu_catalogue import GPUS, Gpu
-from graphs.manifest import Manifest, read_manifest
-from runtime.decoding.ring import ContextFullError
-from runtime.load import load_session, make_ring
+from graphs.targets import TARGETS, backend_distributions
 from runtime.system import host
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ("rtx", "tensorrt", "cuda")
-POSITIONS = (4096, 8192, 16_384, 32_768, 65_536)
-STEPS = 64  # at each position; medians are quoted
-PROMPT = 4096  # tokens
-COPY_BYTES, COPIES = 1 << 29, 20
-LIBRARIES = ("tensorrt-rtx-cu13", "tensorrt", "onnxruntime", "onnxruntime-gpu", "cuda-bindings",
-             "torch")  # fmt: skip
+GPU_TARGETS = tuple(name for name, target in TARGETS.items() if target.on_gpu)
+LIBRARIES = (*backend_distributions(), "cuda-bindings", "torch")
 COLUMNS = ("target", "precision", "batch", "verified", "tokens_per_s", "of_datasheet", "of_copy",
            *(f"ms_at_{p // 1024}k" for p in POSITIONS), "ttft_s", "gpu_gb")  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check and measure mistralc on this GPU.")
-    parser.add_argument("--layers", type=int, help="instead of Mistral-7B's 32")
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--layers", type=int, help="number of layers (default: Mistral-7B's 32)")
+    parser.add_argument("--target", nargs="+", choices=GPU_TARGETS, default=list(GPU_TARGETS))
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
-    parser.add_argument("--limit", type=int, default=1800, help="seconds that a step may take")
+    parser.add_argument("--limit", type=int, default=1800, help="time limit of a step in seconds")
     parser.add_argument("--measure", type=Path, metavar="BUNDLE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     try:
@@ -68,21 +55,21 @@ def main() -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Run everything; 0 only if every target that could be built was right."""
+    """Run all steps; return 0 only if at least one target ran and none failed."""
     found = host.cuda()
     if found.problem is not None:
         raise MistralcError(
             f"This script measures a GPU, and here {found.problem}. Run it on a host where "
-            "nvidia-smi lists one; nothing was written."
+            "nvidia-smi lists one. Nothing was written."
         )
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(args)
-    report = {"machine": machine(found), "layers": args.layers or 32, "runs": []}
+    report: dict[str, Any] = {"machine": machine(found), "layers": args.layers or 32, "runs": []}
     for target in args.target:
         for precision in args.precision:
             say(f"{target} {precision}")
-            report["runs"].append(one(target, precision, checkpoint, args))
-            # after each, so that an interrupted run leaves what it found
+            report["runs"].append(run_target(target, precision, checkpoint, args))
+            # Saved after each run, so that an interrupted script keeps its results.
             (args.out / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     text = table(report)
     (args.out / "results.md").write_text(text)
@@ -104,8 +91,10 @@ def make_checkpoint(args: argparse.Namespace) -> Path:
     return path
 
 
-def one(target: str, precision: str, checkpoint: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Export, verify and measure one bundle. What fails is told under `error` and ends it."""
+def run_target(
+    target: str, precision: str, checkpoint: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Export, verify and measure one bundle; a failed step is recorded under `error`."""
     from tests.support.device_session import missing
 
     run: dict[str, Any] = {"target": target, "precision": precision}
@@ -123,7 +112,7 @@ def one(target: str, precision: str, checkpoint: Path, args: argparse.Namespace)
             began = perf_counter()
             memory.peak = 0
             try:
-                # a verification that finds a difference prints it before it fails
+                # A failing verification prints its result first, which `keep` saves.
                 run[name] = step(command, args.limit, lambda found: run.update({name: found}))  # noqa: B023
             except MistralcError as error:
                 run.setdefault("error", f"{name}: {error}")
@@ -131,16 +120,17 @@ def one(target: str, precision: str, checkpoint: Path, args: argparse.Namespace)
                     break
             run[f"{name}_s"] = round(perf_counter() - began, 1)
             run[f"{name}_gpu_bytes"] = memory.peak or None
-    run.pop("export", None)  # the manifest is in the bundle
+    run.pop("export", None)  # the bundle has the manifest
     return run
 
 
 def step(
     command: Iterable[object], limit: int, keep: Callable[[Any], None] = lambda found: None
 ) -> Any:
-    """Run a process; returns the JSON in the last line of its output, None if that is none.
+    """Run a process; return the JSON in the last line of its output, or None if it is not JSON.
 
-    Raises MistralcError when it fails, crashes or takes longer than `limit` seconds.
+    `keep` gets that JSON even if the process then fails. Raises MistralcError if the process fails,
+    crashes or takes longer than `limit` seconds.
     """
     try:
         done = subprocess.run(
@@ -155,128 +145,13 @@ def step(
         keep(found)
     if done.returncode != 0:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit {done.returncode}"
-        words = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        words = done.stderr.strip().splitlines()[-1:] or ["no error output"]
         raise MistralcError(f"{how}: {words[0][:600]}")
     return found
 
 
-def measure(bundle: Path, batches: list[int]) -> dict[str, Any]:
-    """Everything about one bundle, in this process: latency by position, prompts, memory."""
-    manifest = read_manifest(bundle)
-    device = host.cuda().devices[0]
-    table_entry = find_gpu(device)
-    copy = copy_bandwidth()
-    return {
-        "copy_bytes_per_s": copy,
-        "datasheet_bytes_per_s": table_entry and table_entry.bandwidth_bytes_per_s,
-        "by_batch": [measure_batch(bundle, manifest, batch, copy, table_entry)
-                     for batch in batches],
-    }  # fmt: skip
-
-
-def measure_batch(
-    bundle: Path, manifest: Manifest, batch: int, copy: float, gpu: Gpu | None
-) -> dict[str, Any]:
-    began = perf_counter()
-    session: Any = load_session(bundle, manifest, batch=batch)
-    loaded = perf_counter() - began
-    try:
-        ttft = prompt_seconds(session, manifest, batch)
-        latency = {p: s for p in POSITIONS if (s := step_seconds(session, manifest, batch, p))}
-    finally:
-        session.close()
-    ring = replace(manifest.ring, max_batch=batch)
-    read = plan(manifest.model, ring, manifest.target, manifest.precision).read_bytes_per_step
-    first, last = (latency[end(latency)] for end in (min, max)) if latency else (None, None)
-    return {
-        "batch": batch,
-        "captured": session.captured,
-        "load_s": loaded,
-        "prompt_tokens": PROMPT,
-        "ttft_s": ttft,
-        "decode_s_at": latency,
-        "flatness": last / first if first and last else None,
-        "tokens_per_s": batch / first if first else None,
-        "read_bytes_per_step": read,
-        "of_copy": read / first / copy if first else None,
-        "of_datasheet": read / first / gpu.bandwidth_bytes_per_s if first and gpu else None,
-    }
-
-
-def prompt_seconds(session: Any, manifest: Manifest, batch: int) -> float | None:
-    """Seconds for PROMPT tokens from an empty ring, median of 5 after one; None if too many."""
-    seconds = []
-    for _ in range(6):
-        ring = make_ring(manifest)
-        try:
-            pieces = list(ring.pieces(PROMPT))
-        except ContextFullError:
-            return None
-        began, here = perf_counter(), 0
-        for count in pieces:
-            ids = np.full((batch, count), here % manifest.model.vocab_size)
-            positions = np.tile(np.arange(here, here + count), (batch, 1))
-            session.step(ids, positions, np.full((batch, 1), count - 1))
-            here += count
-        seconds.append(perf_counter() - began)
-    return median(seconds[1:])
-
-
-def step_seconds(session: Any, manifest: Manifest, batch: int, position: int) -> float | None:
-    """Seconds of a one-token step around `position`, median; None where the text has ended.
-
-    The ring is not filled up to there: what a step reads and computes does not depend on it.
-    """
-    if not manifest.model.slides and position > manifest.ring.context:
-        return None
-    one, seconds = np.zeros((batch, 1), np.int64), []
-    for here in range(position - STEPS, position):
-        began = perf_counter()
-        session.step(one, one + here, one)
-        seconds.append(perf_counter() - began)
-    return median(seconds)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by copies within the GPU's memory."""
-    from runtime.backends.cuda_device import Gpu as Open
-
-    device = Open("cuda")
-    try:
-        source, to = (device.allocate(COPY_BYTES, "a measurement") for _ in range(2))
-        kind = device._cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-
-        def run() -> float:
-            device.wait()
-            began = perf_counter()
-            for _ in range(COPIES):
-                device.call("cudaMemcpyAsync", to, source, COPY_BYTES, kind, device._stream)
-            device.wait()
-            return perf_counter() - began
-
-        return 2 * COPIES * COPY_BYTES / min(run() for _ in range(5))
-    finally:
-        device.close()
-
-
-def find_gpu(device: host.Device) -> Gpu | None:
-    """The table's entry of this device: same capability, memory within 15 %, named in its name."""
-    name = "".join(c for c in device.name.lower() if c.isalnum())
-
-    def fits(item: tuple[str, Gpu]) -> bool:
-        key, gpu = item
-        return (
-            gpu.compute_capability == device.compute_capability
-            and abs(device.memory_bytes / gpu.memory_bytes - 1) < 0.15
-            and key.partition("-")[0] in name
-            and ("pcie" in key) == ("pcie" in name)
-        )
-
-    return next((gpu for _, gpu in filter(fits, GPUS.items())), None)
-
-
 def machine(found: host.Cuda) -> dict[str, Any]:
-    """What this ran on."""
+    """The GPU, driver, CUDA and library versions of this host."""
     device, versions = found.devices[0], {}
     for name in LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -292,35 +167,8 @@ def machine(found: host.Cuda) -> dict[str, Any]:
     }
 
 
-class MemoryPeak:
-    """The most memory that was in use on the first GPU, by whomever, since `peak` was set to 0."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "MemoryPeak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used",
-                   "--format=csv,noheader,nounits"]  # fmt: skip
-        while not self._stop.wait(0.2):
-            with suppress(OSError, ValueError, subprocess.SubprocessError):
-                said = subprocess.run(
-                    command, capture_output=True, text=True, timeout=10, check=True
-                ).stdout
-                self.peak = max(self.peak, int(said) << 20)
-
-
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown: the machine, a row per batch, and what did not run."""
+    """The report as Markdown: the machine, one row per batch size, skipped and failed runs."""
     facts = report["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
@@ -346,7 +194,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def row(run: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """One line of the table, in the order of COLUMNS; a dash for what was not measured."""
+    """One row of the table in the order of COLUMNS; a dash for a figure that is missing."""
     latency = {int(position): s for position, s in found["decode_s_at"].items()}
     verified = (run.get("verification") or {}).get("passed")
     memory = run.get("bench_gpu_bytes")
@@ -368,7 +216,7 @@ def row(run: dict[str, Any], found: dict[str, Any]) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Tell a person what is going on; the results alone go to standard output."""
+    """Print progress to standard error; standard output is for results."""
     print(f"check: {text}", file=sys.stderr, flush=True)
 
 

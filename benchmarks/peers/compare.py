@@ -1,11 +1,11 @@
-"""mistralc beside its peers: the same weights, prompt, token counts and threads. Not a test.
+"""Compare mistralc with its peers: the same weights, prompt, token counts and threads.
 
     python -m benchmarks.peers.compare FOLDER [--peers-python PYTHON] [--rounds 5] [--write]
 
-FOLDER is what `benchmarks.peers.prepare` made, with bundles of ours in FOLDER/ours. Every
-engine runs in a process of its own and is asked in turn, round after round, so that what the
-machine does besides hits all alike. Perplexity is of the same windows for all. With
---write the table and the chart in docs/ are replaced. A peer that cannot be loaded is named with
+`benchmarks.peers.prepare` makes FOLDER; our bundles are in FOLDER/ours. Every engine runs in its
+own process and is timed in turn, round after round, so other load on the machine affects all
+equally. Perplexity is measured on the same windows for all. Prints the machine, the versions and a
+Markdown table; --write replaces table and chart in docs/. A peer that fails to load is listed with
 its error.
 """
 
@@ -38,7 +38,7 @@ WINDOW, LONG = 64, 400
 
 @dataclass(slots=True, kw_only=True)
 class Contestant:
-    """One engine with one model. `bits` groups the table; `note` says what was quantized twice."""
+    """One engine with one model. `bits` sorts the table; `note` describes the weights."""
 
     title: str
     engine: str
@@ -48,12 +48,14 @@ class Contestant:
     process: "subprocess.Popen[str] | None" = None
     version: str = ""
     error: str = ""
-    prefill: list[float] = field(default_factory=list)  # seconds, PROMPT tokens
-    decode: list[float] = field(default_factory=list)  # seconds, NEW - 1 steps after SHORT tokens
+    prefill: list[float] = field(default_factory=list)  # seconds for PROMPT tokens
+    decode: list[float] = field(
+        default_factory=list
+    )  # seconds for NEW - 1 steps after SHORT tokens
     nll: float | None = None
 
     def start(self, python: str, threads: int) -> None:
-        """Load the engine; what keeps it from loading becomes its `error`."""
+        """Load the engine; if that fails, set `error`."""
         worker = Path(__file__).with_name("worker.py")
         own = self.engine == "mistralc"
         self.process = subprocess.Popen(
@@ -64,11 +66,11 @@ class Contestant:
         first = self._read()
         self.version, self.error = first.get("version", ""), first.get("error", "")
 
-    def ask(self, **question: Any) -> dict[str, Any]:
-        """Put one question; an error is kept and ends this contestant's part."""
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send one request; after an error the engine gets no further requests."""
         if self.error or self.process is None or self.process.stdin is None:
             return {}
-        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         answer = self._read()
         self.error = answer.get("error", "")
@@ -76,9 +78,9 @@ class Contestant:
 
     def _read(self) -> dict[str, Any]:
         if self.process is None or self.process.stdout is None:
-            raise ValueError("start it first")
+            raise ValueError("the engine has not been started")
         line = self.process.stdout.readline()
-        found: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
+        found: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
         return found
 
     def stop(self) -> None:
@@ -99,7 +101,7 @@ class Contestant:
 
 
 def contestants(folder: Path) -> list[Contestant]:
-    """All that FOLDER has a model for."""
+    """All engines and models that FOLDER has files for."""
     own = [
         Contestant(title=f"mistralc {path.name}", engine="mistralc", model=str(path),
                    bits=8 if "int8" in path.name else 4 if "int4" in path.name else 32)
@@ -156,7 +158,7 @@ def main() -> None:
 
 
 def evaluation(count: int) -> list[list[int]]:
-    """The first windows of the odd topics."""
+    """The first windows of the evaluation text."""
     tokenizer = read_tokenizer(open_checkpoint("smollm2").path).open()
     cut: list[list[int]] = windows(read_corpus((), tokenizer, "evaluation"), LENGTH, count).tolist()
     return cut
@@ -165,9 +167,9 @@ def evaluation(count: int) -> list[list[int]]:
 def run(
     found: Sequence[Contestant], cut: Sequence[Sequence[int]], arguments: argparse.Namespace
 ) -> float:
-    """Load all, score each once, then time them in turn; the first round warms up.
+    """Load all, score each once, then time them in turn; the first round is a warm-up.
 
-    Returns the median of the bandwidth of memory, in bytes per second, read in every round.
+    Returns the median memory bandwidth in bytes per second, measured in every round.
     """
     for one in found:
         one.start(arguments.peers_python, arguments.threads)
@@ -187,7 +189,7 @@ def run(
 
 
 def windowed(arguments: argparse.Namespace, cut: Sequence[Sequence[int]]) -> list[str]:
-    """Who is right beyond a sliding window: greedy tokens beside those of transformers."""
+    """Compare greedy tokens beyond a sliding window with those of transformers."""
     folder = arguments.folder
     cases = [
         Contestant(title="transformers", engine="transformers", bits=32,
@@ -225,7 +227,7 @@ def windowed(arguments: argparse.Namespace, cut: Sequence[Sequence[int]]) -> lis
 def table(
     found: Sequence[Contestant], arguments: argparse.Namespace, bandwidth: float
 ) -> list[str]:
-    """The Markdown of the comparison, fastest first within as many bits."""
+    """The comparison in Markdown, by bits, fastest first."""
     facts = machine()
     versions = sorted({one.version for one in found if one.version})
     lines = [
@@ -255,12 +257,12 @@ def own(one: Contestant) -> bool:
 
 
 def bytes_per_token(one: Contestant) -> int:
-    """What the middle step of those that are timed reads."""
-    return step_bytes(read_manifest(Path(one.model)), SHORT + NEW // 2)
+    """Bytes that the middle one of the timed steps reads."""
+    return step_bytes(read_manifest(Path(one.model)).build, SHORT + NEW // 2)
 
 
 def chart(found: Sequence[Contestant]) -> None:
-    """Draw decode and prefill side by side."""
+    """Plot decode and prefill rates side by side."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,11 +1,12 @@
-"""SmolLM2 in the form that each peer takes, all made of the same GGUF. Not a test.
+"""Prepare SmolLM2 for `benchmarks.peers.compare` in each peer's format, all from the same GGUF.
 
     python -m benchmarks.peers.prepare FOLDER --peers-python PYTHON
 
-`ours/` has our bundles and `tables/` what calibrated them; `ours-window-64` one with a window.
-`hf/` is the checkpoint dequantized to float32, for transformers and for the model builder of
-onnxruntime-genai; `llama/` has what llama.cpp's own quantizer makes of it; `hf-64/` and what comes
-of that, and `llama-64.gguf`, have a sliding window of 64. What is there already is left as it is.
+Prints the progress of the tools that it runs. In FOLDER, `ours/` holds our bundles, `tables/` their
+calibration tables, and `ours-window-64` a bundle with a window. `hf/` is the checkpoint dequantized
+to float32, for transformers and for the model builder of onnxruntime-genai. `llama/` holds the
+output of llama.cpp's own quantizer. `hf-64/`, its derivatives and `llama-64.gguf` have a sliding
+window of 64. Existing files are not replaced.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from exporter.tokenizer.read import read_tokenizer
 from tests.support.make_checkpoint import hf_config
 
 WINDOW = 64
-LLAMA_TYPES = ("F16", "Q8_0", "Q4_0")  # beside Q4_1, which is the checkpoint itself
+LLAMA_TYPES = ("F16", "Q8_0", "Q4_0")  # besides Q4_1, the checkpoint itself
 GENAI = {
     "int4": ("int4", ()),
     "int4-pruned": ("int4", ("prune_lm_head=true",)),
@@ -62,13 +63,15 @@ sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--peers-python", default=sys.executable, help="that has the peers")
+    parser.add_argument(
+        "--peers-python", default=sys.executable, help="Python with the peers installed"
+    )
     arguments = parser.parse_args()
     prepare(arguments.folder, arguments.peers_python)
 
 
 def prepare(folder: Path, python: str) -> None:
-    """Make what is missing in `folder`. A peer that `python` lacks is left out."""
+    """Create what is missing in `folder`; skip peers that `python` lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, window in (("hf", None), (f"hf-{WINDOW}", WINDOW)):
         if not (folder / name).exists():
@@ -88,7 +91,7 @@ def prepare(folder: Path, python: str) -> None:
 
 
 def write_hf(directory: Path, window: int | None) -> None:
-    """Write SmolLM2 as a Hugging Face directory in float32, as a Mistral."""
+    """Write SmolLM2 as a Hugging Face directory of a Mistral model in float32."""
     checkpoint = open_checkpoint("smollm2")
     spec = checkpoint.spec
     if window is not None:
@@ -118,7 +121,7 @@ def _calibrate(table: Path, options: tuple[str, ...]) -> None:
 def _export(bundle: Path, *options: object) -> None:
     if not bundle.exists():
         bundle.parent.mkdir(exist_ok=True)
-        # What is lost is in the comparison, so nothing is refused here.
+        # The comparison reports the loss, so the quality gate must not refuse it.
         _mistralc("export", "smollm2", "-o", bundle, *options, "--max-ppl-increase", "9")
 
 
@@ -147,7 +150,7 @@ def _llama(folder: Path, python: str) -> None:
 
 
 def _with_window(source: Path, target: Path) -> None:
-    """Copy a GGUF file and say in the copy that its attention slides."""
+    """Copy a GGUF file and add a sliding window to its metadata."""
     partial, reader = target.with_suffix(".partial"), gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(partial, "llama")
     writer.add_sliding_window(WINDOW)
@@ -172,9 +175,10 @@ def _genai(
     extra = [*options]
     if precision.startswith("int"):
         extra += ["accuracy_level=4", "block_size=32"]
-    command = [python, "-m", "onnxruntime_genai.models.builder", "-m", source.name, "-i", source,
-               "-o", target, "-p", precision, "-e", "cpu",
-               "-c", target.with_name("cache")]  # fmt: skip
+    command: list[str | Path] = [
+        python, "-m", "onnxruntime_genai.models.builder", "-m", source.name, "-i", source,
+        "-o", target, "-p", precision, "-e", "cpu", "-c", target.with_name("cache"),
+    ]  # fmt: skip
     if extra:
         command += ["--extra_options", *extra]
     subprocess.run(command, check=True, stdout=sys.stderr)

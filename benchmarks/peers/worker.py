@@ -1,9 +1,10 @@
-"""One engine in a process of its own: a line of JSON in, a line of JSON out. Not a test.
+"""Run one engine in its own process for `benchmarks.peers.compare`.
 
     python benchmarks/peers/worker.py ENGINE MODEL THREADS
 
-Engines are imported only where they run, so each may live in an environment of its own. Times are
-of the engine's Python interface, greedy, ids in and ids out, without a tokenizer.
+Reads requests and prints answers, one JSON object per line, after a first line with the engine's
+version. An engine is imported only in its own process, so each may have its own environment. Times
+are those of the engine's Python interface: greedy, token ids in and out, without a tokenizer.
 
     {"do": "time", "prompt": [ids], "count": n}   {"prefill": s, "decode": s, "tokens": [ids]}
     {"do": "score", "windows": [[ids]]}           {"nll": nats a token}
@@ -12,7 +13,7 @@ of the engine's Python interface, greedy, ids in and ids out, without a tokenize
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
@@ -23,19 +24,19 @@ CONTEXT = 1024
 
 
 class Engine(Protocol):
-    """What is asked of each: tokens one after another, and logits of a whole text."""
+    """What every engine provides: greedy tokens one by one, and logits of a whole text."""
 
     version: str
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[int]:
-        """Yield `count` tokens that follow the prompt, greedily, from an empty cache."""
+        """Yield `count` greedy tokens after the prompt, starting from an empty cache."""
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Return the logits [n, V] after each of `ids`, or None where they cannot be had."""
+        """Return the logits [n, V] after each of `ids`, or None if the engine has none."""
 
 
 class Mistralc:
-    """Ours: a bundle on ONNX Runtime CPU."""
+    """mistralc: a bundle on ONNX Runtime CPU."""
 
     def __init__(self, model: str, threads: int) -> None:
         import onnxruntime
@@ -93,7 +94,7 @@ class LlamaCpp:
 
 
 class Genai:
-    """onnxruntime-genai, a directory of its model builder."""
+    """onnxruntime-genai; MODEL is a directory of its model builder."""
 
     def __init__(self, model: str, threads: int) -> None:
         import onnxruntime_genai as genai
@@ -137,7 +138,7 @@ class Transformers:
         torch.set_num_threads(threads)
         self._torch = torch
         loader = transformers.AutoModelForCausalLM
-        self._model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        self._model = loader.from_pretrained(path, dtype=getattr(torch, dtype)).eval()  # type: ignore[no-untyped-call]
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[int]:
         ids, cache = self._torch.tensor([list(prompt)]), None
@@ -154,7 +155,7 @@ class Transformers:
 
 
 class OpenVino:
-    """OpenVINO GenAI, of a GGUF or a directory."""
+    """OpenVINO GenAI; MODEL is a GGUF file or a directory."""
 
     def __init__(self, model: str, threads: int) -> None:
         import openvino_genai
@@ -186,17 +187,17 @@ class OpenVino:
         yield from found.tokens[0]
 
     def logits(self, ids: Sequence[int]) -> Any:
-        return None  # its pipeline gives none
+        return None  # the pipeline does not expose logits
 
 
-ENGINES = {
+ENGINES: dict[str, Callable[[str, int], Engine]] = {
     "mistralc": Mistralc, "llama.cpp": LlamaCpp, "onnxruntime-genai": Genai,
     "transformers": Transformers, "openvino-genai": OpenVino,
 }  # fmt: skip
 
 
 def timed(engine: Engine, prompt: Sequence[int], count: int) -> dict[str, Any]:
-    """One answer; `prefill` is the time to its first token."""
+    """Generate once; `prefill` is the time to the first token, `decode` that of the others."""
     began, found, times = perf_counter(), [], []
     for token in engine.tokens(prompt, count):
         found.append(token)
@@ -222,7 +223,7 @@ def scored(engine: Engine, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
 
 def main() -> None:
     name, model, threads = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w")  # whatever an engine prints goes elsewhere
+    answers = os.fdopen(os.dup(1), "w")  # output of the engine itself goes to standard error
     os.dup2(2, 1)
     try:
         engine: Engine = ENGINES[name](model, int(threads))
@@ -231,12 +232,12 @@ def main() -> None:
         return
     print(json.dumps({"version": engine.version}), file=answers, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
-            if asked["do"] == "time":
-                answer = timed(engine, asked["prompt"], asked["count"])
+            if request["do"] == "time":
+                answer = timed(engine, request["prompt"], request["count"])
             else:
-                answer = scored(engine, asked["windows"])
+                answer = scored(engine, request["windows"])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from calib.options import CalibrationOptions, SampleOptions
-from exporter.cli.export import CheckpointArgument, program
+from exporter.cli.arguments import CheckpointArgument
 from graphs.errors import UsageError
 from runtime.cli import options as common
+from runtime.cli.main import program_name
 from runtime.system.progress import stage_for
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def calibrate(
         return
     print(_summary(table, output))
     print("Next:")
-    print(f"  {program()} export {checkpoint} --precision {options.precision} "
+    print(f"  {program_name()} export {checkpoint} --precision {options.precision} "
           f"--calibration {output}")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command `mistralc eval`, and the registration of calib's commands.
+"""The command `mistralc eval`.
 
 Heavy imports are inside the functions, and torch is imported only to compare a bundle with its
 checkpoint, so that a production host can measure what it serves.
@@ -10,23 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from calib.cli.calibrate import calibrate
-from calib.cli.report import report
 from calib.cli.text_windows import measure_text, read_windows
 from calib.options import TextOptions
 from runtime.cli import options as common
-from runtime.cli.option_fields import with_option_fields
 from runtime.system.progress import stage_for
 
 if TYPE_CHECKING:
     from runtime.backends.session import Ids
-
-
-def register(app: typer.Typer) -> None:
-    """Add this package's commands to `app`."""
-    app.command()(with_option_fields(calibrate))
-    app.command("eval")(with_option_fields(evaluate))
-    app.command()(with_option_fields(report))
 
 
 def evaluate(
@@ -44,23 +34,20 @@ def evaluate(
                      help="Answer multiple-choice questions. Text is then measured only if one of "
                      "its options is given."),
     ] = None,
-    threads: common.Threads = None,
-    no_check: common.NoCheck = False,
-    require_signature: common.RequireSignature = None,
+    loading: common.LoadOptions,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
 ) -> None:  # fmt: skip
     """Measure a bundle's perplexity, divergence from its checkpoint, and accuracy."""
     from calib.evaluation.multiple_choice import measure_accuracy, read_questions
     from runtime.bundle.open import open_bundle
-    from runtime.load import load
 
     stage = stage_for(quiet=quiet or as_json)
     result: dict[str, Any] = {"bundle": str(bundle)}
     paragraphs: list[str] = []
     # All input is read and checked before the model is loaded.
     with stage("Checking the bundle", None):
-        opened = open_bundle(bundle, require_signature=require_signature)
+        opened = open_bundle(bundle, require_signature=loading.require_signature)
     questions = None if choices is None else read_questions(choices)
     windows: Ids | None = None
     if questions is None or text_options.is_set or against is not None:
@@ -69,7 +56,7 @@ def evaluate(
         result["text"] = {"source": corpus.source, "fingerprint": corpus.fingerprint,
                           "windows": count, "length": length}  # fmt: skip
         paragraphs.append(f"Text: {corpus.source}; {count:,} windows of {length:,} tokens.\n")
-    loaded = load(opened, threads=threads, check=not no_check, stage=stage)
+    loaded = loading.load(opened, stage)
     if windows is not None:
         evaluation = measure_text(loaded, windows, against, stage, title="Measuring")
         result |= {"against": against, **evaluation.to_json()}

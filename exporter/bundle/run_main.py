@@ -47,7 +47,7 @@ def use(archive: str) -> None:
 def main(archive: str) -> None:
     """Run the archive's command line."""
     use(archive)
-    importlib.import_module("runtime.cli.run_pyz").main(VERSION)
+    importlib.import_module("runtime.run_pyz").main(VERSION)
 
 
 if __name__ == "__main__":

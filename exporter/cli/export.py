@@ -1,33 +1,16 @@
-"""The commands of a build host that make and check bundles: export and verify."""
+"""The command export. Knows only the command line."""
 
 import json
-import os
-import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from exporter.cli.plan import plan
-from exporter.cli.triton import triton
+from exporter.cli.arguments import CheckpointArgument
 from exporter.options import ExportOptions
-from graphs.errors import MistralcError, UsageError
 from runtime.cli import options as common
-from runtime.cli.option_fields import with_option_fields
+from runtime.cli.main import program_name
 from runtime.system.progress import stage_for
-
-CheckpointArgument = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Directory, .gguf file, or `smollm2`.")
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add this package's commands to `app`."""
-    app.command()(with_option_fields(export))
-    app.command()(verify)
-    app.command()(with_option_fields(plan))
-    app.command()(triton)
 
 
 def export(
@@ -66,83 +49,4 @@ def export(
     size = manifest.file_bytes / 1e6
     print(f"{path}: {size:,.0f} MB, {manifest.target}, {manifest.precision}, {state}.")
     print("Next:")
-    print(f'  {program()} generate {path} --chat "What is the capital of France?"')
-
-
-def verify(
-    *,
-    bundle: common.BundlePath,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="CHECKPOINT",
-                     help="Compare with this checkpoint instead of the bundle's own weights."),
-    ] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="TABLE",
-                     help="With --against: the table that the bundle was made with."),
-    ] = None,
-    short: Annotated[
-        bool, typer.Option("--short", help="Run only the quick cases that export runs.")
-    ] = False,
-    require_signature: common.RequireSignature = None,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
-) -> None:  # fmt: skip
-    """Compare a bundle with the PyTorch decoder, and record the result unless it is signed."""
-    from exporter.checks import verify as checks
-    from exporter.quantization.calibration_table import CalibrationTable
-    from runtime.bundle.open import open_bundle
-    from runtime.load import load_session
-
-    stage = stage_for(quiet=quiet or as_json)
-    with stage("Checking the bundle", None):
-        manifest = open_bundle(bundle, require_signature=require_signature).manifest
-    table = None if calibration is None else CalibrationTable.read(calibration)
-    if table is not None and against is None:
-        raise UsageError(
-            "--calibration was given without --against: a bundle's own weights are quantized "
-            "already. Add --against CHECKPOINT, or leave it out."
-        )
-    build = manifest.build
-    with stage("Loading both", None):
-        if against is None:
-            reference = checks.bundle_reference(bundle, manifest)
-        else:
-            reference = checks.checkpoint_reference(against, manifest, table)
-        session = load_session(bundle, build, manifest.files)
-    tokens = sum(case.tokens for case in checks.cases(build, short=short))
-    with stage("Comparing", tokens) as advance:
-        agreements = checks.verify(session, build, reference, short=short, progress=advance)
-    result = checks.to_json(agreements, "its own weights" if against is None else "the checkpoint")
-    print(json.dumps(result) if as_json else checks.to_markdown(result))
-    _record(bundle, result)
-    checks.require(agreements)
-
-
-def _record(bundle: Path, verification: dict[str, object]) -> None:
-    """Put the result into the bundle's manifest and report, unless a signature covers them."""
-    from dataclasses import replace
-
-    from exporter.export import record
-    from graphs.manifest import read_manifest
-    from runtime.bundle.signature import read_signature
-
-    if read_signature(bundle) is not None:
-        typer.echo("The bundle is signed, so the result is not recorded in it.", err=True)
-        return
-    try:
-        record(replace(read_manifest(bundle), verification=verification), bundle)
-    except OSError as error:
-        raise MistralcError(
-            f"The result could not be written into {bundle} ({error}). Make it writable, and "
-            "verify again."
-        ) from error
-
-
-def program() -> str:
-    """How this command was called, so that what we tell people to type works as it stands."""
-    called = Path(sys.argv[0])
-    if shutil.which(called.name) == str(called.absolute()):
-        return called.name
-    return os.path.relpath(called)
+    print(f'  {program_name()} generate {path} --chat "What is the capital of France?"')

@@ -16,13 +16,13 @@ def triton(
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="REPOSITORY",
-                     help="Where to write; nothing that is there is replaced."),
+                     help="Where to write; existing files are never replaced."),
     ],
     require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
-    """Write a model repository of Triton Inference Server, with a copy of the bundle in it."""
+    """Write a Triton Inference Server model repository with a copy of the bundle in it."""
     from exporter.bundle.triton_repository import write_repository
 
     with stage_for(quiet=quiet or as_json)("Copying the bundle", None):
@@ -30,5 +30,5 @@ def triton(
     if as_json:
         print(json.dumps({"repository": str(output), "model": model.name}))
     else:
-        path = output.absolute()  # Triton asks for it
+        path = output.absolute()  # Triton needs an absolute path
         print(f"{output}: the model {model.name}, for tritonserver --model-repository {path}.")

@@ -1,15 +1,20 @@
-"""What a bundle is, for people and for machines. Knows nothing about loading one."""
+"""Describe a bundle, for people and for machines. Loads nothing but the manifest."""
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from graphs.build import Build
+from graphs.quant_scheme import Scheme
 from runtime.bundle.open import Bundle
 from runtime.bundle.signature import read_signature
 
+_OFFSETS = {"none": "", "zero_point": ", with zero points", "minimum": ", with minimums"}
+
 
 def facts(bundle: Bundle) -> dict[str, Any]:
-    """The manifest, and what follows from it."""
+    """Return the manifest, and what follows from it, as plain data for JSON."""
     manifest = bundle.manifest
     model, ring = manifest.model, manifest.ring
     derived = {
@@ -17,66 +22,112 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "capacities": {str(size): ring.capacity(size) for size in model.windows},
         "kv_bytes_per_token": manifest.contract.token_bytes,
         "ring_bytes": manifest.contract.ring_bytes,
-        "bundle_bytes": sum(entry.size for entry in manifest.files.values()),
+        "bundle_bytes": manifest.file_bytes,
         "endless": model.slides,
     }
     return {"path": str(bundle.path), "manifest": json.loads(manifest.to_text()),
             "signed_by": bundle.signed_by, **derived}  # fmt: skip
 
 
-def show(bundle: Bundle) -> None:
-    """Print the facts as a table."""
-    manifest, derived = bundle.manifest, facts(bundle)
-    model, ring = manifest.model, manifest.ring
-    by_user = " (chosen at export)" if manifest.window_source == "user" else ""
-    windows = ", ".join("none" if size is None else f"{size:,}" for size in model.windows)
-    end = "none: the text may run on" if model.slides else f"at {ring.context:,} tokens"
-    slots = ", ".join(f"{slots:,}" for slots in derived["capacities"].values())
-    rows = {
-        "checkpoint": f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})",
-        "runs on": f"{manifest.target}, {manifest.precision}, activations {manifest.activation}"
-        + (", batch-invariant" if manifest.batch_invariant else ""),
-        "parameters": f"{derived['parameters']:,}",
-        "layers": f"{model.num_hidden_layers}, hidden {model.hidden_size:,}, "
-        f"heads {model.num_attention_heads}:{model.num_key_value_heads} of {model.head_dim}",
-        "window": windows + by_user,
-        "end of context": end,
-        "ring": f"{slots} slots, chunk {ring.chunk:,}, "
-        f"{derived['ring_bytes'] / 1e6:,.1f} MB when full, "
-        f"{derived['kv_bytes_per_token']:,} bytes a token",
-        "size": f"{derived['bundle_bytes'] / 1e6:,.1f} MB in {len(manifest.files)} intact files",
-        "verified": _verdict(bundle),
-        "signed": _signer(bundle),
-        **_engine(manifest.engine),
-        "made with": ", ".join(f"{name} {number}" for name, number in manifest.versions.items()),
-    }
-    width = max(map(len, rows))
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+def describe(bundle: Bundle) -> str:
+    """Return a table of what the bundle is: one fact a line, its name in the first column.
+
+    Raises MistralcError if this version has no such target or precision.
+    """
+    manifest = bundle.manifest
+    rows = [
+        ("checkpoint", f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})"),
+        *_build(manifest.build),
+        ("size", f"{manifest.file_bytes / 1e6:,.1f} MB in {len(manifest.files)} intact files"),
+        ("verified", _verdict(bundle)),
+        ("signed", _signer(bundle)),
+        *_audit(manifest.engine),
+        ("made with", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _build(build: Build) -> Iterator[tuple[str, str]]:
+    """What was decided at export."""
+    spec, ring, contract = build.spec, build.ring, build.contract
+    target, precision = build.target, build.precision
+    invariant = ", batch-invariant" if build.batch_invariant else ""
+    yield "target", f"{target.name} ({target.title}){invariant}"
+    yield "precision", f"{precision.name} ({precision.summary}), computes in {build.activation}"
+    for i, line in enumerate(_quantized(build)):
+        yield ("" if i else "quantized"), line
+    yield "parameters", f"{spec.num_parameters:,}"
+    yield (
+        "layers",
+        f"{spec.num_hidden_layers}, hidden size {spec.hidden_size:,}, "
+        f"{spec.num_attention_heads} query and {spec.num_key_value_heads} key/value heads of "
+        f"{spec.head_dim}",
+    )
+    yield "window", _window(build)
+    yield "longest text", "unlimited" if spec.slides else f"{ring.context:,} tokens"
+    slots = ", ".join(f"{ring.capacity(size):,}" for size in spec.windows)
+    yield (
+        "ring",
+        f"{slots} slots, chunk {ring.chunk:,}, {contract.ring_bytes / 1e6:,.1f} MB when full, "
+        f"{contract.token_bytes:,} bytes a token",
+    )
+    if ring.max_batch > 1:
+        yield "batch", f"up to {ring.max_batch} sequences"
+
+
+def _quantized(build: Build) -> Iterator[str]:
+    """How many weights are stored by each scheme, most first; nothing if all are floats."""
+    schemes, total = build.storage.schemes, len(build.spec.weight_shapes())
+    for scheme, count in Counter(schemes.values()).most_common():
+        yield f"{count:,} of {total:,} weights: {_scheme(scheme)}"
+    if build.storage.copied:
+        yield f"{len(build.storage.copied):,} of these keep the checkpoint's own codes"
+
+
+def _scheme(scheme: Scheme) -> str:
+    shared = "row" if scheme.block is None else f"block of {scheme.block}"
+    rounded = "" if scheme.activation is None else f"; inputs are rounded to {scheme.activation}"
+    return f"{scheme.codes}, one scale per {shared}{_OFFSETS[scheme.offset]}{rounded}"
+
+
+def _window(build: Build) -> str:
+    """The window of each layer, and whose choice it was."""
+    source = "chosen at export" if build.window_source == "user" else "from the checkpoint"
+    layers, count = Counter(build.spec.layer_windows), build.spec.num_hidden_layers
+    if layers.keys() == {None}:
+        return f"none: every layer sees the whole text ({source})"
+    if len(layers) == 1:
+        return f"{build.spec.windows[0]:,} tokens in every layer ({source})"
+    parts = (
+        f"{'none' if size is None else f'{size:,} tokens'} in {layers[size]} of {count} layers"
+        for size in build.spec.windows
+    )
+    return f"{', '.join(parts)} ({source})"
 
 
 def _signer(bundle: Bundle) -> str:
-    """Who signed the bundle, as far as anyone has asked."""
+    """Who signed the bundle, if that was checked."""
     if bundle.signed_by is not None:
         return f"by the required key {bundle.signed_by}"
     if read_signature(bundle.path) is None:
         return "no"
-    return "yes, and not checked: no --require-signature was given"
+    return "yes, but not checked: no --require-signature was given"
 
 
-def _engine(record: Mapping[str, Any] | None) -> dict[str, str]:
-    """The audit of a plan in a few words; empty for a bundle that holds a graph."""
+def _audit(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+    """The audit of a plan in a few words; nothing for a bundle that holds a graph."""
     if record is None:
-        return {}
+        return
     ratio = record["plan_bytes"] / record["weight_bytes"]
-    facts = (
-        f"{record['attention_fused']} of {record['attention']} attention layers fused",
-        f"{record['caches_in_place']} of {record['caches']} caches in place",
-        f"plan {ratio:.3f} times the weights",
-        f"built by TensorRT {record['tensorrt']} for "
-        + (", ".join(record["gpus"]) or "every GPU that it supports"),
+    gpus = ", ".join(record["gpus"]) or "every GPU that it supports"
+    yield (
+        "engine",
+        f"{record['attention_fused']} of {record['attention']} attention layers fused, "
+        f"{record['caches_in_place']} of {record['caches']} caches in place, "
+        f"plan {ratio:.3f} times the weights, built by TensorRT {record['tensorrt']} for {gpus}",
     )
-    return {"engine": ", ".join(facts), "faults": "; ".join(record["faults"]) or "none"}
+    yield "faults", "; ".join(record["faults"]) or "none"
 
 
 def _verdict(bundle: Bundle) -> str:

@@ -1,9 +1,9 @@
-"""Opening a bundle: nothing is loaded before everything was checked. Knows no backend.
+"""Open a bundle: check every file before any is loaded. Knows no backend.
 
-Hashing 15 GB takes longer than loading it, so a file whose size, times and inode are as when it
-was last hashed is trusted; the cache is per user and can be deleted at any time. That finds
-accidents. Where a signature is required an attacker is expected, so the manifest is not even
-parsed before its signature was checked, every file is hashed, and none may lie there unlisted.
+Hashing 15 GB takes longer than loading it, so a file is trusted if its size, times and inode are
+the same as when it was last hashed. The cache of hashes is per user and may be deleted at any time.
+That finds accidents. If a signature is required, an attacker is expected: the signature is checked
+before the manifest is parsed, every file is hashed, and a file that is not listed is refused.
 """
 
 import hashlib
@@ -31,10 +31,11 @@ from runtime.system.cache import cache_directory
 BLOCK = 1 << 22  # bytes read at once while hashing: 4 MiB
 
 SETTLED_NS = 2_000_000_000
-"""Nanoseconds since a file's last change after which its times tell the next change from it.
+"""Nanoseconds after a change until another change is sure to show in the file's times.
 
-Kernels stamp files with a clock that moves in steps of up to 10 ms, and some file systems keep two
-seconds; a file that changes again within such a step looks untouched, so it is not remembered.
+Kernels stamp files with a clock that moves in steps of up to 10 ms, and some file systems keep
+times to two seconds. A file that changes again within such a step looks untouched, so its hash is
+not remembered.
 """
 
 TOKENIZER = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -45,7 +46,7 @@ Progress = Callable[[int], None]  # called with the number of bytes just hashed
 class Bundle:
     """A checked bundle: its directory and what its manifest says.
 
-    `signed_by` is the fingerprint of the key whose signature was required and found.
+    `signed_by` is the fingerprint of the required key; None if no signature was required.
     """
 
     path: Path
@@ -56,12 +57,12 @@ class Bundle:
 def open_bundle(
     path: Path, progress: Progress | None = None, *, require_signature: Path | None = None
 ) -> Bundle:
-    """Open the bundle in directory `path` after checking every file against its manifest.
+    """Check every file in directory `path` against its manifest, and return the bundle.
 
     `require_signature` is the file of a public key; without it, the environment may name one
-    (`runtime.bundle.signature.VARIABLE`). Raises MistralcError when a file is missing, truncated,
-    changed, a link, or of a schema that this version does not know, and when a required signature
-    is missing or is not that key's; the message names the file.
+    (`runtime.bundle.signature.VARIABLE`). Raises MistralcError, naming the file, if a file is
+    missing, truncated, changed or a link, if the manifest's schema is unknown, or if a required
+    signature is missing or by another key.
     """
     key = required_key(require_signature)
     data = manifest_bytes(path)
@@ -76,8 +77,7 @@ def check_files(
 ) -> None:
     """Check the files in directory `path` against their manifest; raises as `open_bundle` does.
 
-    `in_full` hashes every file, whatever is remembered of it, and refuses files that are not
-    listed.
+    `in_full` hashes every file without using the cache, and refuses files that are not listed.
     """
     _check_names(path, manifest)
     if in_full:
@@ -88,8 +88,8 @@ def check_files(
             _check_file(path / name, entry, cache, progress)
         except OSError as error:
             raise MistralcError(
-                f"{path / name!s:.300} could not be read ({error.strerror}); a file that "
-                "this user may read is expected. Check its permissions and the disk."
+                f"{path / name!s:.300} could not be read ({error.strerror}); expected a file that "
+                "this user may read. Check its permissions and the disk."
             ) from error
     cache.save()
 
@@ -106,12 +106,12 @@ def sha256(path: Path, progress: Progress | None = None) -> str:
 
 
 def _check_names(path: Path, manifest: Manifest) -> None:
-    """Refuse a manifest that names files outside its bundle, or not all that will be loaded."""
+    """Refuse a manifest that lists files outside its bundle, or lacks one that will be loaded."""
     for name in (*TOKENIZER, *manifest.known_target.loaded_files):
         if name not in manifest.files:
             raise MistralcError(
                 f"{path / FILE_NAME} does not list {name}, which a bundle for {manifest.target} "
-                "has, so nothing tells whether it is intact. Export the checkpoint again."
+                "has, so it cannot be checked. Export the checkpoint again."
             )
     for name in manifest.files:
         parts = Path(name).parts
@@ -124,15 +124,15 @@ def _check_names(path: Path, manifest: Manifest) -> None:
 
 
 def _check_unlisted(path: Path, manifest: Manifest) -> None:
-    """Refuse files that nobody signed; directories are no files, and links to them are."""
+    """Refuse files that are not listed. A directory is not a file, but a link to one is."""
     expected = {FILE_NAME, SIGNATURE, *manifest.files}
     for found in sorted(path.rglob("*")):
         name = found.relative_to(path).as_posix()
         if name not in expected and (found.is_symlink() or not found.is_dir()):
             raise MistralcError(
-                f"{found} is not listed in the signed {FILE_NAME}, so nobody vouches for it; a "
-                "bundle with the files that were signed and no others is expected. Remove it, or "
-                "copy the bundle again from where it was signed."
+                f"{found} is not listed in the signed {FILE_NAME}; expected a bundle with only the "
+                "files that were signed. Remove it, or copy the bundle again from where "
+                "it was signed."
             )
 
 
@@ -148,7 +148,7 @@ def _check_file(
         raise MistralcError(
             f"{path} has {size:,} bytes; the manifest expects {entry.size:,}. {remedy}"
         )
-    # Taken first: what changes while it is hashed is hashed again.
+    # Before hashing: a file that changes meanwhile will be hashed again.
     seen_ns, identity = time.time_ns(), _identity(path)
     digest = cache.get(path, identity)
     if digest is None:
@@ -162,13 +162,13 @@ def _check_file(
 
 
 def cache_file() -> Path | None:
-    """Where digests are kept; None for a user without a home, as containers have them."""
+    """Return the path of the cache of hashes; None for a user without a home, as in containers."""
     directory = cache_directory()
     return None if directory is None else directory / "hashes.json"
 
 
 class _HashCache:
-    """Digests of files that have not been touched since. Losing it costs time, never safety."""
+    """SHA-256 of files that have not changed since. Losing it costs time, never safety."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
@@ -188,7 +188,7 @@ class _HashCache:
         return None
 
     def put(self, path: Path, identity: list[int], digest: str, seen_ns: int) -> None:
-        """Remember a digest, unless the file had only just changed when it was `seen_ns`."""
+        """Remember a digest, unless the file changed within `SETTLED_NS` before `seen_ns`."""
         _size, _modified, changed, *_ = identity
         if seen_ns - changed < SETTLED_NS:
             return
@@ -196,7 +196,7 @@ class _HashCache:
         self._changed = True
 
     def save(self) -> None:
-        """Write the cache back, whole or not at all; a read-only home is no error."""
+        """Write the cache, whole or not at all; a read-only home is not an error."""
         if self.path is None or not self._changed:
             return
         with suppress(OSError):
@@ -208,6 +208,6 @@ class _HashCache:
 
 
 def _identity(path: Path) -> list[int]:
-    """What changes when a file's bytes do: the change time cannot be set back by a program."""
+    """What changes when a file's bytes do. A program cannot set the change time (ctime) back."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]

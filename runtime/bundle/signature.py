@@ -1,8 +1,8 @@
 """Ed25519 signatures (RFC 8032) of a bundle's manifest. Knows keys and bytes; opens no bundle.
 
-The manifest has the SHA-256 of every other file, so a signature over its bytes is one over the
-bundle. `manifest.sig` is the 64 bytes of the signature and nothing else, and keys are PEM files
-(PKCS #8 and SubjectPublicKeyInfo): `openssl pkeyutl -verify -rawin` checks them as well.
+The manifest has the SHA-256 of every other file, so a signature of the manifest covers the whole
+bundle. `manifest.sig` is the 64 bytes of the signature and nothing else. Keys are PEM files (PKCS
+#8 and SubjectPublicKeyInfo), so `openssl pkeyutl -verify -rawin` can check a signature too.
 """
 
 import base64
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     )
 
 VARIABLE = "MISTRALC_REQUIRE_SIGNATURE"
-"""Names the public key that every bundle must be signed by, where the command line names none."""
+"""Environment variable: the public key that must have signed, unless the command line names one."""
 
 LENGTH = 64  # bytes of an Ed25519 signature
 
 
 def required_key(given: Path | None, environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The file of the public key that a bundle must be signed by; None where none is required.
+    """Return the file of the public key that must have signed a bundle; None if none is required.
 
-    Raises UsageError where the variable is set and empty: that is what is left of a deployment
-    whose own variable is missing, and must not switch the check off.
+    Raises UsageError if the variable is set but empty: a deployment that fills it from a variable
+    of its own, which is missing, must not switch the check off.
     """
     if given is not None:
         return given
     value = environment.get(VARIABLE)
     if value == "":
         raise UsageError(
-            f"{VARIABLE} is set and empty; the file of a public key is expected. Give it one, or "
-            "unset it to open bundles that nobody signed."
+            f"{VARIABLE} is set but empty; expected the file of a public key. Name one, or unset "
+            "the variable to open unsigned bundles."
         )
     return None if value is None else Path(value)
 
@@ -48,7 +48,7 @@ def required_key(given: Path | None, environment: Mapping[str, str] = os.environ
 def write_keys(path: Path) -> str:
     """Write a new private key to `path` and its public key to `path`.pub; return the fingerprint.
 
-    The private key is readable by this user only and not encrypted. Nothing is overwritten.
+    The private key is not encrypted, and only this user may read it. Nothing is overwritten.
     """
     _require_cryptography()
     from cryptography.hazmat.primitives import serialization
@@ -73,29 +73,28 @@ def write_keys(path: Path) -> str:
 
 
 def public_path(path: Path) -> Path:
-    """Where the public key of the private key in `path` is written."""
+    """Return where `write_keys` puts the public key of the private key in `path`."""
     return path.with_name(f"{path.name}.pub")
 
 
 def sign(message: bytes, path: Path) -> tuple[bytes, str]:
-    """Sign with the private key in the file `path`: 64 bytes, and the fingerprint of its key."""
+    """Sign with the private key in the file `path`; return the 64 bytes and the fingerprint."""
     key = _private_key(path)
     return key.sign(message), fingerprint(key.public_key())
 
 
 def check_signature(message: bytes, bundle: Path, path: Path) -> str:
-    """Check that the manifest's bytes are signed by the public key in the file `path`.
+    """Check that the key in the file `path` signed the manifest's bytes; return its fingerprint.
 
-    Returns the key's fingerprint. Raises MistralcError for an unsigned bundle, a changed manifest
-    or another key, without having looked at anything in the bundle but the signature.
+    Raises MistralcError for an unsigned bundle, a changed manifest or another key. Reads nothing
+    in the bundle but the signature.
     """
     key = _public_key(path)
     signature = read_signature(bundle)
     if signature is None:
         raise MistralcError(
-            f"{bundle} is not signed: it has no {SIGNATURE}, and a signature by {path} is "
-            "required here. Do not use it, or have it signed by those who built it, with "
-            "`mistralc sign`."
+            f"{bundle} is not signed: it has no {SIGNATURE}, but a signature by {path} is "
+            "required. Do not use it, or ask those who built it to sign it with `mistralc sign`."
         )
     from cryptography.exceptions import InvalidSignature
 
@@ -103,19 +102,19 @@ def check_signature(message: bytes, bundle: Path, path: Path) -> str:
         key.verify(signature, message)
     except InvalidSignature as error:
         raise MistralcError(
-            f"{bundle / SIGNATURE} is no signature of {FILE_NAME} by the required key {path} "
+            f"{bundle / SIGNATURE} is not a signature of {FILE_NAME} by the required key {path} "
             f"({fingerprint(key)}): the manifest was changed after it was signed, or another key "
             "signed it. Do not use this bundle; copy it again from where it was signed, or ask "
-            "there for the public key."
+            "those who signed it for their public key."
         ) from error
     return fingerprint(key)
 
 
 def read_signature(bundle: Path) -> bytes | None:
-    """The bundle's signature, whoever made it; None where there is none."""
+    """Return the bundle's signature, by whichever key; None if there is none."""
     try:
         with (bundle / SIGNATURE).open("rb") as file:
-            return file.read(LENGTH + 1)  # one byte more, so that a longer file does not pass
+            return file.read(LENGTH + 1)  # one more byte, so that a longer file is refused
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -125,7 +124,7 @@ def read_signature(bundle: Path) -> bytes | None:
 
 
 def write_signature(bundle: Path, signature: bytes) -> None:
-    """Put the signature into the bundle, in place of an older one, whole or not at all."""
+    """Write the signature into the bundle, replacing an older one, whole or not at all."""
     path = bundle / SIGNATURE
     partial = bundle / f"{SIGNATURE}.partial"
     try:
@@ -145,7 +144,7 @@ def write_signature(bundle: Path, signature: bytes) -> None:
 
 
 def fingerprint(key: "Ed25519PublicKey") -> str:
-    """A name for a key: `SHA256:` and the hash of its 32 bytes, as short as OpenSSH writes it."""
+    """Return `SHA256:` and the base64 hash of the key's 32 bytes, without padding, as OpenSSH."""
     digest = hashlib.sha256(key.public_bytes_raw()).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
@@ -155,7 +154,7 @@ def _create(path: Path, data: bytes, mode: int) -> None:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except FileExistsError as error:
         raise UsageError(
-            f"{path} exists and is left alone: a key that is overwritten is lost. Choose another "
+            f"{path} exists and is left alone, because an overwritten key is lost. Choose another "
             "name."
         ) from error
     except OSError as error:
@@ -168,7 +167,9 @@ def _create(path: Path, data: bytes, mode: int) -> None:
     except OSError as error:
         with suppress(OSError):
             path.unlink()
-        raise MistralcError(f"The key could not be written to {path} ({error}).") from error
+        raise MistralcError(
+            f"The key could not be written to {path} ({error}). Check the disk."
+        ) from error
 
 
 def _private_key(path: Path) -> "Ed25519PrivateKey":
@@ -177,12 +178,12 @@ def _private_key(path: Path) -> "Ed25519PrivateKey":
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     key: Any = None
-    with suppress(ValueError, TypeError):  # no PEM, another kind of key, or an encrypted one
+    with suppress(ValueError, TypeError):  # not PEM, another kind of key, or encrypted
         key = serialization.load_pem_private_key(_read(path), password=None)
     if not isinstance(key, Ed25519PrivateKey):
         raise UsageError(
-            f"{path} is not the private key that is needed to sign; an unencrypted Ed25519 key "
-            "in PEM is expected, as `mistralc keygen` writes it."
+            f"{path} is not a private key to sign with; expected an unencrypted Ed25519 key in "
+            "PEM. Give the file that `mistralc keygen` wrote."
         )
     return key
 
@@ -197,8 +198,8 @@ def _public_key(path: Path) -> "Ed25519PublicKey":
         key = serialization.load_pem_public_key(_read(path))
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(
-            f"{path} is not the public key of a signature; an Ed25519 key in PEM is expected, the "
-            "file ending in .pub that `mistralc keygen` writes."
+            f"{path} is not a public key to check signatures with; expected an Ed25519 key in PEM. "
+            "Give the file ending in .pub that `mistralc keygen` wrote."
         )
     return key
 
@@ -217,6 +218,6 @@ def _require_cryptography() -> None:
         import cryptography  # noqa: F401
     except ModuleNotFoundError as error:
         raise MistralcError(
-            "Signatures are made and checked by the package cryptography, which is not installed "
-            "here. Install it: pip install 'mistralc[sign]', or cryptography alone."
+            "Signatures need the package cryptography, which is not installed here. Install it: "
+            "pip install 'mistralc[sign]', or cryptography alone."
         ) from error

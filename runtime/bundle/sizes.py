@@ -1,4 +1,4 @@
-"""How many bytes the weights of a build have, and how many of them a token costs."""
+"""Bytes of a build's weights, and bytes that a decode step reads."""
 
 import math
 
@@ -9,7 +9,7 @@ from graphs.spec import ModelSpec
 
 
 def weight_bytes(spec: ModelSpec, storage: Storage, activation: Dtype) -> dict[str, int]:
-    """Bytes of every weight by its name, including scales if it is quantized."""
+    """Return the bytes of every weight by name, including scales if it is quantized."""
     found = {}
     for name, shape in spec.weight_shapes().items():
         scheme = storage.schemes.get(name)
@@ -23,7 +23,7 @@ def weight_bytes(spec: ModelSpec, storage: Storage, activation: Dtype) -> dict[s
 
 
 def read_bytes(build: Build) -> int:
-    """Bytes of weights that a decoded token reads: all, but one row of an untied embedding."""
+    """Return the bytes of weights read per token: all, but only one row of an untied embedding."""
     spec = build.spec
     found = weight_bytes(spec, build.storage, build.activation)
     if not spec.tie_word_embeddings:
@@ -32,6 +32,6 @@ def read_bytes(build: Build) -> int:
 
 
 def step_bytes(build: Build, position: int) -> int:
-    """Bytes that a step for one token at `position` reads: weights, keys and values."""
+    """Return the bytes that a step for one token at `position` reads: weights, keys and values."""
     slots = sum(min(position, size or position) for size in build.spec.layer_windows)
     return read_bytes(build) + slots * build.contract.slot_bytes

@@ -1,17 +1,25 @@
-"""A conversation on a terminal. Knows how to talk to a person, not how tokens are made.
+"""The command chat: a conversation on a terminal. Knows nothing about how tokens are made.
 
-The messages are rendered whole every turn, and the ring keeps what they have in common with the
-last turn, so a turn costs its own tokens; an answer taken back costs nothing while the ring still
-reaches that far.
+All messages are rendered again every turn, and the ring keeps the prefix that they share with the
+last turn, so a turn costs only its own tokens. Taking an answer back costs nothing while the ring
+still reaches that far.
+
+Heavy imports are inside the functions, so that `mistralc --help` answers at once.
 """
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from graphs.errors import MistralcError, UsageError
-from runtime.completion import Completion, Limits
+from runtime.cli import options
 from runtime.decoding.sampling import SamplingParams
-from runtime.load import Loaded
+from runtime.decoding.sampling_defaults import sampling_params
+from runtime.system.progress import stage_for
+
+if TYPE_CHECKING:
+    from runtime.completion import Completion, Limits
+    from runtime.load import Loaded
 
 Message = dict[str, str]
 
@@ -21,11 +29,37 @@ HELP = """\
 """
 
 
+def chat(
+    *,
+    bundle: options.BundlePath,
+    system: options.SystemMessage = None,
+    limit_options: options.LimitOptions,
+    sampling: options.SamplingOptions,
+    session: options.SessionFile = None,
+    loading: options.LoadOptions,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk to a bundle. Earlier turns stay in the ring, so a turn costs only its own tokens."""
+    from runtime.cli.session_file import resume, save
+
+    limits = limit_options.limits()
+    loaded = loading.load(bundle, stage_for(quiet=quiet))
+    talk = Chat(loaded, sampling_params(loaded.defaults, sampling.given), limits, system)
+    if session is None:
+        talk.run()
+        return
+    talk.resume(resume(session, loaded).get("messages", []))
+    try:
+        talk.run()
+    finally:
+        save(session, loaded, {"messages": talk.messages})
+
+
 class Chat:
     """The messages so far, and the loop that adds to them."""
 
     def __init__(
-        self, loaded: Loaded, params: SamplingParams, limits: Limits, system: str | None
+        self, loaded: "Loaded", params: SamplingParams, limits: "Limits", system: str | None
     ) -> None:
         self.loaded, self.params, self.limits = loaded, params, limits
         self.opening: list[Message] = (
@@ -35,25 +69,26 @@ class Chat:
         self.last: Completion | None = None
 
     def resume(self, messages: Sequence[Message]) -> None:
-        """Go on from these messages, of a chat that was kept.
+        """Continue from the messages of a saved chat.
 
-        Raises UsageError where it began with another system message than was given for this one,
-        MistralcError where they are no messages.
+        Raises UsageError if that chat began with another system message than this one,
+        MistralcError if the value is not a list of messages.
         """
         if not _are_messages(messages):
             raise MistralcError(
-                f"The file of --session holds {messages!r:.80} where a chat's messages are "
-                "expected. Name another file to start a new chat."
+                f"The file of --session holds {messages!r:.80}; expected the messages of a chat. "
+                "Name another file to start a new chat."
             )
         if not messages:
             return
-        began = [message for message in messages[:1] if message["role"] == "system"]
-        if self.opening and began != self.opening:
+        opening = [message for message in messages[:1] if message["role"] == "system"]
+        if self.opening and opening != self.opening:
             raise UsageError(
-                "--system is not what the chat in --session began with. Leave --system out to go "
-                "on with it, or name another file to start a new one."
+                "--system differs from the system message that the chat in --session began with. "
+                "Leave --system out to continue that chat, or name another file to start a new "
+                "one."
             )
-        self.opening, self.messages = began, list(messages)
+        self.opening, self.messages = opening, list(messages)
 
     def run(self) -> None:
         """Read, answer, repeat, until the input ends."""
@@ -77,7 +112,7 @@ class Chat:
                 self.turn(line)
 
     def turn(self, line: str) -> None:
-        """Do what one line asks: a command, or a question to answer."""
+        """Run the line as a command, or answer it as a question."""
         if line.startswith("/"):
             self.command(line)
             return
@@ -101,7 +136,9 @@ class Chat:
             print(HELP, end="")
 
     def answer(self) -> None:
-        """Print the answer to the last message as it comes, and remember it."""
+        """Print the answer to the last message while it is generated, and remember it."""
+        from runtime.completion import Completion
+
         ids = self.loaded.tokenizer.encode_chat(self.messages)
         self.last = Completion(
             self.loaded.generator, self.loaded.tokenizer, ids, self.params, self.limits, chat=True

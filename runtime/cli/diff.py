@@ -1,4 +1,4 @@
-"""The command diff: its arguments and its tables. Knows no comparison."""
+"""The command diff: its options and tables. `runtime.measure.diff` does the comparing."""
 
 import json
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 DIFFERENT = 3  # exit status with --exit-code; 1 and 2 are failures, as everywhere
 
-LONGEST = 40  # characters of a value in the table
-MOST = 20  # lines of one top-level field; a scheme for every weight would be hundreds
+MAX_VALUE = 40  # characters of a value in the table
+MAX_LINES = 20  # of one top-level field; a scheme for every weight would be hundreds
 
 
 def diff(
@@ -26,10 +26,13 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A bundle.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The bundle to compare it with.")],
     static: Annotated[
-        bool, typer.Option("--static", help="Compare manifests and files only; load nothing.")
+        bool, typer.Option("--static", help="Compare only manifests and files; load nothing.")
     ] = False,
     exit_code: Annotated[
-        bool, typer.Option("--exit-code", help=f"Exit with {DIFFERENT} unless they are identical.")
+        bool,
+        typer.Option(
+            "--exit-code", help=f"Exit with status {DIFFERENT} unless the bundles are identical."
+        ),
     ] = False,
     threads: options.Threads = None,
     require_signature: options.RequireSignature = None,
@@ -57,7 +60,7 @@ def _lines(a: "Bundle", b: "Bundle", found: "Difference") -> Iterator[str]:
         manifest = bundle.manifest
         yield f"{letter}  {bundle.path}  {manifest.target}, {manifest.precision}"
     if found.identical:
-        yield "\nidentical: every file has the same bytes"
+        yield "\nidentical: all files have the same bytes"
     if found.changes:
         yield "\nmanifest (A → B)"
         yield from _changes(found.changes)
@@ -70,7 +73,7 @@ def _lines(a: "Bundle", b: "Bundle", found: "Difference") -> Iterator[str]:
         yield f"  KL(A || B)          {found.logits.kl:.3g} nats, {found.logits.max_kl:.3g} at most"
     if found.latency is not None:
         ratio = found.latency.b_ms / found.latency.a_ms
-        yield f"\nlatency of a step, median of {found.latency.steps} each, in turns"
+        yield f"\nlatency of a step, median of {found.latency.steps} each, alternating"
         yield (
             f"  A {found.latency.a_ms:,.3f} ms   B {found.latency.b_ms:,.3f} ms   B/A {ratio:.3f}"
         )
@@ -89,11 +92,11 @@ def _lines(a: "Bundle", b: "Bundle", found: "Difference") -> Iterator[str]:
 
 
 def _changes(changes: "tuple[Change, ...]") -> Iterator[str]:
-    """A tree: each group of fields is named once, and what it holds stands under it."""
+    """Return the changes as a tree: each group of fields once, with its fields under it."""
     above: tuple[str, ...] = ()
     for top, group in groupby(changes, key=lambda change: change.field[0]):
         found = list(group)
-        for change in found[:MOST]:
+        for change in found[:MAX_LINES]:
             *groups, name = change.field
             same = (one == two for one, two in zip(above, groups, strict=False))
             known = sum(takewhile(bool, same))
@@ -101,15 +104,15 @@ def _changes(changes: "tuple[Change, ...]") -> Iterator[str]:
                 yield f"{'  ' * depth}{part}"
             above = tuple(groups)
             yield f"{'  ' * len(change.field)}{name}: {_value(change.a)} → {_value(change.b)}"
-        if len(found) > MOST:
-            yield f"    and {len(found) - MOST} more of {top}, which --json lists"
+        if len(found) > MAX_LINES:
+            yield f"    and {len(found) - MAX_LINES} more in {top}; --json lists them"
 
 
 def _value(value: Any) -> str:
     from runtime.measure.diff import ABSENT
 
     text = "(nothing)" if value is ABSENT else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 1]}…"
 
 
 def _files(files: "tuple[File, ...]") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The command doctor: its arguments and its table. Knows no check."""
+"""The command doctor: its options and table. `runtime.doctor` does the checking."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def doctor(
     require_signature: options.RequireSignature = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say whether this host can run mistralc, and a bundle; exit 1 when something fails."""
+    """Check whether this host can run mistralc, and a bundle; exit with 1 if a check fails."""
     from runtime.doctor.host_checks import examine
 
     with stage_for(quiet=as_json)("Checking", None):
@@ -36,7 +36,7 @@ def doctor(
 
 
 def _show(rows: list[tuple[str, str, str, str | None]]) -> None:
-    """Print one line a check, and under it what to do; lines are not broken, to be copied whole."""
+    """Print a line per check, its remedy below it. Long lines are not broken: they are copied."""
     colours = {"ok": "32", "warning": "33", "failed": "1;31"}  # green, yellow, bold red
     coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     width = max(len(name) for _, name, _, _ in rows)

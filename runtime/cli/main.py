@@ -1,23 +1,27 @@
-"""How a command line ends: errors in one paragraph, exit statuses. Knows no command."""
+"""Run a command line: errors in one paragraph, exit statuses. Knows no command."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import typer
 
 from graphs.errors import MistralcError
 
 DEBUG = "--debug"
-INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt: 128 + SIGINT
+INTERRUPTED = 130  # 128 + SIGINT, which typer exits with on a KeyboardInterrupt
 
 
 def run(
     app: Callable[[list[str]], object], *, missing: Mapping[str, str], name: str = "mistralc"
 ) -> None:
-    """Run `app` on this process's arguments.
+    """Run `app` with this process's arguments.
 
-    Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. `missing` says, by package,
-    what to do where it is not installed; any other that is not is a fault, and gets a traceback.
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 stopped by Ctrl-C. `missing` maps packages
+    that may be absent to a remedy; if any other package is absent, that is a defect and the
+    traceback is shown.
     """
     arguments = sys.argv[1:]
     debug = DEBUG in arguments
@@ -42,3 +46,11 @@ def run(
         if ended.code == INTERRUPTED:
             typer.echo(f"{name}: stopped.", err=True)
         raise
+
+
+def program_name() -> str:
+    """Return what to type to run this program again, for commands that we suggest to the user."""
+    called = Path(sys.argv[0])
+    if shutil.which(called.name) == str(called.absolute()):
+        return called.name
+    return os.path.relpath(called)

@@ -5,12 +5,14 @@ A field's name, type and default are those of the option; its `typer.Option` is 
     @dataclass(frozen=True, kw_only=True)
     class Limits:
         max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens.")] = 512
+        buffered_tokens: int = 1024
 
     @with_option_fields
     def generate(*, prompt: str, limits: Limits) -> None: ...
 
-`generate` then has the options `--prompt` and `--max-tokens`. Fields that are dataclasses are
-expanded too. Works with typer and with `plain_typer` alike: both read a command's signature.
+`generate` then has the options `--prompt` and `--max-tokens`. A field without `typer.Option`, such
+as `buffered_tokens`, keeps its default. Fields that are dataclasses are expanded too. Works with
+typer and with `plain_typer` alike: both read a command's signature.
 """
 
 import inspect
@@ -23,9 +25,9 @@ Command = Callable[..., None]
 
 
 def with_option_fields(command: Command) -> Command:
-    """Replace each parameter of `command` that is a dataclass by that dataclass's fields.
+    """Replace each parameter of `command` that is a dataclass by the options among its fields.
 
-    Raises TypeError if two options would have one name.
+    Raises TypeError if two options would have one name, or if a tuple has a default other than ().
     """
     hints = get_type_hints(command, include_extras=True)
     groups = {name: kind for name, kind in hints.items() if _is_group(kind)}
@@ -42,7 +44,7 @@ def with_option_fields(command: Command) -> Command:
     @wraps(command)
     def run(**given: Any) -> None:
         made = {name: build(kind, given) for name, kind in groups.items()}
-        rest = {name: value for name, value in given.items() if name in hints}
+        rest = {n: value for n, value in given.items() if n in hints and n not in groups}
         command(**rest, **made)
 
     run.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
@@ -52,9 +54,9 @@ def with_option_fields(command: Command) -> Command:
 
 
 def build(kind: type[Any], given: Mapping[str, Any]) -> Any:
-    """Make a dataclass of the values given for its fields, however deep these are nested."""
+    """Make a dataclass of the values given for its options and those of nested dataclasses."""
     values = {}
-    for field, hint in _fields(kind):
+    for field, hint in _option_fields(kind):
         if _is_group(hint):
             values[field.name] = build(hint, given)
         elif _holds_many(_plain(hint)):
@@ -65,12 +67,14 @@ def build(kind: type[Any], given: Mapping[str, Any]) -> Any:
 
 
 def _options(kind: type[Any]) -> Iterator[inspect.Parameter]:
-    for field, hint in _fields(kind):
+    for field, hint in _option_fields(kind):
         if _is_group(hint):
             yield from _options(hint)
             continue
         annotation, default = hint, field.default
         if _holds_many(_plain(hint)):  # a command line gives a list, or nothing
+            if default != ():
+                raise TypeError(f"{kind.__name__}.{field.name}: the default of a tuple must be ()")
             (item, _), (_, *extra) = get_args(_plain(hint)), get_args(hint)
             annotation = Annotated[(list[item] | None, *extra)]  # type: ignore[valid-type]
             default = None
@@ -86,9 +90,13 @@ def _is_group(hint: Any) -> bool:
     return isinstance(hint, type) and is_dataclass(hint)
 
 
-def _fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+def _option_fields(kind: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields that are options or groups of options, with their types."""
     hints = get_type_hints(kind, include_extras=True)
-    return ((field, hints[field.name]) for field in fields(kind))
+    for field in fields(kind):
+        hint = hints[field.name]
+        if get_origin(hint) is Annotated or _is_group(hint):
+            yield field, hint
 
 
 def _plain(hint: Any) -> Any:

@@ -1,7 +1,7 @@
 """The part of typer's interface that this package uses, on argparse. Knows no command.
 
-A production host need not have typer, so `run.pyz` puts this module in its place where it is not
-installed. The same declarations then take the same arguments; only the help looks plainer.
+A production host need not have typer: `run.pyz` uses this module instead if typer is not
+installed. The same declarations then accept the same arguments; only the help looks plainer.
 """
 
 import argparse
@@ -19,7 +19,7 @@ Function = Callable[..., None]
 
 
 class Exit(Exception):  # noqa: N818  (typer's name)
-    """Ends the program with a status."""
+    """Exit the program with a status."""
 
     def __init__(self, code: int = 0) -> None:
         super().__init__(code)
@@ -28,7 +28,7 @@ class Exit(Exception):  # noqa: N818  (typer's name)
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A declared argument or option; what concerns only typer's help is dropped."""
+    """A declared argument or option. Settings that concern only typer's help are ignored."""
 
     positional: bool
     names: tuple[str, ...]
@@ -36,7 +36,7 @@ class Parameter:
 
 
 def Option(*names: str, **settings: Any) -> Parameter:  # noqa: N802  (typer's name)
-    """Declare an option; without names it takes that of the parameter."""
+    """Declare an option; without names it is named after the parameter."""
     return Parameter(False, names, settings)
 
 
@@ -46,12 +46,12 @@ def Argument(**settings: Any) -> Parameter:  # noqa: N802  (typer's name)
 
 
 def echo(message: str, *, err: bool = False) -> None:
-    """Print a line, to standard error where `err` says so."""
+    """Print a line, to standard error if `err`."""
     print(message, file=sys.stderr if err else sys.stdout)
 
 
 class Typer:
-    """Commands by name; calling it runs one."""
+    """A program of several commands; call it with the arguments to run one."""
 
     def __init__(self, *, name: str, help: str = "", **_settings: Any) -> None:  # noqa: A002
         self.name, self.help = name, help
@@ -67,13 +67,16 @@ class Typer:
         return add
 
     def __call__(self, arguments: Sequence[str]) -> None:
-        """Run a command; raises SystemExit where it does not simply end."""
+        """Run a command. Raises SystemExit for help, wrong usage or an exit status."""
         if not arguments or arguments[0] in ("-h", "--help"):
             self._show_help()
             raise SystemExit(0 if arguments else WRONG_USAGE)
         name, *rest = arguments
         if name not in self.commands:
-            print(f"{self.name}: there is no command {name!r}; --help lists them.", file=sys.stderr)
+            print(
+                f"{self.name}: There is no command {name!r}; --help lists the commands.",
+                file=sys.stderr,
+            )
             raise SystemExit(WRONG_USAGE)
         values = vars(
             parser(f"{self.name} {name}", self.commands[name]).parse_intermixed_args(rest)
@@ -93,7 +96,7 @@ class Typer:
 
 
 def parser(program: str, function: Function) -> argparse.ArgumentParser:
-    """The parser of one command, from the annotations of its parameters."""
+    """Make the parser of one command from the annotations of its parameters."""
     made = argparse.ArgumentParser(
         prog=program, description=inspect.getdoc(function), allow_abbrev=False
     )
@@ -129,7 +132,7 @@ def _add(made: argparse.ArgumentParser, name: str, annotation: Any, default: Any
 
 
 def _plain(kind: Any) -> Any:
-    """The type without the None that stands for "not given"."""
+    """Return the type without the `| None` of an option that may be left out."""
     if get_origin(kind) in (Union, UnionType):
         (kind,) = (each for each in get_args(kind) if each is not NoneType)
     return kind
@@ -142,7 +145,7 @@ def _dashed(name: str) -> str:
 def _bounded(
     kind: Callable[[str], Any], least: float | None, most: float | None
 ) -> Callable[[str], Any]:
-    """Read a value of `kind`; an ArgumentTypeError says what is wrong with it."""
+    """Return a function that reads a value of `kind`, or raises ArgumentTypeError."""
 
     def read(text: str) -> Any:
         try:

@@ -1,6 +1,6 @@
-"""A text that goes on where it stopped: a generator's snapshot in a file. Knows no command.
+"""Save and restore a sequence between runs (--session). Knows no command.
 
-What the file holds of the next prompt is not computed again; what it does not is read as always.
+The tokens in the file are not computed again; the rest of the next prompt is fed as usual.
 """
 
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ from runtime.load import Loaded
 
 
 def resume(path: Path, loaded: Loaded) -> Mapping[str, Any]:
-    """Bring the text in `path` back, if the file exists; returns the note that came with it.
+    """Restore the sequence in `path` if the file exists; return the note saved with it, or {}.
 
-    Raises MistralcError, and leaves everything as it is, for a file that is damaged or foreign,
-    UsageError where the file does not exist and could not be written either.
+    Raises MistralcError, and changes nothing, if the file is damaged or of another bundle;
+    UsageError if the file does not exist and its directory does not either.
     """
     if not path.exists():
         if not path.absolute().parent.is_dir():
             raise UsageError(
-                f"--session is {path}; a file in a directory that exists is expected. Make the "
+                f"--session is {path}; expected a file in a directory that exists. Make the "
                 "directory first."
             )
         return {}
@@ -32,8 +32,8 @@ def resume(path: Path, loaded: Loaded) -> Mapping[str, Any]:
     return found.note
 
 
-def keep(path: Path, loaded: Loaded, note: Mapping[str, Any]) -> None:
-    """Put the text that the ring holds into `path`, in place of what was there."""
+def save(path: Path, loaded: Loaded, note: Mapping[str, Any]) -> None:
+    """Write the sequence in the ring, and `note`, to `path`, replacing an existing file."""
     generator = loaded.generator
     generator.drop_interrupted()
     taken = snapshot.take(

@@ -15,11 +15,11 @@ def keygen(
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="FILE",
-                     help="Where the private key is written; the public one into FILE.pub."),
+                     help="Write the private key to FILE and the public key to FILE.pub."),
     ],
     as_json: options.Json = False,
 ) -> None:  # fmt: skip
-    """Make a pair of Ed25519 keys: one to sign bundles with, one to require signatures by."""
+    """Make a pair of Ed25519 keys: one to sign bundles with, one to check signatures with."""
     from runtime.bundle import signature
 
     fingerprint = signature.write_keys(output)
@@ -28,7 +28,7 @@ def keygen(
         print(json.dumps({"private": str(output), "public": str(public),
                           "fingerprint": fingerprint}))  # fmt: skip
         return
-    print(f"{output}: keep it secret, and off the hosts that run bundles.")
+    print(f"{output}: keep it secret, and away from hosts that run bundles.")
     print(f"{public}: {fingerprint}, for --require-signature.")
 
 
@@ -36,12 +36,12 @@ def sign(
     *,
     bundle: options.BundlePath,
     key: Annotated[
-        Path, typer.Option("--key", metavar="FILE", help="The private key that keygen wrote.")
+        Path, typer.Option("--key", metavar="FILE", help="A private key that keygen wrote.")
     ],
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check every file of a bundle, and sign its manifest, which has their hashes."""
+    """Check every file of a bundle, and sign its manifest, which lists their hashes."""
     from graphs.manifest import SIGNATURE, manifest_bytes, parse_manifest
     from runtime.bundle import signature
     from runtime.bundle.open import check_files

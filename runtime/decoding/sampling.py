@@ -232,11 +232,11 @@ class Sampler:
         """The chosen token and the `count` most likely ones, with their log-probabilities."""
         norm = self._truncation.log_normalizer(scores, top)
         ids = self._truncation.largest(scores, count) if count else np.empty(0, np.int64)
-        likeliest = ids[np.argsort(-scores[ids], kind="stable")][:count]
+        most_likely = ids[np.argsort(-scores[ids], kind="stable")][:count]
         return Sampled(
             token_id=token_id,
             logprob=float(scores[token_id]) - norm,
-            top_logprobs=tuple((int(i), float(scores[i]) - norm) for i in likeliest),
+            top_logprobs=tuple((int(i), float(scores[i]) - norm) for i in most_likely),
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a bundle is whole and this host can run it. Loads no model, knows no command."""
+"""Check that a bundle is whole and that this host can run it. Loads no model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +21,10 @@ def check_bundle(
     cuda: Cuda,
     require_signature: Path | None = None,
 ) -> list[Check]:
-    """Check that a bundle is whole and that this host has what it runs on.
+    """Check that a bundle is whole and that this host has its backend and enough memory.
 
-    `require_signature` is that of `open_bundle`. TensorRT is not shown a plan of other bytes than
-    the manifest lists.
+    `require_signature` is passed to `open_bundle`. TensorRT gets to see a plan only if its bytes
+    are those that the manifest lists.
     """
     checks: list[Check] = []
     key = required_key(require_signature)
@@ -57,7 +57,7 @@ def check_bundle(
         checks.append(failed("files", str(error), rebuild))
     target = TARGETS.get(manifest.target)
     if target is None:
-        found = f"this version of mistralc knows no target {manifest.target!r}"
+        found = f"this version of mistralc has no target {manifest.target!r}"
         return [*checks, failed("target", found, "pip install --upgrade mistralc")]
     library = libraries[target.backend_module]
     checks.append(check_backend(manifest, target, library, providers))
@@ -68,13 +68,14 @@ def check_bundle(
 
 
 def engine_of(path: Path, manifest: Manifest) -> Engine | None:
-    """What the manifest says about the bundle's plan; None for a bundle without one."""
+    """Return what the manifest says about the bundle's plan; None if it holds no plan."""
     target = TARGETS[manifest.target]
     if not target.holds_plan:
         return None
     gpus = () if manifest.engine is None else manifest.engine.get("gpus", ())
+    (plan,) = target.loaded_files
     return Engine(
-        plan=path / "engine.plan",
+        plan=path / plan,
         target=target,
         version=_recorded(manifest, target),
         compute_capabilities=tuple(f"{gpu[2:-1]}.{gpu[-1]}" for gpu in gpus),  # sm89 is 8.9
@@ -84,26 +85,26 @@ def engine_of(path: Path, manifest: Manifest) -> Engine | None:
 def check_backend(
     manifest: Manifest, target: Target, library: Library, providers: tuple[str, ...]
 ) -> Check:
-    """Check that what the bundle's target runs on is installed, works and is not too old."""
+    """Check that the target's backend is installed, can be imported and is not too old."""
     name = "backend"
     install = f"pip install 'mistralc[{target.name}]'"
     if library.version is None:
-        found = f"the target {target.name} needs {library.name}; not installed"
+        found = f"the target {target.name} needs {library.name}, which is not installed"
         return failed(name, found, install)
     if library.problem is not None:
         fault = broken(library)
         return failed(name, f"{library.name} {fault.found}", str(fault.remedy))
     found = f"{library.distribution or library.name} {library.version}"
     if target.holds_plan:
-        return ok(name, found)  # a plan's check of the version is stricter
+        return ok(name, found)  # `check_version` is stricter
     if release(library.version) < target.min_backend_version:
         oldest = ".".join(map(str, target.min_backend_version))
-        return failed(name, f"{found}; {oldest} or later is needed", f"{install} --upgrade")
+        return failed(name, f"{found}; expected {oldest} or later", f"{install} --upgrade")
     if target.execution_provider is not None and target.execution_provider not in providers:
         return failed(
             name,
             f"{found} has no {target.execution_provider}",
-            f"pip uninstall onnxruntime    then: {install}",
+            f"pip uninstall {library.name}    then: {install}",
         )
     recorded = _recorded(manifest, target)
     if recorded is not None and release(library.version) < release(recorded):
@@ -116,7 +117,7 @@ def check_backend(
 
 
 def check_room(manifest: Manifest, total: int | None, available: int | None, cuda: Cuda) -> Check:
-    """Compare weights and full ring with the memory of the host, or of the first GPU."""
+    """Check that weights and full ring fit in the host's memory, or in that of the first GPU."""
     weights = max((entry.size for entry in manifest.files.values()), default=0)
     ring = manifest.contract.ring_bytes
     needed = weights + ring
@@ -124,7 +125,7 @@ def check_room(manifest: Manifest, total: int | None, available: int | None, cud
     smaller = "mistralc export    with a smaller --precision, --window or --max-batch"
     if TARGETS[manifest.target].on_gpu:
         if not cuda.devices:
-            return ok("room", f"{found}; to be compared where there is a GPU")
+            return ok("room", f"{found}; compare with the memory of the GPU that will run it")
         device = cuda.devices[0]
         found += f", {device.memory_bytes / 1e6:,.1f} MB on the {device.name}"
         return failed("room", found, smaller) if device.memory_bytes < needed else ok("room", found)
@@ -139,7 +140,7 @@ def check_room(manifest: Manifest, total: int | None, available: int | None, cud
 
 
 def rebuild_command(path: Path, manifest: Manifest) -> str:
-    """The command that exports this bundle again; a checkpoint's directory is not recorded."""
+    """Return the command that exports this bundle again. The checkpoint's path is not recorded."""
     name = manifest.checkpoint["name"]
     words = ["mistralc", "export", name if name == "smollm2" else f"PATH/TO/{name}", "-o", path]
     words += ["--target", manifest.target, "--precision", manifest.precision]
@@ -154,16 +155,16 @@ def rebuild_command(path: Path, manifest: Manifest) -> str:
 
 
 def broken(library: Library) -> Check:
-    """Report a library that is installed and does not import."""
+    """Report a library that is installed but cannot be imported."""
     name = library.distribution or library.name
     return warning(
         library.name,
-        f"{library.version} is installed and does not import: {library.problem}",
+        f"{library.version} is installed but cannot be imported: {library.problem}",
         f"pip install --force-reinstall {name}",
     )
 
 
 def _recorded(manifest: Manifest, target: Target) -> str | None:
-    """The version of the backend that the bundle was made with; None if nobody recorded it."""
+    """Return the backend version that the bundle was made with; None if it is not recorded."""
     names = target.distributions
     return next((manifest.versions[name] for name in names if name in manifest.versions), None)

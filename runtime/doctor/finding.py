@@ -1,4 +1,4 @@
-"""One finding about a host or a bundle, as a value. Knows nothing about what is checked."""
+"""The result of one check, as a value. Knows nothing about what is checked."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ State = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """What was found. `remedy` is the command to run, or the one thing to do, unless it is ok."""
+    """The result of one check. `remedy` is the command to run or what to do; None if it is ok."""
 
     name: str
     state: State
@@ -17,15 +17,15 @@ class Check:
 
 
 def ok(name: str, found: str) -> Check:
-    """As it should be, or only for information."""
+    """Report that all is well, or a fact for information."""
     return Check(name=name, state="ok", found=found)
 
 
 def warning(name: str, found: str, remedy: str) -> Check:
-    """It may work, slower or not for everything."""
+    """Report something that may make mistralc slower, or stop some of it from working."""
     return Check(name=name, state="warning", found=found, remedy=remedy)
 
 
 def failed(name: str, found: str, remedy: str) -> Check:
-    """It will not work."""
+    """Report something that will not work."""
     return Check(name=name, state="failed", found=found, remedy=remedy)

@@ -1,7 +1,7 @@
-"""Whether this host can run mistralc: checks and their remedies. Prints nothing, knows no bundle.
+"""Check that this host can run mistralc, and suggest remedies. Prints nothing.
 
 Each check is a function from facts to `Check` values, so that every verdict can be tested without
-the hardware it is about. Loads no model, and imports neither torch nor onnx.
+the hardware in question. Loads no model, and imports neither torch nor onnx.
 """
 
 import importlib
@@ -12,26 +12,25 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from graphs.targets import DEFAULT_TARGET
 from runtime.bundle.open import cache_file
 from runtime.doctor.bundle_checks import broken, check_bundle
 from runtime.doctor.finding import Check, failed, ok, warning
 from runtime.system import host
-from runtime.system.host import BACKENDS, Cuda, Library, find_library
+from runtime.system.host import BACKENDS, REQUIRED, Cuda, Library, find_library
 
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
-LEAST_CACHE = 64 << 20  # bytes of disk below which hashes cannot be kept
-
-REQUIRED = ("numpy", "tokenizers", "jinja2")
+MIN_CACHE_BYTES = 64 << 20  # free disk that the cache of hashes needs
 
 
 def examine(bundle: Path | None = None, require_signature: Path | None = None) -> list[Check]:
-    """Every check of this host, and of a bundle if one is given.
+    """Run every check of this host, and of a bundle if one is given.
 
-    `require_signature` is that of `open_bundle`.
+    `require_signature` is passed to `open_bundle`.
     """
     cuda = host.cuda()
     libraries = {
-        name: find_library(name, carriers, load=True) for name, carriers in BACKENDS.items()
+        name: find_library(name, packages, load=True) for name, packages in BACKENDS.items()
     }
     providers = _providers(libraries["onnxruntime"])
     checks = [
@@ -56,32 +55,35 @@ def check_python(version: tuple[int, ...]) -> Check:
     found = ".".join(map(str, version))
     if OLDEST_PYTHON <= version[:2] <= NEWEST_PYTHON:
         return ok("Python", found)
+    oldest, newest = (".".join(map(str, each)) for each in (OLDEST_PYTHON, NEWEST_PYTHON))
     return warning(
-        "Python", f"{found}; mistralc is tested on 3.11 to 3.13", "python3.13 -m venv .venv"
+        "Python",
+        f"{found}; mistralc is tested on {oldest} to {newest}",
+        f"python{newest} -m venv .venv",
     )
 
 
 def check_memory(total: int | None, available: int | None) -> Check:
-    """Report memory; how much is enough depends on the bundle."""
+    """Report memory; `check_room` compares it with what a bundle needs."""
     if total is None or available is None:
-        return ok("memory", "unknown: /proc/meminfo does not tell")
+        return ok("memory", "unknown: not in /proc/meminfo")
     return ok("memory", f"{total / 1e9:,.1f} GB, {available / 1e9:,.1f} GB available")
 
 
 def check_cache(path: Path | None) -> Check:
-    """Check the disk of the directory that keeps the hashes of bundles' files."""
+    """Check the free disk for the cache of file hashes."""
     if path is None:
         return warning(
             "cache",
-            "this user has no home: each start hashes the whole bundle again",
+            "this user has no home directory, so every start hashes the whole bundle",
             "export XDG_CACHE_HOME=/var/cache",
         )
     existing = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(existing).free
-    home = os.path.expanduser("~")  # noqa: PTH111  (Path.home() raises where there is none)
+    home = os.path.expanduser("~")  # noqa: PTH111  (Path.home() raises if there is none)
     shown = str(path.parent).replace(home, "~", 1)
     found = f"{shown}, {free / 1e9:,.1f} GB free"
-    if free < LEAST_CACHE:
+    if free < MIN_CACHE_BYTES:
         return warning("cache", found, "export XDG_CACHE_HOME=DIRECTORY_ON_ANOTHER_DISK")
     return ok("cache", found)
 
@@ -94,7 +96,7 @@ def check_required(library: Library) -> Check:
 
 
 def check_backends(libraries: Mapping[str, Library], providers: tuple[str, ...]) -> list[Check]:
-    """Report the backends; one that is missing is no fault, but there must be one."""
+    """Report each backend; it is a warning if none is installed."""
     checks = []
     for name, library in libraries.items():
         if library.version is None:
@@ -106,12 +108,13 @@ def check_backends(libraries: Mapping[str, Library], providers: tuple[str, ...])
             checks.append(ok(name, f"{library.version}{with_providers}"))
     if not any(library.version for library in libraries.values()):
         found = "none is installed, so no bundle can run here"
-        checks.append(warning("backends", found, "pip install 'mistralc[cpu]'"))
+        install = f"pip install 'mistralc[{DEFAULT_TARGET}]'"
+        checks.append(warning("backends", found, install))
     return checks
 
 
 def check_cuda(cuda: Cuda) -> list[Check]:
-    """Report the NVIDIA driver and its GPUs; to have none is no fault."""
+    """Report the NVIDIA driver and its GPUs; a host without them is ok."""
     if cuda.problem is not None and cuda.version is None:
         return [ok("GPU", f"none: {cuda.problem}")]
     newest = ".".join(map(str, cuda.version)) if cuda.version else "?"

@@ -1,26 +1,26 @@
-"""Whether this host can run a TensorRT plan: versions, GPU, and TensorRT's own check of it.
+"""Check that this host can run a TensorRT plan: version, GPU, driver, and TensorRT's own check.
 
-Knows plans by path and by what was recorded when they were built; knows no manifest.
+Takes a plan's path and what was recorded when it was built; knows no manifest.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from graphs.targets import Target
+from graphs.targets import DEFAULT_TARGET, TARGETS, Target
 from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validity
 from runtime.doctor.finding import Check, failed, ok, warning
 from runtime.system.host import Cuda, Library, release
 
-LEAST_DRIVER = {13: "580", 12: "525"}  # by CUDA's major number, from CUDA's release notes
+MIN_DRIVER = {13: "580", 12: "525"}  # by CUDA major version, from CUDA's release notes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """A plan and what was recorded about it when it was built.
+    """A plan and what was recorded when it was built.
 
-    `version` is TensorRT's, None if nobody wrote it down. `compute_capabilities`, such as "8.9",
-    is what the plan was built for; empty is everything that its TensorRT supports.
+    `version` is that of TensorRT, None if it was not recorded. The plan was built for GPUs of
+    `compute_capabilities`, such as "8.9"; if that is empty, for all that its TensorRT supports.
     """
 
     plan: Path
@@ -32,8 +32,8 @@ class Engine:
 def check_engine(engine: Engine, library: Library, cuda: Cuda, rebuild: str) -> list[Check]:
     """Check a plan against the installed TensorRT and the first GPU.
 
-    `rebuild` is the command that exports the bundle again. Where `library` is not installed, only
-    the GPU can be checked.
+    `rebuild` is the command that exports the bundle again. Without the library, only the GPU can
+    be checked.
     """
     checks = [check_gpu(engine, cuda, rebuild)]
     if library.version is None or library.problem is not None:
@@ -47,35 +47,37 @@ def check_engine(engine: Engine, library: Library, cuda: Cuda, rebuild: str) -> 
 
 
 def check_version(engine: Engine, library: Library, rebuild: str) -> Check:
-    """Compare TensorRT's version with the one that built the plan: it has to be the same."""
+    """Check that the installed TensorRT is the version that built the plan."""
     name, installed = "TensorRT version", f"{library.distribution} {library.version}"
     if engine.version is None:
-        return warning(name, f"{installed}; the manifest does not say what built the plan", rebuild)
+        return warning(
+            name, f"{installed}; the manifest does not record which version built the plan", rebuild
+        )
     if release(engine.version) == release(str(library.version)):
         return ok(name, f"{installed}, which also built the plan")
     return failed(
         name,
-        f"TensorRT {engine.version} built the plan and {installed} is installed; a plan runs only "
+        f"TensorRT {engine.version} built the plan, but {installed} is installed; a plan runs only "
         "on the version that built it",
         f"pip install {library.distribution}=={engine.version}    or: {rebuild}",
     )
 
 
 def check_gpu(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
-    """Compare the first GPU's compute capability with what the plan was built for."""
+    """Check that the plan was built for the first GPU's compute capability."""
     name = "GPU of the plan"
     wanted = engine.compute_capabilities
     if not wanted:
         wanted = engine.target.compute_capabilities or ()
     kinds = f"a GPU of compute capability {' or '.join(wanted)}" if wanted else "an NVIDIA GPU"
     if not cuda.devices:
-        elsewhere = re.sub(
-            r"--target \w+ --precision \w+", "--target cpu --precision fp32", rebuild
-        )
+        here = TARGETS[DEFAULT_TARGET]
+        options = f"--target {here.name} --precision {here.default_precision}"
+        elsewhere = re.sub(r"--target \w+ --precision \w+", options, rebuild)
         return failed(
             name,
             f"{cuda.problem}, and the plan needs {kinds}",
-            f"Run it on a host with such a GPU, or export it for this one: {elsewhere}",
+            f"Run it on a host with such a GPU, or export it for this host: {elsewhere}",
         )
     device = cuda.devices[0]
     capability = device.compute_capability
@@ -90,7 +92,7 @@ def check_gpu(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
 
 
 def check_driver(library: Library, cuda: Cuda) -> list[Check]:
-    """Compare the driver's CUDA with the one that the TensorRT package was made for."""
+    """Check that the driver supports the CUDA version that the TensorRT package needs."""
     made_for = re.search(r"cu(\d\d)\b", library.distribution or "")
     if made_for is None or cuda.version is None:
         return []
@@ -100,14 +102,14 @@ def check_driver(library: Library, cuda: Cuda) -> list[Check]:
     return [
         failed(
             "driver of the plan",
-            f"the driver runs CUDA up to {newest}; {library.distribution} needs CUDA {needed}",
+            f"the driver supports CUDA up to {newest}; {library.distribution} needs CUDA {needed}",
             _update(needed),
         )
     ]
 
 
 def check_plan(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
-    """Ask TensorRT whether the plan may run here, and say it in words."""
+    """Ask TensorRT whether the plan can run here."""
     name = f"plan {engine.plan.name}"
     try:
         answer = validity(engine.plan, engine.target.backend_module)
@@ -116,18 +118,18 @@ def check_plan(engine: Engine, cuda: Cuda, rebuild: str) -> Check:
     if answer.verdict == "VALID":
         return ok(name, "TensorRT finds it valid for this host")
     if answer.verdict == "UNKNOWN":
-        return ok(name, "TensorRT will check it when it is loaded; it has no check before that")
+        return ok(name, "TensorRT checks it when loading it; this version has no earlier check")
     reasons = " and ".join(answer.reasons)
     if answer.verdict == "SUBOPTIMAL":
         why = reasons or "it was built for other GPUs"
-        return warning(name, f"TensorRT can run it, slower than it could be: {why}", rebuild)
+        return warning(name, f"TensorRT can run it, but not at full speed: {why}", rebuild)
     if not reasons and not cuda.devices:
         return warning(
             name,
-            "its header is a plan's; whether it runs, TensorRT only says where there is a GPU",
-            "Run `mistralc doctor` on the bundle again on the host that has the GPU.",
+            "its header is valid; TensorRT checks the rest only on a host with a GPU",
+            "Run `mistralc doctor` on the bundle again on the host with the GPU.",
         )
-    why = reasons or "it gives no reason"
+    why = reasons or "no reason given"
     return failed(
         name, f"TensorRT refuses it: {why}", _remedy(answer.remedies or (REBUILD,), rebuild)
     )
@@ -137,15 +139,15 @@ def _remedy(kinds: tuple[str, ...], rebuild: str) -> str:
     text = {
         COPY: f"Copy the bundle again from where it was built, or: {rebuild}",
         REBUILD: rebuild,
-        MEMORY: "nvidia-smi    shows what else is using the GPU; or export with --precision int4wo",
-        DRIVER: _update(max(LEAST_DRIVER)),
+        MEMORY: "nvidia-smi    shows what else uses the GPU; or export with --precision int4wo",
+        DRIVER: _update(max(MIN_DRIVER)),
     }
     return "; ".join(text[kind] for kind in kinds)
 
 
 def _update(cuda_major: int) -> str:
-    least = LEAST_DRIVER.get(cuda_major)
-    newer = f"driver {least} or later" if least else "a newer driver"
+    minimum = MIN_DRIVER.get(cuda_major)
+    newer = f"driver {minimum} or later" if minimum else "a newer driver"
     return f"Install NVIDIA {newer} (CUDA {cuda_major}), restart, and check it with: nvidia-smi"
 
 

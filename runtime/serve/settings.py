@@ -3,25 +3,63 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from graphs.errors import UsageError
 from runtime.scheduling.prefix_cache import PREFIX_BYTES as PREFIX_BYTES  # for the command line
 
 KEYS_VARIABLE = "MISTRALC_API_KEYS"  # keys, separated by white space
+DEFAULT_ROWS = 8  # requests decoded at the same time
+
+_LIMITS = "Limits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one client may use of a shared server. Seconds, bytes, tokens."""
+    """What one client may use of a shared server; times are in seconds.
 
-    max_body_bytes: int = 1 << 20
-    max_prompt_tokens: int | None = None  # None: as many as the ring holds
-    max_new_tokens: int = 4096
-    max_waiting: int = 256
-    timeout_s: float = 600.0  # for a whole request, its time in the queue included
-    read_s: float = 30.0  # for the body of a request to arrive
-    stall_s: float = 30.0  # for a client to read what was sent, or to send a request's head
-    drain_s: float = 30.0  # for running requests to finish after SIGTERM
+    A field annotated with `typer.Option` is an option of the command serve.
+    """
+
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=_LIMITS, help="Most tokens of an answer.")
+    ] = 4096
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, rich_help_panel=_LIMITS,
+                     help="Most tokens of a prompt (default: what the ring holds)."),
+    ] = None  # fmt: skip
+    max_waiting: Annotated[
+        int,
+        typer.Option(min=1, rich_help_panel=_LIMITS, help="Most requests waiting for a row."),
+    ] = 256
+    max_body_bytes: Annotated[
+        int,
+        typer.Option(min=1, rich_help_panel=_LIMITS, help="Largest body of a request, in bytes."),
+    ] = 1 << 20
+    timeout_s: Annotated[
+        float,
+        typer.Option("--timeout-seconds", min=0.1, rich_help_panel=_LIMITS,
+                     help="Longest time for a request, waiting for a row included."),
+    ] = 600.0  # fmt: skip
+    read_s: Annotated[
+        float,
+        typer.Option("--read-seconds", min=0.1, rich_help_panel=_LIMITS,
+                     help="Longest time for the body of a request to arrive."),
+    ] = 30.0  # fmt: skip
+    stall_s: Annotated[
+        float,
+        typer.Option("--stall-seconds", min=0.1, rich_help_panel=_LIMITS,
+                     help="Longest time for a client to read what was sent, or to send a "
+                     "request's head."),
+    ] = 30.0  # fmt: skip
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain-seconds", min=0, rich_help_panel=_LIMITS,
+                     help="Longest time for running requests to finish after SIGTERM."),
+    ] = 30.0  # fmt: skip
     buffered_tokens: int = 1024  # of one choice, waiting for the client to read them
 
 
@@ -31,7 +69,7 @@ class Settings:
 
     bundle: Path
     model: str
-    rows: int = 8
+    rows: int = DEFAULT_ROWS
     threads: int | None = None
     prefix_bytes: int = PREFIX_BYTES
     check: bool = True

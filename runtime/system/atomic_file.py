@@ -1,4 +1,4 @@
-"""A file that is written whole or not at all. Knows nothing about what is in it."""
+"""Write a file whole or not at all. Knows nothing about its contents."""
 
 import os
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from typing import IO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, readable by this user only, that becomes `path` at the end of the block.
+    """Yield a file, readable by this user only, that replaces `path` at the end of the block.
 
-    If the block raises, or the disk is full, `path` is as it was. Raises OSError.
+    If the block raises or the disk is full, `path` is unchanged. Raises OSError.
     """
     temporary = None
     try:

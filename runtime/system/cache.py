@@ -1,4 +1,4 @@
-"""Where this user's cache of mistralc is. Knows nothing about what is kept in it."""
+"""Locate the user's cache directory. Knows nothing about its contents."""
 
 import os
 from contextlib import suppress
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def cache_directory() -> Path | None:
-    """The directory for files that may be lost at any time; it need not exist yet.
+    """Return the directory for files that may be deleted at any time; it need not exist yet.
 
     `$XDG_CACHE_HOME/mistralc`, or `~/.cache/mistralc` if the variable is not set. None for a user
     without a home directory, as in many containers.

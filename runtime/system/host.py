@@ -1,7 +1,7 @@
 """What this host has: memory, NVIDIA GPUs, libraries. Knows nothing about bundles or verdicts.
 
-Linux's own files and the CUDA driver's C interface, so that nothing need be installed to be told
-what is missing.
+Reads Linux's own files and calls the CUDA driver's C interface, so that it can report what is
+missing without any package installed.
 """
 
 import ctypes
@@ -17,13 +17,16 @@ from typing import Any
 
 from graphs.targets import TARGETS
 
+REQUIRED = ("numpy", "tokenizers", "jinja2")
+"""Packages that every bundle needs, whatever its backend."""
+
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {
     target.backend_module: target.distributions for target in reversed(list(TARGETS.values()))
 }
-"""By import name: the packages that provide it."""
+"""The packages that provide each backend, by import name."""
 
 # cuda.h: CUdevice_attribute
 _CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76
@@ -41,10 +44,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cuda:
-    """The NVIDIA driver and its GPUs. `problem` says why there are none; None if there are.
+    """The NVIDIA driver and its GPUs. If there are none, `problem` says why.
 
-    `version` is the newest CUDA that the driver can run, such as (13, 0); `driver` is the
-    driver's own number, where the kernel tells.
+    `version` is the newest CUDA that the driver supports, such as (13, 0). `driver` is the driver's
+    own version; None if the kernel does not report it.
     """
 
     version: tuple[int, int] | None = None
@@ -55,9 +58,9 @@ class Cuda:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """A Python package by import name. `problem` says why an installed one does not import.
+    """A Python package by import name. `problem` says why an installed one cannot be imported.
 
-    `version` is None where it is not installed, and "?" where nobody says which it is.
+    `version` is None if the package is not installed, and "?" if its version is unknown.
     """
 
     name: str
@@ -67,29 +70,29 @@ class Library:
 
 
 def memory_total() -> int | None:
-    """Bytes of this host's memory; None where /proc does not tell."""
+    """Return the bytes of this host's memory; None if /proc does not report it."""
     return _proc_bytes("meminfo", "MemTotal")
 
 
 def memory_available() -> int | None:
-    """Bytes that may still be allocated: the kernel's estimate, or what a container's limit leaves.
+    """Return the bytes that can still be allocated; None if unknown.
 
-    None where neither is told.
+    That is the kernel's estimate, or what is left of a container's limit if that is less.
     """
-    told = _proc_bytes("meminfo", "MemAvailable"), _cgroup_left()
-    return min((value for value in told if value is not None), default=None)
+    values = _proc_bytes("meminfo", "MemAvailable"), _cgroup_left()
+    return min((value for value in values if value is not None), default=None)
 
 
 def peak_memory_bytes() -> int | None:
-    """Most memory of this process that was in RAM at once; None where the kernel does not tell.
+    """Return the peak resident memory of this process; None if the kernel does not report it.
 
-    Not what `getrusage` tells: that begins with the memory of the process that started this one.
+    `getrusage` is of no use: its peak includes the process that started this one.
     """
     return _proc_bytes("self/status", "VmHWM")
 
 
 def huge_page_bytes() -> int | None:
-    """Memory of this process on huge pages; None where the kernel does not tell."""
+    """Return this process's memory on huge pages; None if the kernel does not report it."""
     return _proc_bytes("self/smaps_rollup", "AnonHugePages")
 
 
@@ -110,21 +113,21 @@ def cuda(load: Callable[[str], Any] = ctypes.CDLL) -> Cuda:
     if code == 0:
         code = library.cuDeviceGetCount(ctypes.byref(number))
     if code != 0 or number.value == 0:
-        problem = f"the NVIDIA driver does not start (CUDA error {code})"
+        problem = f"the NVIDIA driver cannot be initialized (CUDA error {code})"
         if code in (0, _NO_DEVICE):
-            problem = "the NVIDIA driver is installed and sees no GPU"
+            problem = "the NVIDIA driver is installed but finds no GPU"
         return Cuda(version=version, driver=driver, problem=problem)
     devices = tuple(_device(library, index) for index in range(number.value))
     return Cuda(version=version, driver=driver, devices=devices)
 
 
 def find_library(name: str, distributions: tuple[str, ...], *, load: bool) -> Library:
-    """Look a library up by import name and by the names of the packages that may carry it.
+    """Look a library up by import name and by the packages that may provide it.
 
-    With `load` it is imported, which shows a broken installation; else it is only found.
+    With `load` it is imported, which reveals a broken installation; otherwise it is only located.
     """
-    carrier = next((each for each in distributions if _version(each)), None)
-    version = (_version(carrier) if carrier else None) or "?"
+    provider = next((each for each in distributions if _version(each)), None)
+    version = (_version(provider) if provider else None) or "?"
     missing = Library(name=name, version=None)
     try:
         if load:
@@ -134,20 +137,20 @@ def find_library(name: str, distributions: tuple[str, ...], *, load: bool) -> Li
     except ModuleNotFoundError as error:
         if error.name == name:
             return missing
-        return Library(name=name, version=version, distribution=carrier, problem=_line(error))
-    except Exception as error:  # a library without its own libraries raises what it likes
-        return Library(name=name, version=version, distribution=carrier, problem=_line(error))
-    return Library(name=name, version=version, distribution=carrier)
+        return Library(name=name, version=version, distribution=provider, problem=_line(error))
+    except Exception as error:  # a library whose own libraries are missing may raise anything
+        return Library(name=name, version=version, distribution=provider, problem=_line(error))
+    return Library(name=name, version=version, distribution=provider)
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, which compare as they should: "1.31.1rc1" is (1, 31, 1)."""
+    """Return the leading numbers of a version, for comparison: "1.31.1rc1" gives (1, 31, 1)."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def _proc_bytes(file: str, field: str) -> int | None:
-    """What a file of /proc says in kilobytes, in bytes; None where it does not."""
+    """Return a field of a /proc file, which is in kilobytes, as bytes; None if it is missing."""
     with suppress(OSError, ValueError):
         for line in (PROC / file).read_text(encoding="ascii").splitlines():
             name, _, value = line.partition(":")
@@ -157,7 +160,7 @@ def _proc_bytes(file: str, field: str) -> int | None:
 
 
 def _cgroup_left() -> int | None:
-    """What the limit of a container (cgroup 2) leaves; the page cache counts as free."""
+    """Return the bytes left below a container's limit (cgroup 2), counting page cache as free."""
     with suppress(OSError, ValueError, KeyError):
         limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":

@@ -1,6 +1,6 @@
-"""How the C library allocates: weights on huge pages, freed blocks given back. Knows only glibc.
+"""Tune glibc's allocator: weights on huge pages, freed blocks returned to the system.
 
-Where there is another C library, nothing here does anything.
+With another C library, these functions do nothing.
 """
 
 import ctypes
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-# malloc.h, with the values that glibc starts with
+# malloc.h, with glibc's initial values
 M_TRIM_THRESHOLD, TRIM_THRESHOLD = -1, 128 << 10
 M_MMAP_THRESHOLD = -3
 M_MMAP_MAX, MMAP_MAX = -4, 1 << 16
@@ -21,16 +21,16 @@ HUGE_PAGE = 2 << 20  # bytes, on x86-64
 
 @contextmanager
 def huge_pages(size: int) -> Iterator[None]:
-    """Have what is allocated inside lie on huge pages, as far as about `size` bytes go.
+    """Put about `size` bytes that are allocated inside the block on huge pages.
 
-    A backend allocates each weight by itself, in blocks too small or too crooked for a huge page.
-    Inside, all blocks come from the top of the heap, which is asked to be huge before it is first
-    touched, since joining small pages afterwards copies all of them. A step then misses the
-    processor's address cache less often. What was not used goes back.
+    A backend allocates each weight separately, in blocks too small or misaligned for huge pages.
+    Inside, all blocks come from the top of the heap, for which huge pages are requested before it
+    is first touched; joining small pages later would copy them all. A step then has fewer TLB
+    misses. What is not used is returned to the system.
 
-    Only the main thread allocates from that heap, or every thread after `one_heap`; in others
-    nothing changes, nor for a size of 0, nor where the kernel has huge pages switched off. glibc
-    no longer moves its thresholds by itself afterwards.
+    This works on the main thread only, or on every thread after `one_heap`: other threads have
+    heaps of their own. It does nothing if `size` is 0 or the kernel has huge pages disabled.
+    Afterwards glibc no longer adjusts its thresholds by itself.
     """
     libc = _glibc()
     if libc is None or not size:
@@ -50,14 +50,14 @@ def huge_pages(size: int) -> Iterator[None]:
     finally:
         libc.mallopt(M_MMAP_MAX, MMAP_MAX)
         libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD)
-        libc.free(libc.malloc(TRIM_THRESHOLD - 1024))  # it is `free` that trims the heap
+        libc.free(libc.malloc(TRIM_THRESHOLD - 1024))  # `free` trims the heap
 
 
 def one_heap() -> None:
-    """For a server, before its threads: they share one heap, and it gives large blocks back.
+    """Make all threads share one heap that returns large blocks; for a server, before its threads.
 
-    glibc has a heap for each thread otherwise, and keeps blocks of up to 32 MiB when they are
-    freed, so that those of requests lie between those of the backend.
+    By default glibc has a heap per thread and keeps freed blocks of up to 32 MiB, so blocks of
+    requests would lie between those of the backend.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(M_ARENA_MAX, 1)

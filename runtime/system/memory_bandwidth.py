@@ -1,6 +1,6 @@
-"""How fast this machine reads memory. Knows no model.
+"""Measure how fast this machine reads memory. Knows no model.
 
-A decode step reads every weight once, so this is the speed that no backend on it can beat.
+A decode step reads every weight once, so no backend can decode faster than memory is read.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -9,21 +9,21 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-BYTES = 1 << 29  # many times any cache of the last level
+BYTES = 1 << 29  # many times any last-level cache
 PASSES = 7
 
 
 class Memory:
-    """A piece of it to read, which stays allocated: measure it beside what it is compared with."""
+    """A buffer to read. It stays allocated, so that it can be measured between other runs."""
 
     def __init__(self, threads: int) -> None:
         self._parts = np.array_split(np.ones(BYTES // 4, np.float32), threads)
 
     def read_bandwidth(self) -> float:
-        """Bytes per second that the threads read together: the best of `PASSES`.
+        """Return the bytes per second that all threads read together: the best of `PASSES`.
 
-        Each takes the dot product of its part of an array with itself, which computes far faster
-        than memory delivers.
+        Each thread takes the dot product of its part of the buffer with itself, which is limited
+        by memory and not by arithmetic.
         """
         seconds = []
         with ThreadPoolExecutor(len(self._parts)) as pool:

@@ -1,4 +1,4 @@
-"""Progress on a terminal, and silence elsewhere. Knows nothing about what is being done."""
+"""Progress bars on a terminal, nothing elsewhere. Knows nothing about the work in progress."""
 
 import importlib.util
 import sys
@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 Advance = Callable[[int], None]
 Stage = Callable[[str, int | None], AbstractContextManager[Advance]]
-"""`with stage("Hashing", total_bytes) as advance: advance(n)`; a total of None only spins."""
+"""`with stage("Hashing", total_bytes) as advance: advance(n)`; a total of None shows a spinner."""
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def silent(title: str, total: int | None = None) -> Iterator[Advance]:  # noqa: 
 
 @contextmanager
 def bar(title: str, total: int | None = None) -> Iterator[Advance]:
-    """Show a bar with the time left on standard error while the block runs, then wipe it."""
+    """Show a bar with the time left on standard error while the block runs, then erase it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
@@ -31,6 +31,6 @@ def bar(title: str, total: int | None = None) -> Iterator[Advance]:
 
 
 def stage_for(*, quiet: bool) -> Stage:
-    """Pick `bar` on a terminal, `silent` when asked for, when nobody watches, or without rich."""
-    watched = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
-    return silent if quiet or not watched else bar
+    """Return `bar` on a terminal if rich is installed and `quiet` is false, otherwise `silent`."""
+    can_show = sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+    return bar if can_show and not quiet else silent

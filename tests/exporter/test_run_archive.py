@@ -285,7 +285,7 @@ def test_errors_of_the_archive_are_a_paragraph_and_a_status(host: Path, tmp_path
         (("generate", ".", "x", "--system", "y"), 2, "run.pyz: --system belongs to a chat"),
         (("generate", ".", "--bogus"), 2, "unrecognized arguments: --bogus"),
         (("bench", ".", "--repeat", "0"), 2, "argument --repeat: 0 is below 1"),
-        (("nonsense",), 2, "there is no command 'nonsense'"),
+        (("nonsense",), 2, "There is no command 'nonsense'"),
         ((), 2, ""),
     ):
         done = run(host, archive, *command, cwd=tmp_path)

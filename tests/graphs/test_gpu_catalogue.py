@@ -1,4 +1,4 @@
-"""The table of GPUs: what it says, and how it is asked."""
+"""The catalogue of GPUs: its figures, and looking up names."""
 
 import dataclasses
 
@@ -10,12 +10,12 @@ from graphs.precisions import PRECISIONS
 from graphs.targets import TARGETS
 
 
-def test_every_gpu_names_a_document_of_its_vendor_and_has_plausible_figures() -> None:
+def test_every_gpu_has_a_source_and_plausible_figures() -> None:
     for key, gpu in GPUS.items():
         assert gpu.source.startswith("NVIDIA "), key
         assert gpu.source.endswith(("datasheet", "whitepaper")), key
         assert 16e9 <= gpu.memory_bytes <= 200e9, key
-        # No GPU reads its whole memory more than 80 times or less than 10 times a second.
+        # Every GPU reads its whole memory 10 to 80 times a second.
         assert 10 <= gpu.bandwidth_bytes_per_s / gpu.memory_bytes <= 80, key
 
 
@@ -41,7 +41,7 @@ def test_the_figures_are_those_of_the_datasheets() -> None:
 
 
 def test_bandwidth_of_geforce_is_bus_width_times_data_rate() -> None:
-    # bits of the bus, Gbit/s a pin: the whitepapers state both
+    # Bus width in bits and Gbit/s per pin, both from the whitepapers.
     for key, bus, rate in (("rtx3090", 384, 19.5), ("rtx4090", 384, 21.0), ("rtx5090", 512, 28.0)):
         assert GPUS[key].bandwidth_bytes_per_s == bus / 8 * rate * 1e9
 
@@ -57,7 +57,7 @@ def test_tensorrt_rtx_supports_turing_to_ada_and_blackwell_but_not_hopper(
     assert TARGETS["rtx"].supports(capability) is supported
 
 
-def test_hopper_runs_fp8_and_no_tensorrt_rtx() -> None:
+def test_hopper_supports_fp8_but_not_tensorrt_rtx() -> None:
     least = PRECISIONS["fp8"].min_compute_capability
     assert least is not None
     found = {
@@ -76,17 +76,17 @@ def test_compute_capabilities_compare_as_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", ["rtx4090", "RTX 4090", "GeForce RTX 4090", "rtx_4090"])
-def test_a_gpu_is_found_as_people_write_it(name: str) -> None:
+def test_a_gpu_is_found_by_common_spellings(name: str) -> None:
     assert find_gpu(name) is GPUS["rtx4090"]
 
 
-def test_an_alias_leads_to_a_gpu_of_the_table() -> None:
+def test_every_alias_names_a_gpu_of_the_catalogue() -> None:
     assert ALIASES.keys().isdisjoint(GPUS)
     assert find_gpu("A100") is GPUS["a100-80gb"]
     assert all(find_gpu(alias).name for alias in ALIASES)
 
 
-def test_an_unknown_gpu_is_answered_with_the_ones_that_are_known() -> None:
+def test_an_unknown_gpu_is_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'rtx9090'.*rtx3090, rtx4090.*h200.*memory and band"):
         find_gpu("rtx9090")
 

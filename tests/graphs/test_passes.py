@@ -1,4 +1,4 @@
-"""Graph passes: each fires as often as it promises, and the numbers are the same afterwards."""
+"""Graph passes: each fires as often as expected, and logits do not change."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from runtime.decoding.ring import Ring
 from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
 
-SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # its trace is shared with other tests
+SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # shares its trace with other tests
 TIED = replace(SPEC, tie_word_embeddings=True)
 LAYERS = SPEC.num_hidden_layers
 CPU = (*PASSES["cpu"], *LAST["cpu"])
@@ -47,13 +47,13 @@ def node_reading(model: ir.Model, name: str) -> ir.Node:
 
 
 def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
-    """Logits of 40 tokens in chunks and single steps; `model` is filled with numbers."""
+    """Logits of 40 tokens in chunks and single steps; fills `model` with weights."""
     data = ir.to_proto(tiny.fill(model, spec)).SerializeToString()
     ring = Ring(spec, RingSpec(chunk=3, context=1 if spec.slides else 40))
     return tiny.in_turns(tiny.load(data, spec), ring, tiny.tokens(spec, 40), [17, 1, 1, 1, 20])
 
 
-# Fires, and the numbers stay
+# All passes
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
     [(SPEC, {"tie_embedding": 0}), (TIED, {"tie_embedding": 1})],
     ids=["untied", "tied"],
 )
-def test_every_pass_fires_as_often_as_it_promises(spec: ModelSpec, expected: dict[str, int]):
+def test_every_pass_fires_as_often_as_expected(spec: ModelSpec, expected: dict[str, int]):
     fired = lower(tiny.traced(spec), spec, "cpu")
     counts = {
         "merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1,
@@ -80,22 +80,24 @@ def test_every_target_begins_with_the_portable_passes():
 
 
 @pytest.mark.parametrize("spec", [SPEC, TIED], ids=["untied", "tied"])
-def test_after_each_pass_the_numbers_are_those_of_the_untouched_trace(spec: ModelSpec):
+def test_no_pass_changes_the_logits_of_the_trace(spec: ModelSpec):
     expected = logits_of(tiny.traced(spec), spec)
-    assert float(np.abs(expected).max()) > 1, "logits of nothing would agree with anything"
+    assert float(np.abs(expected).max()) > 1, (
+        "the comparison needs logits that are not close to zero"
+    )
     model = tiny.traced(spec)
     for step in CPU:
         step(model, spec)
         got = logits_of(model.clone(), spec)
-        # A merged product may add up its 64 terms in another order, which moves logits of 4 by
-        # some 1e-6 at most (here not at all). A swapped row gives other logits altogether.
+        # A merged product may sum its 64 terms in another order, which changes logits of 4 by at
+        # most about 1e-6 (here not at all). A swapped row gives entirely different logits.
         assert np.abs(got - expected).max() <= 2e-5, f"after {step.name}"
 
 
-# One by one
+# Single passes
 
 
-def test_a_tied_embedding_becomes_one_initializer_read_by_lookup_and_head():
+def test_a_tied_embedding_becomes_one_initializer_for_lookup_and_head():
     model = tiny.traced(TIED)
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights(model).keys()
     TIE_EMBEDDING(model, TIED)
@@ -106,7 +108,7 @@ def test_a_tied_embedding_becomes_one_initializer_read_by_lookup_and_head():
 
 @pytest.mark.parametrize("windows", [(None, None), (None, 16)], ids=["full", "interleaved"])
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2), (6, 1)], ids=["grouped", "single", "shared"])
-def test_layers_without_a_window_attend_in_one_operator(
+def test_layers_without_a_window_use_one_attention_operator(
     windows: tuple[int | None, ...], heads: tuple[int, int]
 ):
     spec = replace(
@@ -120,18 +122,18 @@ def test_layers_without_a_window_attend_in_one_operator(
     assert operators(model)["Attention"] == operators(model)["TensorScatter"] / 2 == LAYERS - full
     assert fired["fold_attention_scale"] == LAYERS - full
     assert model.graph.initializers["rotary_cos"].shape == (40, spec.head_dim // 2)
-    # Sums in another order, and softmax in a kernel of its own; logits are about 4.
+    # Another summation order and another softmax kernel; logits are about 4.
     assert np.abs(logits_of(model, spec) - expected).max() <= 2e-5
 
 
-def test_heads_of_a_size_that_the_operator_lacks_keep_the_standard_attention():
+def test_unsupported_head_sizes_keep_the_standard_attention():
     spec = replace(SPEC, layer_windows=(None, None), head_dim=24)
     model = tiny.traced(spec)
     assert lower(model, spec, "cpu")["group_query_attention"] == 0
     assert operators(model)["Attention"] == LAYERS
 
 
-def test_too_few_positions_are_refused_by_the_operator_and_not_read_beyond_the_end():
+def test_positions_beyond_the_rotary_table_are_an_error():
     spec = replace(SPEC, layer_windows=(None, None))
     model = tiny.traced(spec)
     lower(model, spec, "cpu", context=20)
@@ -139,7 +141,7 @@ def test_too_few_positions_are_refused_by_the_operator_and_not_read_beyond_the_e
         logits_of(model, spec)
 
 
-def test_an_untied_head_is_left_alone():
+def test_an_untied_head_is_not_changed():
     model = tiny.traced(SPEC)
     assert TIE_EMBEDDING(model, SPEC) == 0
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights(model).keys()
@@ -154,7 +156,9 @@ def test_an_untied_head_is_left_alone():
     ],
     ids=["qkv", "gate_up"],
 )  # fmt: skip
-def test_siblings_become_one_product_and_a_split(step: Pass, merged: str, parts: tuple[str, ...]):
+def test_sibling_linears_become_one_product_and_a_split(
+    step: Pass, merged: str, parts: tuple[str, ...]
+):
     model = tiny.lowered(SPEC, "portable")
     before = operators(model)
     step(model, SPEC)
@@ -169,19 +173,19 @@ def test_siblings_become_one_product_and_a_split(step: Pass, merged: str, parts:
 
 
 @pytest.mark.parametrize("heads", [(4, 2), (8, 1)], ids=["groups of 2", "one key head"])
-def test_folded_query_groups_need_no_repeated_keys_and_change_no_number(heads: tuple[int, int]):
+def test_folding_query_groups_changes_no_logit(heads: tuple[int, int]):
     spec = replace(SPEC, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     expected = logits_of(tiny.lowered(spec, "portable"), spec)
     model = tiny.lowered(spec, "portable")
     assert FOLD_QUERY_GROUPS(model, spec) == LAYERS
     stacked = [node for node in model.graph if node.op_type == "Concat"]
-    assert len(stacked) == len(spec.windows), "one stacked mask for each window, not for each layer"
+    assert len(stacked) == len(spec.windows), "one stacked mask per window, not per layer"
     difference = np.abs(logits_of(model, spec) - expected).max()
-    # The same products summed by another kernel: 1e-6 was seen on logits of up to 4.
+    # Another kernel sums the same products: logits of up to 4 differed by 1e-6.
     assert difference < 1e-5
 
 
-def test_query_heads_that_have_keys_of_their_own_are_left_alone():
+def test_query_heads_with_their_own_key_heads_are_not_folded():
     spec = replace(SPEC, num_key_value_heads=SPEC.num_attention_heads)
     model = tiny.lowered(spec, "portable")
     before = operators(model)
@@ -197,7 +201,7 @@ def test_after_all_passes_every_checkpoint_tensor_is_in_the_graph_exactly_once()
             assert parts == Counter(spec.weight_shapes().keys()), f"{target}: {parts}"
 
 
-def test_dead_code_takes_the_unused_outputs_of_attention_and_nothing_that_is_read():
+def test_dead_code_removes_only_unused_outputs_of_attention():
     model = tiny.traced(SPEC)
     outputs = [value.name for value in model.graph.outputs]
     DEAD_CODE(model, SPEC)
@@ -206,13 +210,13 @@ def test_dead_code_takes_the_unused_outputs_of_attention_and_nothing_that_is_rea
     assert len(attentions) == LAYERS
     for node in attentions:
         assert len([value for value in node.outputs if value.name]) == 1
-    assert DEAD_CODE(model, SPEC) == 0, "a second time there is nothing left to take"
+    assert DEAD_CODE(model, SPEC) == 0, "the second run must find nothing"
 
 
 # Constants and weights
 
 
-def test_folding_leaves_every_weight_and_its_readers_as_they_were():
+def test_constant_folding_does_not_touch_weights_or_their_readers():
     model = tiny.traced(SPEC)
 
     def readers() -> set[tuple[str, str]]:
@@ -224,8 +228,8 @@ def test_folding_leaves_every_weight_and_its_readers_as_they_were():
     assert ("model.layers.0.self_attn.q_proj.weight", "Transpose") in before
 
 
-def test_the_folder_would_take_such_weights_if_it_were_let():
-    """So that the test above means that they were spared, not that they were too large."""
+def test_constant_folding_would_fold_weights_with_values():
+    """The weights in the test above are therefore skipped, not too large."""
     model = tiny.fill(tiny.traced(SPEC), SPEC)
     transposes = operators(model)["Transpose"]
     optimizer.fold_constants(
@@ -234,7 +238,7 @@ def test_the_folder_would_take_such_weights_if_it_were_let():
     assert operators(model)["Transpose"] < transposes
 
 
-def test_a_weight_that_was_not_read_refuses_to_give_numbers():
+def test_a_weight_reference_has_no_values():
     weight = weights(tiny.traced(SPEC))["model.layers.1.mlp.down_proj.weight"]
     assert tuple(weight.shape) == (64, 96)
     with pytest.raises(TypeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight.*names and sha"):
@@ -243,7 +247,7 @@ def test_a_weight_that_was_not_read_refuses_to_give_numbers():
         weight.tobytes()
 
 
-# A pass that does not fire says why
+# A pass that does not fire gives the reason
 
 
 def wrong_type(model: ir.Model) -> None:
@@ -299,7 +303,7 @@ def test_a_pass_that_does_not_fire_stops_the_export_with_the_reason(
         step(model, TIED)
 
 
-# What is written
+# The written file
 
 
 @pytest.mark.parametrize("spec", [SPEC, TIED], ids=["untied", "tied"])
@@ -308,22 +312,22 @@ def test_the_portable_graph_is_valid_onnx_of_standard_operators_only(spec: Model
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} == {""}
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 24)]
-    assert not model.functions, "a function would be a custom operator by another name"
+    assert not model.functions, "a function would be a custom operator"
 
 
 @pytest.mark.parametrize("target", PASSES)
-def test_the_file_says_nothing_of_the_machine_it_was_made_on(target: str):
+def test_the_file_has_no_trace_of_the_build_machine(target: str):
     forbidden = (b".py", b"site-packages", b"Traceback", b"stack_trace", str(ROOT).encode())
     model = ir.to_proto(tiny.fill(tiny.lowered(SPEC, target), SPEC))
     for initializer in model.graph.initializer:
-        initializer.ClearField("raw_data")  # random bytes may spell anything
+        initializer.ClearField("raw_data")  # random bytes may contain any word
     data = model.SerializeToString()
     assert [word for word in forbidden if word in data] == []
     described = (model, model.graph, *model.graph.node)
     assert not any(part.metadata_props or part.doc_string for part in described)
 
 
-def test_the_trace_does_say_it_before_the_passes():
-    """So that silence above is the passes' doing."""
+def test_the_trace_itself_names_source_files():
+    """Their absence above is therefore due to the passes."""
     model = ir.to_proto(tiny.fill(tiny.traced(SPEC), SPEC))
     assert b".py" in model.SerializeToString()

@@ -1,4 +1,4 @@
-"""What a model is: checked once, written to JSON and back, and the tables that follow from it."""
+"""Model and ring specs: validation, JSON, and the tables derived from them."""
 
 import json
 import math
@@ -25,14 +25,14 @@ MISTRAL_7B = PRESETS["mistral-7b-v0.1"]
      "num_key_value_heads", "head_dim", "max_position_embeddings"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, None])
-def test_a_size_that_is_no_whole_number_from_1_up_is_named(name: str, value: Any):
+def test_a_size_must_be_a_whole_number_of_at_least_1(name: str, value: Any):
     with pytest.raises(MistralcError, match=f"{name} is .*at least 1 is expected"):
         replace(tiny_spec(), **{name: value})
 
 
 @pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
-def test_a_constant_that_is_not_positive_is_named(name: str, value: float):
+def test_a_constant_must_be_positive(name: str, value: float):
     with pytest.raises(MistralcError, match=f"{name} is .*above 0"):
         replace(tiny_spec(), **{name: value})
 
@@ -47,19 +47,19 @@ def test_a_constant_that_is_not_positive_is_named(name: str, value: float):
         ({"num_hidden_layers": 0, "layer_windows": ()}, "num_hidden_layers is 0"),
     ],
 )
-def test_fields_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str):
+def test_contradictory_fields_are_refused(changes: dict[str, Any], message: str):
     with pytest.raises(MistralcError, match=message):
         replace(tiny_spec(), **changes)
 
 
 @pytest.mark.parametrize("name", ["chunk", "context", "max_batch"])
 @pytest.mark.parametrize("value", [0, -3, 1.0, False])
-def test_a_ring_size_that_is_no_whole_number_from_1_up_is_named(name: str, value: Any):
+def test_a_ring_size_must_be_a_whole_number_of_at_least_1(name: str, value: Any):
     with pytest.raises(MistralcError, match=f"ring's {name} is"):
         RingSpec(**{"chunk": 4, "context": 8, name: value})
 
 
-def test_a_spec_cannot_be_changed_once_it_was_checked():
+def test_a_spec_is_frozen():
     with pytest.raises(FrozenInstanceError):
         tiny_spec().head_dim = 15
 
@@ -80,7 +80,7 @@ LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embed
         MISTRAL_7B,
     ],
 )
-def test_a_spec_comes_back_from_json_as_it_was(spec: ModelSpec):
+def test_a_spec_survives_json(spec: ModelSpec):
     text = json.dumps(spec.to_json())
     assert ModelSpec.from_json(json.loads(text)) == spec
 
@@ -106,7 +106,7 @@ def test_json_with_other_fields_is_refused_with_a_remedy(damage: Any):
 
 
 def test_mistral_7b_has_7_241_732_096_parameters():
-    assert MISTRAL_7B.num_parameters == 7_241_732_096  # as published: 7.24 billion
+    assert MISTRAL_7B.num_parameters == 7_241_732_096  # published: 7.24 billion
 
 
 def test_a_tied_embedding_is_counted_and_listed_once():
@@ -115,7 +115,7 @@ def test_a_tied_embedding_is_counted_and_listed_once():
     assert untied.num_parameters - tied.num_parameters == 320 * 64
 
 
-def test_weights_have_hugging_face_names_and_shapes_out_by_in():
+def test_weights_have_hugging_face_names_and_shapes():
     spec = tiny_spec(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=24)
     layer = "model.layers.0."
     assert spec.weight_shapes() == {
@@ -150,14 +150,14 @@ def test_a_full_attention_ring_holds_the_context_in_whole_chunks():
     assert ring.capacity(5) == 16  # at least 5 + 8 - 1
 
 
-def test_one_window_needs_one_letter_and_several_are_told_apart():
+def test_capacity_letters_distinguish_windows_only_if_there_are_several():
     assert capacity_letter(tiny_spec(window=8), 8) == "C"
     assert capacity_letter(tiny_spec(), None) == "C"
     mixed = tiny_spec(layer_windows=(8, None))
     assert [capacity_letter(mixed, size) for size in mixed.windows] == ["C_8", "C_full"]
 
 
-def test_the_io_table_is_the_contract():
+def test_inputs_and_outputs_are_those_of_the_contract():
     spec = tiny_spec(layer_windows=(8, None))
 
     def row(name: str, shape: tuple[int | str, ...], dtype: Any = "float16") -> TensorSpec:

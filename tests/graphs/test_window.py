@@ -1,4 +1,4 @@
-"""The window and ring arithmetic: worked examples by hand, then against a ring kept as a dict."""
+"""Window and ring arithmetic: worked examples, then against a ring simulated as a dict."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ CAPACITIES = st.integers(1, 60)
 
 
 def ring_after(last: int, capacity: int) -> dict[int, int]:
-    """Slot to position after positions 0..last were written one after another."""
+    """Positions by slot after positions 0..last have been written one by one."""
     slots: dict[int, int] = {}
     for position in range(last + 1):
         slots[position % capacity] = position
@@ -39,12 +39,12 @@ def test_slots_not_yet_written_are_negative():
 @pytest.mark.parametrize(
     ("query", "keys"), [(6, [3, 4, 5, 6]), (7, [4, 5, 6, 7]), (8, [5, 6, 7, 8])]
 )
-def test_each_query_of_the_chunk_6_7_8_still_finds_its_four_keys(query: int, keys: list[int]):
+def test_each_query_of_the_chunk_6_7_8_finds_its_four_keys(query: int, keys: list[int]):
     held = [window.slot_position(8, slot, 6) for slot in range(6)]
     assert sorted(k for k in held if window.visible(query, k, 4)) == keys
 
 
-def test_seven_tokens_from_position_4_become_2_3_2():
+def test_seven_tokens_from_position_4_are_cut_into_2_3_2():
     assert list(window.pieces(4, 7, 3, [6])) == [2, 3, 2]
 
 
@@ -53,7 +53,7 @@ def test_a_window_of_4096_and_a_chunk_of_512_need_4608_slots():
     assert window.capacity(4096, 512) == 4608
 
 
-def test_without_a_window_the_whole_past_is_visible_and_nothing_else():
+def test_without_a_window_exactly_the_past_is_visible():
     assert [window.visible(3, k, None) for k in (-1, 0, 3, 4)] == [False, True, True, False]
 
 
@@ -61,14 +61,14 @@ def test_without_a_window_the_whole_past_is_visible_and_nothing_else():
 
 
 @given(last=POSITIONS, capacity=CAPACITIES)
-def test_slot_position_is_what_a_ring_written_token_by_token_holds(last: int, capacity: int):
+def test_slot_position_agrees_with_a_ring_written_token_by_token(last: int, capacity: int):
     written = ring_after(last, capacity)
     for slot in range(capacity):
         found = window.slot_position(last, slot, capacity)
         if slot in written:
             assert found == written[slot]
         else:
-            assert found < 0, f"slot {slot} is empty and is taken for position {found}"
+            assert found < 0, f"the empty slot {slot} seems to hold position {found}"
 
 
 @given(query=POSITIONS, size=WINDOWS)
@@ -101,13 +101,11 @@ def test_integers_numpy_and_torch_give_the_same_mask(
 
 
 @given(size=st.integers(1, 5000), chunk=st.integers(1, 600))
-def test_capacity_is_the_least_multiple_of_the_chunk_that_holds_window_and_chunk(
-    size: int, chunk: int
-):
+def test_capacity_is_the_smallest_sufficient_multiple_of_the_chunk(size: int, chunk: int):
     found = window.capacity(size, chunk)
     assert found % chunk == 0
     assert found >= size + chunk - 1, "the last token of a chunk would overwrite a visible key"
-    assert found - chunk < size + chunk - 1, "a whole chunk of slots is never needed"
+    assert found - chunk < size + chunk - 1, "one chunk of slots is unused"
 
 
 @given(
@@ -116,7 +114,7 @@ def test_capacity_is_the_least_multiple_of_the_chunk_that_holds_window_and_chunk
     chunk=st.integers(1, 40),
     rings=st.lists(CAPACITIES, min_size=1, max_size=3),
 )
-def test_pieces_add_up_and_cross_no_end_of_any_ring(
+def test_pieces_add_up_and_never_cross_the_end_of_a_ring(
     position: int, count: int, chunk: int, rings: list[int]
 ):
     found = list(window.pieces(position, count, chunk, rings))
@@ -141,7 +139,7 @@ def test_every_query_of_every_piece_finds_exactly_its_window_in_the_ring(
         position += piece
 
 
-# Going back
+# Rewinding
 
 
 @given(
@@ -150,23 +148,23 @@ def test_every_query_of_every_piece_finds_exactly_its_window_in_the_ring(
     position=POSITIONS,
     piece=st.integers(1, 20),
 )
-def test_after_going_back_to_oldest_rewind_the_mask_is_that_of_a_ring_that_never_went(
+def test_after_a_rewind_to_oldest_rewind_every_query_sees_its_window(
     size: int, slack: int, position: int, piece: int
 ):
     capacity = size + slack
     oldest = window.oldest_rewind(position, size, capacity)
-    assume(oldest <= position and piece <= slack + 1)  # what C >= W + chunk - 1 promises
+    assume(oldest <= position and piece <= slack + 1)  # guaranteed by C >= W + chunk - 1
     held = ring_after(position - 1, capacity)
     held |= {p % capacity: p for p in range(oldest, oldest + piece)}
     assert_exact(held, oldest, piece, size, capacity)
 
 
 @given(size=st.integers(2, 20), slack=st.integers(0, 20), position=POSITIONS)  # W=1 needs no past
-def test_one_position_before_oldest_rewind_a_key_is_wrong(size: int, slack: int, position: int):
+def test_a_rewind_before_oldest_rewind_would_show_a_wrong_key(size: int, slack: int, position: int):
     capacity = size + slack
     oldest = window.oldest_rewind(position, size, capacity)
     if position <= capacity:
-        assert oldest == 0, "nothing was overwritten, so everything may be gone back to"
+        assert oldest == 0, "nothing was overwritten, so every rewind is possible"
         return
     held = ring_after(position - 1, capacity)
     held[(oldest - 1) % capacity] = oldest - 1
@@ -174,14 +172,14 @@ def test_one_position_before_oldest_rewind_a_key_is_wrong(size: int, slack: int,
         assert_exact(held, oldest - 1, 1, size, capacity)
 
 
-def test_a_ring_without_window_can_go_back_to_the_start():
+def test_a_ring_without_a_window_can_rewind_to_0():
     assert window.oldest_rewind(9, None, 12) == 0
 
 
 def assert_exact(
     held: dict[int, int], first: int, piece: int, size: int | None, capacity: int
 ) -> None:
-    """Through the mask, each query sees in the ring `held` the keys of its window and no others."""
+    """Assert that each query sees exactly the keys of its window in the ring `held`."""
     last = first + piece - 1
     for query in range(first, last + 1):
         slots = [

@@ -1,4 +1,4 @@
-"""Made-up inputs of a group, and decoders with smoothing folded in. Asserts nothing."""
+"""Synthetic inputs of linears, and decoders with smoothing folded in. Asserts nothing."""
 
 import torch
 from torch import Tensor
@@ -13,14 +13,14 @@ CPU = torch.device("cpu")
 
 
 def observed(x: Tensor) -> Observation:
-    """What an observer sees of inputs x [T, K]."""
+    """The observation of inputs x [T, K]."""
     observer = Observer(x.shape[1], len(x), length=len(x), device=CPU)
     observer.add(x)
     return observer.finish()
 
 
 def with_outliers(rows: int = 512, features: int = 96, size: float = 30.0) -> Tensor:
-    """Correlated inputs, three of whose features are `size` times as large as the others."""
+    """Correlated inputs; three features are `size` times as large as the others."""
     generator = torch.Generator().manual_seed(0)
     mixed = torch.randn(rows, features // 4, generator=generator)
     x = mixed @ torch.randn(features // 4, features, generator=generator) / features**0.5
@@ -29,7 +29,7 @@ def with_outliers(rows: int = 512, features: int = 96, size: float = 30.0) -> Te
 
 
 def folded(spec: ModelSpec, tensors: dict[str, Tensor]) -> Decoder:
-    """The tiny decoder with the smoothing of `tensors` folded in, nothing quantized."""
+    """The tiny decoder with the smoothing of `tensors` folded in, unquantized."""
     recipe = Recipe(spec=spec, activation="float32", tensors=tensors)
     weights = tiny.weights(spec)
     return load_decoder(spec, lambda name: recipe.smoothed(name, weights[name]))

@@ -4,6 +4,7 @@ The fake GPU and real GPUs share these checks, so both kinds of test assert the 
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,22 +148,28 @@ def check_scheduler(session: Session, spec: ModelSpec, ring: RingSpec) -> None:
     prompts = [tiny.tokens(spec, count, seed=count).tolist() for count in (2, 19, 9, 31, 5, 21)]
     where = Ring(spec, ring, session.batch, grows=False)
     subject = Scheduler(session, where)
-    got: list[list[int]] = [[] for _ in prompts]
-    for prompt, tokens in zip((*prompts, prompts[3]), (*got, again := []), strict=True):
+    asked = [*prompts, prompts[3]]
+    got: list[list[Any]] = [[] for _ in asked]
+    for prompt, tokens in zip(asked, got, strict=True):
         request = Request(
             ids=tuple(prompt), params=GREEDY, max_new_tokens=wrapping_length(spec, ring)
         )
-        subject.submit(request, lambda item, to=tokens: to.append(getattr(item, "token_id", item)))
+        subject.submit(request, partial(_keep, tokens))
     while subject.turn():
         pass
     assert subject.stats().cached_tokens == 30, "ten chunks of the prompt that was sent twice"
-    for prompt, tokens in zip((*prompts, prompts[3]), (*got, again), strict=True):
+    for prompt, tokens in zip(asked, got, strict=True):
         generator = Generator(tiny.session(spec), Ring(spec, ring), spec.vocab_size)
         steps = generator.generate(
             generator.feed(prompt), GREEDY, max_new_tokens=wrapping_length(spec, ring)
         )
         assert tokens[:-1] == [step.token_id for step in steps]
         assert isinstance(tokens[-1], End)
+
+
+def _keep(tokens: list[Any], item: Any) -> None:
+    """Append a step's token, or how the request ended."""
+    tokens.append(getattr(item, "token_id", item))
 
 
 def check_choices(session: Session, spec: ModelSpec, ring: RingSpec, tolerance: float) -> None:

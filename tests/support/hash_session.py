@@ -1,9 +1,9 @@
-"""A model made of arithmetic, on a real ring: what a token gives depends on all that its row holds.
+"""A fake session whose every token depends on all keys that the row's ring holds.
 
-Each layer's "key" is a number made of the token and of all keys that it sees, so a key of another
-row, of another text, or one that should have been forgotten changes every later answer. Like a
-kernel whose rounding depends on the shape of its step, it mixes the step's size in: an answer is
-the same only if each token was computed in a step of the same shape. It is no model of anything.
+Each layer's "key" is a hash of the token and of all visible keys. A key of another row, of another
+text, or one that should have been overwritten changes every later token. Like a kernel whose
+rounding depends on the shape of a step, the hash includes the step's size: tokens agree only if
+each was computed in a step of the same shape.
 """
 
 from collections.abc import Mapping
@@ -19,9 +19,9 @@ MODULUS = 2**31 - 1
 
 
 class HashSession:
-    """`batch` rows; where not `partial`, rings are full from the start and a step takes all rows.
+    """A session of `batch` rows; if not `partial`, rings are full and every step takes all rows.
 
-    `steps` has each step's positions, by row.
+    `steps` records the positions of each step by row.
     """
 
     def __init__(self, spec: ModelSpec, ring: RingSpec, batch: int, *, partial: bool) -> None:
@@ -51,7 +51,7 @@ class HashSession:
             check_step(
                 self.spec, self.ring, self.batch, input_ids, position_ids, logits_indices, first
             )
-        assert input_ids.flags.c_contiguous, "a session binds the array's memory as it lies"
+        assert input_ids.flags.c_contiguous, "a session binds the memory of the array"
         self.steps.append({first + row: position_ids[row].tolist() for row in range(rows)})
         shape = 1000 * count + (min(rows, 2) if count == 1 else 0)
         logits = np.tile(np.arange(self.spec.vocab_size, dtype=np.float32), (rows, 1, 1))
@@ -64,11 +64,13 @@ class HashSession:
         return logits
 
     def _write(self, row: int, token: int, position: int, last: int, shape: int) -> int:
-        """Write a key, attend to all that are visible, and return what was seen."""
+        """Write a key, attend to all visible keys, and return the hash."""
         seen = [token, position, shape]
         for size, ring in self.rings.items():
             capacity = ring.shape[1]
-            assert last < capacity or capacity == self.ring.capacity(size), "the ring has to grow"
+            assert last < capacity or capacity == self.ring.capacity(size), (
+                "the ring must grow first"
+            )
             slots = np.arange(capacity)
             at = window.slot_position(last, slots, capacity)
             visible = window.visible(position, at, size) & (at != position)

@@ -1,12 +1,12 @@
-"""Random-weight checkpoints of true shapes, in any layout, streamed. Knows nothing about export.
+"""Write random-weight checkpoints of real shapes in any format, streamed.
 
     python tests/support/make_checkpoint.py --preset mistral-7b-v0.1 --dtype bf16 OUT
 
-Every matrix is drawn uniformly with variance 1 / columns, so that activations keep their size
-and the logits of a tiny model are spread by about 1; norm weights lie around 1. Uniform rather
-than normal because NumPy draws it nine times as fast (0.5 against 0.055 billion a second and
-core), which is 15 s instead of 2 min for 7B. A weight's values depend on the seed and its name
-only: all layouts, dtypes and shard sizes of one spec hold the same model.
+Matrices are uniform with variance 1 / columns, so activations keep their scale and logits of a tiny
+model have a standard deviation of about 1; norm weights are around 1. NumPy draws uniform values
+nine times as fast as normal ones (0.5 against 0.055 billion per second and core): 15 s instead of
+2 min for 7B. Values depend on the seed and the weight's name only, so all formats, dtypes and shard
+sizes of a spec hold the same model.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import numpy as np
 import tokenizers
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where run as a script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run as a script
 
 from exporter.checkpoint import weight_names
 from graphs.spec import ModelSpec
@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 _TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _SHORT = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_CHUNK = 2**23  # values drawn at a time: 32 MiB in float32
+_CHUNK = 2**23  # values per draw: 32 MiB in float32
 _SPECIALS = ("<unk>", "<s>", "</s>")
 _SMALLEST_VOCABULARY = len(_SPECIALS) + 256
 _CHAT = (
@@ -46,9 +46,9 @@ _CHAT = (
 
 
 def tiny_spec(**overrides: Any) -> ModelSpec:
-    """A model of 100,000 weights, GQA 4:2, full attention. `overrides` are fields of ModelSpec.
+    """A model of 100,000 weights, GQA 4:2, full attention; `overrides` are fields of ModelSpec.
 
-    `layer_windows` follows `num_hidden_layers` unless it is given, and `window=N` sets them all.
+    `window=N` sets the window of every layer; otherwise give `layer_windows`.
     """
     layers = overrides.get("num_hidden_layers", 2)
     window = overrides.pop("window", None)
@@ -87,9 +87,9 @@ def write_checkpoint(
 ) -> Path:
     """Write a checkpoint with random weights and return what `open_checkpoint` takes.
 
-    That is `directory`, or the file `model.gguf` in it. `shard_size` is in bytes: more than that
-    becomes shards with an index (not in GGUF). A tokenizer is written where the vocabulary has
-    room for 256 bytes and 3 special tokens. Never holds more than one drawn chunk in memory.
+    That is `directory`, or the file `model.gguf` in it. Above `shard_size` bytes the weights are
+    written as shards with an index (not in GGUF). A tokenizer is written if the vocabulary has room
+    for 256 bytes and 3 special tokens. At most one drawn chunk is in memory.
     """
     folder, dtype = Path(directory), _SHORT.get(dtype, dtype)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def write_checkpoint(
 
 
 def hf_config(spec: ModelSpec, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of a spec, in transformers 4's spelling, which 5 reads as well."""
+    """The `config.json` of a spec, as transformers 4 writes it; 5 reads it too."""
     windows = {size for size in spec.layer_windows if size is not None}
     if len(windows) > 1:
         raise ValueError("config.json has one sliding_window; write another format")
@@ -153,7 +153,7 @@ def mistral_params(spec: ModelSpec) -> dict[str, Any]:
 
 
 def chunks(spec: ModelSpec, name: str, seed: int) -> Iterator[Array]:
-    """The float32 values of one weight in canonical order, in pieces of whole heads' rows."""
+    """The float32 values of one weight in canonical order, in pieces of whole heads."""
     shape = spec.weight_shapes()[name]
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     draw = np.random.Generator(np.random.SFC64(int.from_bytes(key[:8], "little")))
@@ -172,7 +172,7 @@ def chunks(spec: ModelSpec, name: str, seed: int) -> Iterator[Array]:
 def _stored(
     spec: ModelSpec, name: str, seed: int, dtype: str, interleaved: bool
 ) -> Iterator[Array]:
-    """The bytes of one weight as a file holds it, as uint8 arrays of whole rows."""
+    """The bytes of one weight as stored in a file, as uint8 arrays of whole rows."""
     heads = weight_names.rotated_heads(spec, name) if interleaved else None
     for values in chunks(spec, name, seed):
         weight = torch.from_numpy(values)
@@ -205,7 +205,7 @@ def _write_shards(
 
 
 def _divide(spec: ModelSpec, dtype: str, shard_size: int) -> list[list[str]]:
-    """Names in order, cut wherever the next weight would exceed the shard's size."""
+    """Names by shard; a new shard starts where the next weight would exceed the size."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, shape in spec.weight_shapes().items():
@@ -219,7 +219,7 @@ def _divide(spec: ModelSpec, dtype: str, shard_size: int) -> list[list[str]]:
 
 
 def safetensors_header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
-    """The first bytes of a safetensors file whose tensors follow in this order."""
+    """The header of a safetensors file whose tensors follow in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -240,7 +240,7 @@ def _write_gguf(path: Path, spec: ModelSpec, dtype: str, seed: int) -> Path:
     for name, shape in spec.weight_shapes().items():
         writer.add_tensor_info(
             weight_names.gguf_name(name), shape,
-            np.dtype(np.float16),  # any but uint8: shape is as said
+            np.dtype(np.float16),  # any type but uint8 keeps the shape as given
             math.prod(shape) * _TORCH[dtype].itemsize,
             raw_dtype=gguf.GGMLQuantizationType[kind],
         )  # fmt: skip
@@ -295,9 +295,9 @@ def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
 
 
 def vocabulary(size: int) -> list[str]:
-    """Specials, the 256 bytes in byte-level spelling, then made-up words nothing encodes to.
+    """Special tokens, the 256 bytes in byte-level spelling, then made-up words.
 
-    The words are there so that every id a random model picks decodes to something readable.
+    No text encodes to the words; they make every token that a random model generates readable.
     """
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     words = (f"Ġ{_word(number)}" for number in range(max(0, size - _SMALLEST_VOCABULARY)))
@@ -352,7 +352,7 @@ def main() -> None:
                         default="huggingface")  # fmt: skip
     parser.add_argument("--shard-size", type=_bytes, default="5GB", help="such as 500MB or 5GB")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, help="instead of the preset's number")
+    parser.add_argument("--layers", type=int, help="number of layers (default: the preset's)")
     parser.add_argument("--window", type=int, help="sliding window of every layer; 0 for none")
     args = parser.parse_args()
     spec = PRESETS[args.preset]

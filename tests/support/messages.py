@@ -1,16 +1,16 @@
-"""The error messages that the code can raise, as it has them. Knows no document."""
+"""Collect the error messages of the source code. Knows nothing about documents."""
 
 import ast
 from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILLED = "\0"  # stands for what is filled in
+FILLED = "\0"  # placeholder for interpolated values
 
 
 @cache
 def messages() -> tuple[str, ...]:
-    """The text of every `MistralcError(...)` and `UsageError(...)`, `FILLED` for what differs."""
+    """The text of every MistralcError and UsageError, with FILLED for interpolated values."""
     paths = [ROOT / "mistralc.py"]
     for package in ("calib", "exporter", "graphs", "runtime"):
         paths += sorted((ROOT / package).rglob("*.py"))

@@ -1,6 +1,6 @@
-"""A real server process for tests, and what its metrics say. Asserts nothing.
+"""A real server process for tests, with clients and metrics.
 
-The port is the system's choice; standard output tells it.
+The system chooses the port, which the server prints.
 """
 
 import contextlib
@@ -14,20 +14,21 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0  # a test that waits longer has failed: nothing here takes a tenth of it
+PATIENCE_S = 60.0  # timeout; nothing here takes a tenth of it
 NO_END: dict[str, int] = {"2": -100}  # bans the tiny models' end-of-text token
 ENDLESS: dict[str, Any] = {"max_tokens": 1_000_000, "logit_bias": NO_END}
 STREAM: dict[str, Any] = ENDLESS | {"stream": True}
 FREE = ("--max-new-tokens", 1_000_000)
 IMPATIENT = ("--stall-seconds", 1, "--read-seconds", 1, "--max-body-bytes", 50_000)
 
-# The kernel holds megabytes for a client that does not read; here a few kilobytes.
+# The kernel buffers megabytes for a client that does not read; this limits it to kilobytes.
 SMALL_BUFFERS = (
     "-c",
     """
@@ -39,7 +40,7 @@ listen = server.listen
 
 def small(host, port):
     listening = listen(host, port)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections inherit it
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited by connections
     return listening
 
 server.listen = small
@@ -49,10 +50,10 @@ mistralc.main()
 
 
 class Answer(NamedTuple):
-    """An HTTP response, read to its end."""
+    """A complete HTTP response."""
 
     status: int
-    headers: Mapping[str, str]
+    headers: "Message[str, str]"  # found in any case
     text: str
 
     def json(self) -> Any:
@@ -68,7 +69,7 @@ class Server:
         self.host, self.port = "127.0.0.1", int(url.rpartition(":")[2])
 
     def client(self, key: str = "none", **options: Any) -> OpenAI:
-        """OpenAI's own client, which does not try again by itself."""
+        """OpenAI's client, without retries."""
         return OpenAI(
             base_url=f"{self.url}/v1", api_key=key, **{"max_retries": 0, "timeout": 60} | options
         )
@@ -76,7 +77,7 @@ class Server:
     def ask(
         self, path: str, body: Any = None, *, data: bytes | None = None, **headers: str
     ) -> Answer:
-        """GET, or POST where there is a body."""
+        """Send a GET request, or a POST request if there is a body."""
         if body is not None:
             data = json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)  # noqa: S310
@@ -93,21 +94,21 @@ class Server:
         return self.ask("/v1/completions", {"model": self.model, "prompt": prompt, **options})
 
     def metric(self, name: str) -> float:
-        """One sample, by its name with labels and without the prefix; 0 where there is none."""
+        """One sample by its name with labels, without the prefix; 0 if there is none."""
         for line in self.ask("/metrics").text.splitlines():
             if line.startswith(f"mistralc_{name} "):
                 return float(line.rpartition(" ")[2])
         return 0.0
 
     def connection(self, body: Mapping[str, Any]) -> socket.socket:
-        """A socket on which a completion was asked for, and nothing read."""
+        """A socket on which a completion request was sent and nothing has been read."""
         data = json.dumps({"model": self.model, "prompt": "The ring", **body}).encode()
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(data)}\r\n\r\n"
         )
         connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # it is full soon
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that it fills quickly
         connection.settimeout(PATIENCE_S)
         connection.connect((self.host, self.port))
         connection.sendall(head.encode() + data)
@@ -118,12 +119,12 @@ class Server:
         self.process.send_signal(number)
 
     def wait(self) -> int:
-        """The exit status, once it has ended."""
+        """Wait for the process to end; return its exit status."""
         return self.process.wait(PATIENCE_S)
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
-    """Wait for something that other threads or processes bring about."""
+    """Wait until `condition` holds; raise TimeoutError after PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > deadline:
@@ -132,7 +133,7 @@ def until(condition: Callable[[], Any], what: str) -> None:
 
 
 def idle(server: Server) -> None:
-    """Wait until no row is taken and nobody waits."""
+    """Wait until no row is in use and no request waits."""
     until(
         lambda: server.metric("running_rows") + server.metric("waiting_requests") == 0,
         "a free row",
@@ -140,14 +141,14 @@ def idle(server: Server) -> None:
 
 
 def begun(connection: socket.socket) -> bytes:
-    """The first bytes of an answer that streams."""
+    """The first bytes of a streamed answer."""
     data = connection.recv(1 << 14)
     assert b"200 OK" in data
     return data
 
 
 def rest(connection: socket.socket) -> bytes:
-    """All that comes until the server closes; what is cut off is cut off."""
+    """Everything that arrives until the server closes or resets the connection."""
     data = b""
     try:
         while piece := connection.recv(1 << 16):
@@ -164,7 +165,7 @@ def serving(
     program: tuple[str, ...] = ("-m", "mistralc"),
     **environment: str,
 ) -> Iterator[Server]:
-    """Serve `bundle` in a process of its own, and end it."""
+    """Serve `bundle` in its own process until the block ends."""
     command = [sys.executable, *program, "serve", str(bundle), "--port", "0", "--json",
                "--model-name", "tiny", "--threads", "1", *map(str, options)]  # fmt: skip
     with subprocess.Popen(
@@ -179,7 +180,7 @@ def serving(
 def _started(process: "subprocess.Popen[str]") -> Server:
     assert process.stdout is not None
     for line in process.stdout:
-        told = json.loads(line)
-        if told["event"] == "ready":
-            return Server(process, told["url"], told["model"])
+        event = json.loads(line)
+        if event["event"] == "ready":
+            return Server(process, event["url"], event["model"])
     raise RuntimeError(f"the server ended with {process.wait()} before it was ready")

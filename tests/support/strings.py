@@ -1,4 +1,4 @@
-"""Two thousand texts for tokenizers, the same on every run. Knows nothing about tokenizers."""
+"""2,000 texts for testing tokenizers, the same on every run."""
 
 import random
 from collections.abc import Iterator
@@ -110,7 +110,7 @@ def _spaces(draw: random.Random) -> Iterator[str]:
 
 
 def _code_points(draw: random.Random) -> Iterator[str]:
-    """Mostly unassigned or rare: characters that a vocabulary has only as bytes."""
+    """Mostly unassigned or rare characters, which a vocabulary has only as bytes."""
     while True:
         points = (draw.randrange(0x10F800) for _ in range(draw.randint(1, 8)))
         yield "".join(chr(p + 0x800 if p >= 0xD800 else p) for p in points)
@@ -123,7 +123,7 @@ def _bytes(draw: random.Random) -> Iterator[str]:
 
 
 def _marked(draw: random.Random) -> Iterator[str]:
-    """What looks like a control token or a byte piece, in the midst of text."""
+    """Text that contains spellings of control tokens and byte pieces."""
     yield from (mark for mark in _MARKS if not mark.startswith("[REF"))
     while True:
         parts = (draw.choice((draw.choice(_MARKS), "word", " two words ")) for _ in range(4))

@@ -1,7 +1,7 @@
-"""Tiny random models, ready to run: weights, PyTorch decoder, ONNX graph, session. Asserts nothing.
+"""Tiny random models: weights, PyTorch decoder, ONNX graph, session.
 
-Tracing is what costs (about 2 s a model, none of it arithmetic), so traces are kept and every
-caller gets a copy. Weights are those that `write_checkpoint` writes for the same spec and seed.
+Tracing takes about 2 s per model, so traces are cached and every caller gets a copy. Weights are
+those that `write_checkpoint` writes for the same spec and seed.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -50,10 +50,10 @@ def _trace(spec: ModelSpec, activation: Dtype) -> ir.Model:
 
 
 def traced(spec: ModelSpec, activation: Dtype = "float32") -> ir.Model:
-    """The graph as the tracer gives it, before any pass; the caller may change it.
+    """The traced graph before any pass; the caller may change it.
 
-    A tied model traces like its untied twin but for the name behind the head's weight, so both
-    share one trace: `test_trace.py` shows that this is the same graph.
+    A tied and an untied model differ only in the weight of the head, so both share one trace:
+    `test_trace.py` shows that this gives the same graph.
     """
     model = _trace(replace(spec, tie_word_embeddings=False), activation).clone()
     if spec.tie_word_embeddings:
@@ -67,19 +67,19 @@ def traced(spec: ModelSpec, activation: Dtype = "float32") -> ir.Model:
 
 
 def lowered(spec: ModelSpec, target: str, activation: Dtype = "float32") -> ir.Model:
-    """The graph after the passes of `target`, its weights still names."""
+    """The graph after the passes of `target`, with weight references."""
     model = traced(spec, activation)
     lower(model, spec, target)
     return model
 
 
 def fill(model: ir.Model, spec: ModelSpec, seed: int = 0) -> ir.Model:
-    """Put the random numbers in place of the names, in `model` itself, which is returned."""
+    """Replace weight references by random weights, in place; return `model`."""
     return fill_from(model, weights(spec, seed).__getitem__)
 
 
 def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
-    """Put the numbers that `read(name)` gives, float32, in place of the names."""
+    """Replace weight references by the float32 weights that `read(name)` returns, in place."""
     for value in model.graph.initializers.values():
         weight = weight_of(value)
         if weight is not None:
@@ -92,13 +92,14 @@ def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
 
 
 def model_bytes(spec: ModelSpec, target: str, seed: int = 0) -> bytes:
-    """The float32 `model.onnx` of `target`, weights inside."""
+    """The float32 `model.onnx` of `target` with weights inside."""
     model = fill(lowered(spec, target), spec, seed)
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def load(model: bytes, spec: ModelSpec, batch: int = 1, padded: int = 0) -> OrtSession:
-    """A session on `model`. One thread: such a model is too small to share."""
+    """A session on `model` with one thread: the model is too small for more."""
     with TemporaryDirectory() as directory:
         path = Path(directory) / "model.onnx"
         path.write_bytes(model)
@@ -107,7 +108,7 @@ def load(model: bytes, spec: ModelSpec, batch: int = 1, padded: int = 0) -> OrtS
 
 @cache
 def session(spec: ModelSpec, target: str = "cpu", *, batch: int = 1, seed: int = 0) -> OrtSession:
-    """A session shared by all who ask for the same: a new `Ring` starts a new text on it."""
+    """A cached session; a new `Ring` starts a new text on it."""
     return load(model_bytes(spec, target, seed), spec, batch)
 
 
@@ -117,18 +118,19 @@ def tokens(spec: ModelSpec, count: int, seed: int = 0) -> Ids:
 
 
 def at_once(model: Decoder, ids: Ids) -> Logits:
-    """Logits [n, V] of one pass over the whole text, with a ring that never wraps."""
+    """Logits [n, V] of one pass over the whole text with a ring that never wraps."""
     spec, count = model.spec, len(ids)
     shape = (1, spec.num_key_value_heads, count, spec.head_dim)
     past = [torch.zeros(shape) for _ in range(2 * spec.num_hidden_layers)]
     positions = torch.arange(count)[None]
     with torch.inference_mode():
         logits, _ = model(torch.from_numpy(ids)[None], positions, positions, past)
-    return logits[0].numpy()
+    found: Logits = logits[0].numpy()
+    return found
 
 
 def in_turns(session: Session, ring: Ring, ids: Ids, turns: Iterable[int]) -> Logits:
-    """Logits [n, V] of the text `ids`, fed after what `ring` holds, in turns of these lengths."""
+    """Logits [n, V] of `ids`, appended to the text in `ring` in turns of these lengths."""
     found, done = [], 0
     sequence = Sequence(session, ring)
     for turn in turns:

@@ -1,4 +1,4 @@
-"""The real tokenizers that tests run on, opened once per process. Knows nothing about chats."""
+"""The real tokenizers that tests use, opened once per process."""
 
 import importlib.util
 from functools import cache
@@ -42,7 +42,7 @@ def opened(path: Path) -> Tokenizer:
 
 @cache
 def transformers_smollm2() -> Any:
-    """transformers' own reading of the GGUF."""
+    """The tokenizer that transformers reads from the GGUF file."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(SMOLLM2.parent), gguf_file=SMOLLM2.name)

@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from runtime.cli.chat import Chat
-from runtime.cli.session_file import keep, resume
+from runtime.cli.session_file import resume, save
 from runtime.completion import Limits
 from runtime.decoding.sampling import SamplingParams
 from runtime.decoding.snapshot import DIGEST, MAGIC
@@ -38,7 +38,7 @@ def _write(folder: Path) -> bytes:
     loaded = _loaded()
     _clear()
     loaded.generator.feed([5 + i % 40 for i in range(30)])
-    keep(folder / NAME, loaded, {"messages": MESSAGES})
+    save(folder / NAME, loaded, {"messages": MESSAGES})
     return (folder / NAME).read_bytes()
 
 

@@ -1,7 +1,7 @@
-"""ONNX Runtime: the ring is updated in place, decoding allocates nothing, errors are ours.
+"""ONNX Runtime CPU sessions: in-place updates, no allocation while decoding, error messages.
 
-What ONNX Runtime says on standard error, and what a process takes in memory, is seen from outside:
-those tests run a small program of their own, in which torch is never imported.
+Tests of ONNX Runtime's standard error and of memory run a small program in its own process, which
+never imports torch.
 """
 
 import json
@@ -26,10 +26,10 @@ from tests.support import tiny
 from tests.support.make_checkpoint import tiny_spec
 
 ROOT = Path(__file__).resolve().parents[3]
-SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # its trace is shared with other tests
+SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # shares its trace with other tests
 RING = RingSpec(chunk=3, context=1)
 
-# Loads argv[1], a model of the spec in argv[2], and gives `session` and `ring`.
+# Loads the model argv[1] of the spec argv[2]; defines `session` and `ring`.
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -100,27 +100,29 @@ def run(
 # In place
 
 
-def test_onnx_runtime_has_nothing_to_warn_of_at_its_default_log_level(model: Path):
+def test_onnx_runtime_prints_no_warning(model: Path):
     assert run(model, GENERATE).stderr == ""
 
 
-def test_onnx_runtime_leaves_nothing_in_the_users_cache(model: Path, tmp_path: Path):
-    # Not even CI may be in the environment: it leaves nothing there anyway.
+def test_onnx_runtime_writes_nothing_to_the_users_cache(model: Path, tmp_path: Path):
+    # The environment must not contain CI, which also disables telemetry.
     environment = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     run(model, GENERATE, environment)
     assert list(tmp_path.iterdir()) == []
     run(model, GENERATE, {**environment, "ORT_DISABLE_TELEMETRY": "0"})
-    assert list(tmp_path.rglob("deviceid")), "it does where it is let: the test sees it"
+    assert list(tmp_path.rglob("deviceid")), (
+        "with telemetry it does write a file, so the test can detect it"
+    )
 
 
-def test_it_would_warn_if_the_ring_were_copied(model: Path):
-    """So that silence above means that nothing was copied."""
+def test_onnx_runtime_would_warn_if_the_ring_were_copied(model: Path):
+    """No warning above therefore means that nothing was copied."""
     warning = run(model, SEPARATE).stderr
     caches = 2 * SPEC.num_hidden_layers
     assert warning.count("in-place optimization not activated") == caches
 
 
-def test_every_present_cache_is_the_memory_of_its_past():
+def test_every_present_cache_shares_the_memory_of_its_past():
     session = tiny.load(tiny.model_bytes(SPEC, "cpu"), SPEC)
     session.resize({4: 6, 16: 18})
     one = np.zeros((1, 1), np.int64)
@@ -129,10 +131,10 @@ def test_every_present_cache_is_the_memory_of_its_past():
     caches = session._caches
     assert len(caches) == 2 * SPEC.num_hidden_layers
     for name, cache in caches.items():
-        assert cache.ctypes.data in bound, f"present_{name} is somewhere else"
+        assert cache.ctypes.data in bound, f"present_{name} is in other memory"
 
 
-def test_a_step_writes_its_slots_and_no_others():
+def test_a_step_writes_its_own_slots_only():
     session = tiny.load(tiny.model_bytes(SPEC, "cpu"), SPEC)
     session.resize({4: 6, 16: 18})
     ids, positions = tiny.tokens(SPEC, 3)[None], np.array([[18, 19, 20]])
@@ -143,7 +145,7 @@ def test_a_step_writes_its_slots_and_no_others():
         assert np.flatnonzero(written).tolist() == [first, first + 1, first + 2], name
 
 
-def test_growing_keeps_the_slots_that_were_written():
+def test_growing_keeps_the_written_slots():
     session = tiny.load(tiny.model_bytes(SPEC, "cpu"), SPEC)
     session.resize({4: 3, 16: 3})
     session.step(tiny.tokens(SPEC, 3)[None], np.arange(3)[None], np.array([[2]]))
@@ -151,7 +153,7 @@ def test_growing_keeps_the_slots_that_were_written():
     session.resize({4: 6, 16: 12})
     for name, cache in session._caches.items():
         np.testing.assert_array_equal(cache[:, :, :3], before[name])
-        assert not cache[:, :, 3:].any(), f"{name}: new slots are to be empty"
+        assert not cache[:, :, 3:].any(), f"{name}: new slots must be empty"
 
 
 # Memory
@@ -169,28 +171,28 @@ def test_decoding_allocates_nothing_per_token():
 
     tracemalloc.start()
     try:
-        decode(range(300))  # what is made once is made here
+        decode(range(300))  # one-time allocations happen here
         held, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         decode(range(300, 500))
         kept, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # NumPy reports its arrays to tracemalloc. A row of logits is 256 bytes and a cache 768 or more:
-    # 200 steps that kept the least of them would hold 51 kB, and a step that copied a cache for a
-    # moment would show it on top of the 460 bytes that frames and integers were seen to take.
+    # NumPy reports its arrays to tracemalloc. A row of logits has 256 bytes, a cache at least 768.
+    # 200 steps that kept one row each would hold 51 kB. A step that copied a cache temporarily
+    # would add at least 768 bytes to the 460 measured for frames and integers.
     assert kept - held < 256, f"200 steps kept {kept - held} bytes"
-    assert peak - held < 1024, f"a step took {peak - held} bytes for a moment"
+    assert peak - held < 1024, f"a step allocated {peak - held} bytes temporarily"
 
 
-def test_one_token_steps_give_the_same_buffer_every_time():
+def test_single_token_steps_return_the_same_buffer():
     session = tiny.session(SPEC)
     session.resize({4: 6, 16: 18})
     one = np.zeros((1, 1), np.int64)
     assert session.step(one, one, one) is session.step(one, one + 1, one)
 
 
-def test_bindings_of_rows_that_ran_long_ago_are_not_kept_and_run_again_all_the_same():
+def test_old_bindings_are_evicted_and_made_again():
     session, rows = tiny.session(SPEC, batch=8), range(8)
     session.resize({4: 6, 16: 18})
 
@@ -208,15 +210,15 @@ def test_bindings_of_rows_that_ran_long_ago_are_not_kept_and_run_again_all_the_s
 
 def test_resident_memory_does_not_grow_over_3000_tokens(model: Path):
     grown = int(run(model, MEASURE).stdout)
-    # The tokens themselves take 4 bytes each, 12 kB; the allocator hands out pages of 4 kB. 1 kB
-    # kept a step would be 3 MB.
+    # The tokens take 4 bytes each, 12 kB in all; the allocator uses pages of 4 kB. A leak of 1 kB
+    # per step would be 3 MB.
     assert grown < 256 * 1024, f"{grown:,} bytes more after 3,000 tokens"
 
 
 # Steps
 
 
-def test_rows_of_a_longer_text_may_be_handed_over_as_views():
+def test_inputs_may_be_views_of_longer_arrays():
     spec = SPEC
     session, ids = tiny.session(spec, batch=2), np.stack([tiny.tokens(spec, 12, s) for s in (0, 1)])
     positions = np.arange(12)[None].repeat(2, 0)
@@ -225,11 +227,11 @@ def test_rows_of_a_longer_text_may_be_handed_over_as_views():
     whole = session.step(ids, positions, zero + 11).copy()
     session.step(ids[:, :6], positions[:, :6], zero + 5)
     views = session.step(ids[:, 6:], positions[:, 6:], zero + 5)
-    # Six rows are added up in another order than twelve, see test_prefill_equals_decode.py.
+    # Six rows are summed in another order than twelve, see test_prefill_equals_decode.py.
     assert np.abs(views - whole).max() <= 1e-4
 
 
-def test_logits_come_for_the_rows_asked_for_in_the_order_asked_for():
+def test_logits_are_those_of_the_requested_rows_in_the_requested_order():
     session = tiny.session(SPEC)
     ring = Ring(SPEC, RING)
     ring.capacities = dict(ring.full)
@@ -238,7 +240,7 @@ def test_logits_come_for_the_rows_asked_for_in_the_order_asked_for():
     every = session.step(ids, positions, np.array([[0, 1, 2]])).copy()
     some = session.step(ids, positions, np.array([[2, 0]]))
     assert some.shape == (1, 2, SPEC.vocab_size)
-    # The same rows of the same product in two sizes of matrix: last bits may differ.
+    # The same rows from matrix products of two sizes: the last bits may differ.
     assert np.abs(some[0] - every[0, [2, 0]]).max() <= 1e-5
 
 
@@ -249,7 +251,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_with_a_remedy(tmp_path: Path)
         OrtSession(path, SPEC)
 
 
-def test_attention_with_and_without_blocks_agrees_and_its_variable_does_not_stay(
+def test_flash_attention_agrees_and_its_environment_variable_is_restored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     spec = replace(SPEC, layer_windows=(None, None))
@@ -267,11 +269,11 @@ def test_attention_with_and_without_blocks_agrees_and_its_variable_does_not_stay
     assert NO_FLASH not in os.environ
     monkeypatch.setenv(NO_FLASH, "0")
     OrtSession(path, spec, flash=False)
-    assert seen == [None, "1", "0"], "what the user has set stays"
+    assert seen == [None, "1", "0"], "a value that the user has set must stay"
     ids, counts = tiny.tokens(spec, 40), [16, 1, 1, 5, 1, 16]
-    with_blocks, without = (
+    flash, plain = (
         tiny.in_turns(session, Ring(spec, RingSpec(chunk=16, context=64)), ids, counts)
         for session in sessions
     )
-    # Sums in another order; logits are about 4.
-    assert 0 < np.abs(with_blocks - without).max() <= 2e-5
+    # Another summation order; logits are about 4.
+    assert 0 < np.abs(flash - plain).max() <= 2e-5

@@ -27,27 +27,27 @@ def test_a_flipped_bit_in_any_file_is_always_refused(
     bundle, key = copy_of(sliding_bundle), tmp_path / "key"
     signature.write_keys(key)
     public = signature.public_path(key)
-    made, _ = signature.sign((bundle / "manifest.json").read_bytes(), key)
-    signature.write_signature(bundle, made)
+    signed, _ = signature.sign((bundle / "manifest.json").read_bytes(), key)
+    signature.write_signature(bundle, signed)
     files = sorted(path for path in bundle.rglob("*") if path.is_file())
-    draw, hit = random.Random(0), Counter[str]()  # noqa: S311  (a sample, not a secret)
+    draw, hits = random.Random(0), Counter[str]()  # noqa: S311  (not used for security)
     for _ in range(TRIALS):
-        path = draw.choice(files)  # each file as often as any other, however small
+        path = draw.choice(files)  # all files equally often, whatever their size
         bit = draw.randrange(8 * path.stat().st_size)
         name = path.relative_to(bundle).as_posix()
-        hit[name] += 1
+        hits[name] += 1
         flip(path, bit)
-        assert refused(bundle, public), f"nobody noticed that bit {bit} of {name} was flipped"
-        if name != "manifest.sig":  # nobody looks at it unless it is asked for
+        assert refused(bundle, public), f"the flipped bit {bit} of {name} was not detected"
+        if name != "manifest.sig":  # not read unless a signature is required
             assert refused(bundle), f"bit {bit} of {name}, without a signature"
         flip(path, bit)
-    assert len(hit) == len(files), "some file was never drawn"
-    assert {"manifest.json", "manifest.sig", "run.pyz", "model.onnx"} <= set(hit)
-    assert not refused(bundle, public), "flipped back, it is the bundle that was signed"
+    assert len(hits) == len(files), "some file was never drawn"
+    assert {"manifest.json", "manifest.sig", "run.pyz", "model.onnx"} <= set(hits)
+    assert not refused(bundle, public), "with all bits restored the bundle must open"
 
 
 def refused(bundle: Path, require_signature: Path | None = None) -> bool:
-    """Whether opening says in words that it will not."""
+    """Whether opening the bundle raises MistralcError."""
     try:
         open_bundle(bundle, require_signature=require_signature)
     except MistralcError:

@@ -1,4 +1,4 @@
-"""Keys and signatures, and what a bundle without the required one gets to do: nothing."""
+"""Keys and signatures; a bundle without the required signature is never opened."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Copy = Callable[[Path], Path]
 
 @pytest.fixture(scope="session")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A private key; its public key lies beside it."""
+    """A private key with its public key beside it."""
     path = tmp_path_factory.mktemp("keys") / "release"
     signature.write_keys(path)
     return path
@@ -32,7 +32,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def signed(mistralc: Command, sliding_bundle: Path, copy_of: Copy, keys: Path) -> Path:
-    """A signed bundle, to be damaged."""
+    """A signed bundle that a test may damage."""
     bundle = copy_of(sliding_bundle)
     ended = mistralc("sign", bundle, "--key", keys)
     assert ended.code == 0, ended.err
@@ -44,35 +44,35 @@ def public(key: Path) -> Path:
 
 
 def resign(bundle: Path, key: Path) -> None:
-    """Sign whatever the manifest is now, as an accomplice would."""
-    made, _ = signature.sign((bundle / "manifest.json").read_bytes(), key)
-    signature.write_signature(bundle, made)
+    """Sign the current manifest, as someone with access to the key could."""
+    signed, _ = signature.sign((bundle / "manifest.json").read_bytes(), key)
+    signature.write_signature(bundle, signed)
 
 
 # Keys
 
 
-def test_a_private_key_is_for_its_owner_only_and_never_overwritten(
+def test_only_the_owner_can_read_a_private_key_and_it_is_never_overwritten(
     mistralc: Command, tmp_path: Path
 ) -> None:
     key = tmp_path / "key"
-    made = json.loads(mistralc("keygen", "-o", key, "--json").out)
-    assert made["private"] == str(key)
-    assert made["public"] == f"{key}.pub"
-    assert made["fingerprint"].startswith("SHA256:")
+    created = json.loads(mistralc("keygen", "-o", key, "--json").out)
+    assert created["private"] == str(key)
+    assert created["public"] == f"{key}.pub"
+    assert created["fingerprint"].startswith("SHA256:")
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     before = key.read_bytes(), public(key).read_bytes()
     ended = mistralc("keygen", "-o", key)
     assert ended.code == 2
     assert "is left alone" in ended.err
     public(key).unlink()
-    assert mistralc("keygen", "-o", key).code == 2, "a private key is there, without its public one"
-    assert not public(key).exists(), "a public key that belongs to no private one"
+    assert mistralc("keygen", "-o", key).code == 2, "the private key exists without its public key"
+    assert not public(key).exists(), "a public key without its private key"
     assert key.read_bytes() == before[0]
 
 
-def test_a_signature_is_one_that_openssl_accepts(signed: Path, keys: Path) -> None:
-    # So a host can check a bundle without trusting, or having, anything of ours.
+def test_openssl_accepts_a_signature(signed: Path, keys: Path) -> None:
+    # A host can therefore check a bundle without any code of this project.
     command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", public(keys), "-rawin",
                "-in", signed / "manifest.json", "-sigfile", signed / "manifest.sig"]  # fmt: skip
     try:
@@ -83,7 +83,7 @@ def test_a_signature_is_one_that_openssl_accepts(signed: Path, keys: Path) -> No
 
 
 @pytest.mark.parametrize("content", [b"", b"not a key", None], ids=["empty", "text", "public"])
-def test_what_is_no_private_key_does_not_sign(
+def test_a_file_that_is_not_a_private_key_cannot_sign(
     mistralc: Command, sliding_bundle: Path, copy_of: Copy, keys: Path, tmp_path: Path,
     content: bytes | None,
 ) -> None:  # fmt: skip
@@ -91,11 +91,11 @@ def test_what_is_no_private_key_does_not_sign(
     key.write_bytes(public(keys).read_bytes() if content is None else content)
     ended = mistralc("sign", bundle, "--key", key)
     assert ended.code == 2
-    assert "is not the private key" in ended.err
+    assert "is not a private key" in ended.err
     assert not (bundle / "manifest.sig").exists()
 
 
-def test_a_key_of_another_kind_is_refused(signed: Path, tmp_path: Path) -> None:
+def test_a_key_that_is_not_ed25519_is_refused(signed: Path, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -104,7 +104,7 @@ def test_a_key_of_another_kind_is_refused(signed: Path, tmp_path: Path) -> None:
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     (tmp_path / "key.pub").write_bytes(pem)
-    with pytest.raises(UsageError, match="an Ed25519 key in PEM is expected"):
+    with pytest.raises(UsageError, match="expected an Ed25519 key in PEM"):
         open_bundle(signed, require_signature=tmp_path / "key.pub")
 
 
@@ -125,7 +125,7 @@ def test_a_damaged_bundle_is_not_signed(
     assert not (bundle / "manifest.sig").exists()
 
 
-def test_a_signature_that_cannot_be_written_leaves_the_old_one(
+def test_a_failed_write_keeps_the_old_signature(
     signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (signed / "manifest.sig").read_bytes()
@@ -142,17 +142,17 @@ def test_a_signature_that_cannot_be_written_leaves_the_old_one(
     ]  # fmt: skip
 
 
-def test_a_bundle_is_signed_again_by_another_key(
+def test_a_bundle_can_be_signed_again_with_another_key(
     mistralc: Command, signed: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     fingerprint = signature.write_keys(other)
-    told = json.loads(mistralc("sign", signed, "--key", other, "--json").out)
-    assert told == {"signature": str(signed / "manifest.sig"), "signed_by": fingerprint}
+    result = json.loads(mistralc("sign", signed, "--key", other, "--json").out)
+    assert result == {"signature": str(signed / "manifest.sig"), "signed_by": fingerprint}
     assert open_bundle(signed, require_signature=public(other)).signed_by == fingerprint
 
 
-def test_verify_does_not_break_a_signature(mistralc: Command, signed: Path, keys: Path) -> None:
+def test_verify_keeps_a_signature_valid(mistralc: Command, signed: Path, keys: Path) -> None:
     before = (signed / "manifest.json").read_bytes()
     ended = mistralc("verify", signed, "--short", "--require-signature", public(keys))
     assert ended.code == 0
@@ -174,7 +174,7 @@ ARGUMENTS = {
 
 
 def run(mistralc: Command, name: str, bundle: Path, *options: object) -> tuple[int, str]:
-    """Run a command that opens a bundle: its status and all that it printed."""
+    """Run a command that opens a bundle; return its exit status and all output."""
     more = (bundle,) if name == "diff" else ARGUMENTS.get(name, ())
     ended = mistralc(name, bundle, *more, *options)
     return ended.code, ended.out + ended.err
@@ -182,7 +182,7 @@ def run(mistralc: Command, name: str, bundle: Path, *options: object) -> tuple[i
 
 @pytest.fixture
 def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that parses a bundle's files fails the test, the manifest's parser first."""
+    """Make everything that parses a file of a bundle fail the test."""
 
     def fail(*_arguments: object, **_named: object) -> None:
         pytest.fail("a file of the bundle was parsed before the signature was checked")
@@ -199,30 +199,30 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", OPENING)
-def test_no_command_opens_an_unsigned_bundle_where_a_signature_is_required(
+def test_no_command_opens_an_unsigned_bundle_if_a_signature_is_required(
     mistralc: Command, sliding_bundle: Path, keys: Path, untouched: None, name: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    code, said = run(mistralc, name, sliding_bundle, "--require-signature", public(keys))
+    code, output = run(mistralc, name, sliding_bundle, "--require-signature", public(keys))
     assert code == 1
-    assert "is not signed" in said
+    assert "is not signed" in output
 
 
 @pytest.mark.parametrize("name", OPENING)
-def test_the_environment_requires_a_signature_of_every_command(
+def test_the_environment_variable_requires_a_signature_in_every_command(
     mistralc: Command, signed: Path, untouched: None, name: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     signature.write_keys(tmp_path / "wrong")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(signature.VARIABLE, "wrong.pub")
-    code, said = run(mistralc, name, signed)
+    code, output = run(mistralc, name, signed)
     assert code == 1
-    assert "is no signature of manifest.json by the required key wrong.pub" in said
+    assert "is not a signature of manifest.json by the required key wrong.pub" in output
 
 
-def test_a_program_that_loads_a_bundle_by_itself_is_held_to_the_environment(
+def test_the_environment_variable_also_binds_programs_that_load_a_bundle(
     sliding_bundle: Path, keys: Path, untouched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(signature.VARIABLE, str(public(keys)))
@@ -230,24 +230,26 @@ def test_a_program_that_loads_a_bundle_by_itself_is_held_to_the_environment(
         load(sliding_bundle)
 
 
-def test_an_empty_variable_does_not_switch_the_requirement_off(
+def test_an_empty_environment_variable_is_an_error(
     mistralc: Command, signed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(signature.VARIABLE, "")
     ended = mistralc("inspect", signed)
     assert ended.code == 2
-    assert "is set and empty" in ended.err
+    assert "is set but empty" in ended.err
 
 
 @pytest.mark.parametrize("name", ["inspect", "generate", "doctor", "diff"])
-def test_a_signed_bundle_works_where_its_key_is_required(
+def test_a_signed_bundle_opens_with_its_required_key(
     mistralc: Command, signed: Path, keys: Path, name: str
 ) -> None:
-    code, said = run(mistralc, name, signed, "--require-signature", public(keys))
-    assert code == 0, said
+    code, output = run(mistralc, name, signed, "--require-signature", public(keys))
+    assert code == 0, output
 
 
-def test_inspect_and_doctor_say_who_signed(mistralc: Command, signed: Path, keys: Path) -> None:
+def test_inspect_and_doctor_show_the_signing_key(
+    mistralc: Command, signed: Path, keys: Path
+) -> None:
     required = ("--require-signature", public(keys))
     fingerprint = open_bundle(signed, require_signature=public(keys)).signed_by
     assert fingerprint is not None
@@ -256,15 +258,17 @@ def test_inspect_and_doctor_say_who_signed(mistralc: Command, signed: Path, keys
     assert json.loads(mistralc("inspect", signed, *required, "--json").out)["signed_by"] == (
         fingerprint
     )
-    assert "yes, and not checked" in mistralc("inspect", signed).out
+    assert "yes, but not checked" in mistralc("inspect", signed).out
 
 
-def test_a_manifest_that_was_changed_and_is_whole_in_itself_is_refused_unparsed(
+def test_a_changed_manifest_with_a_valid_checksum_is_refused_unparsed(
     signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     manifest = replace(read_manifest(signed), precision="int8")
     (signed / "manifest.json").write_text(manifest.to_text(), encoding="utf-8")
-    assert open_bundle(signed).manifest.precision == "int8", "it must be whole but for who signed"
+    assert open_bundle(signed).manifest.precision == "int8", (
+        "everything but the signature must be valid"
+    )
     request.getfixturevalue("untouched")
     with pytest.raises(MistralcError, match="the manifest was changed after it was signed"):
         open_bundle(signed, require_signature=public(keys))
@@ -272,14 +276,14 @@ def test_a_manifest_that_was_changed_and_is_whole_in_itself_is_refused_unparsed(
 
 @pytest.mark.parametrize("length", [0, 63, 65, 100_000])
 def test_a_signature_of_another_length_is_refused(signed: Path, keys: Path, length: int) -> None:
-    made = (signed / "manifest.sig").read_bytes()
-    (signed / "manifest.sig").write_bytes((made + bytes(length))[:length])
+    valid = (signed / "manifest.sig").read_bytes()
+    (signed / "manifest.sig").write_bytes((valid + bytes(length))[:length])
     with pytest.raises(MistralcError, match="is no signature of"):
         open_bundle(signed, require_signature=public(keys))
 
 
 @pytest.mark.parametrize("name", ["extra.py", "report/extra.json", "report/deep/extra"])
-def test_a_file_that_nobody_signed_is_refused_where_a_signature_is_required(
+def test_an_unlisted_file_is_refused_if_a_signature_is_required(
     signed: Path, keys: Path, name: str
 ) -> None:
     (signed / name).parent.mkdir(exist_ok=True)
@@ -289,7 +293,7 @@ def test_a_file_that_nobody_signed_is_refused_where_a_signature_is_required(
         open_bundle(signed, require_signature=public(keys))
 
 
-def test_a_link_to_a_directory_is_a_file_that_nobody_signed(
+def test_a_link_to_a_directory_counts_as_an_unlisted_file(
     signed: Path, keys: Path, tmp_path: Path
 ) -> None:
     (signed / "extra").symlink_to(tmp_path, target_is_directory=True)
@@ -297,10 +301,10 @@ def test_a_link_to_a_directory_is_a_file_that_nobody_signed(
         open_bundle(signed, require_signature=public(keys))
 
 
-def test_nothing_remembered_about_a_file_counts_where_a_signature_is_required(
+def test_the_hash_cache_is_ignored_if_a_signature_is_required(
     signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    # A forged cache stands for any change that size, times and inode do not show.
+    # A forged cache entry simulates a change that keeps size, times and inode.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(opening, "SETTLED_NS", 0)
     weights = signed / "weights.safetensors"
@@ -311,14 +315,14 @@ def test_nothing_remembered_about_a_file_counts_where_a_signature_is_required(
     cache = opening._HashCache(opening.cache_file())
     cache.put(weights, opening._identity(weights), right, 2**63)
     cache.save()
-    assert open_bundle(signed).path == signed, "the forgery must deceive who only fears accidents"
+    assert open_bundle(signed).path == signed, (
+        "without a required signature the forged cache is trusted"
+    )
     with pytest.raises(MistralcError, match=r"weights\.safetensors was changed"):
         open_bundle(signed, require_signature=public(keys))
 
 
-def test_an_accomplice_with_the_key_cannot_sign_a_file_outside_the_bundle_in(
-    signed: Path, keys: Path
-) -> None:
+def test_a_signed_manifest_cannot_list_a_file_outside_the_bundle(signed: Path, keys: Path) -> None:
     manifest = read_manifest(signed)
     outside = {"../other": FileEntry(size=0, sha256="0" * 64)}
     text = replace(manifest, files={**manifest.files, **outside}).to_text()
@@ -336,13 +340,13 @@ def test_without_cryptography_the_error_says_what_to_install(
         open_bundle(signed, require_signature=public(keys))
 
 
-def test_doctor_shows_tensorrt_no_plan_of_other_bytes_than_the_manifest_lists(
+def test_doctor_passes_no_plan_to_tensorrt_whose_hash_is_wrong(
     mistralc: Command, signed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from runtime.doctor import bundle_checks
 
     def fail(*_arguments: object) -> None:
-        pytest.fail("a plan was shown to TensorRT before its hash was right")
+        pytest.fail("a plan with a wrong hash was passed to TensorRT")
 
     (signed / "engine.plan").write_bytes(b"a plan that nobody built")
     manifest = read_manifest(signed)

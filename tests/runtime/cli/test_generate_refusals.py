@@ -124,4 +124,4 @@ def test_a_plot_that_cannot_be_saved_is_refused_before_measuring(
 
 def test_positions_beyond_the_context_are_refused(mistralc: Command, plain_bundle: Path) -> None:
     ended = mistralc("bench", plain_bundle, "--positions", 10 * CONTEXT)
-    refused(ended, f"ended at {CONTEXT} tokens of {10 * CONTEXT}", "--window")
+    refused(ended, f"ended after {CONTEXT} of {10 * CONTEXT} tokens", "--window")

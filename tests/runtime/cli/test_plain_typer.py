@@ -30,6 +30,10 @@ LINES = [
     "diff a b --static --exit-code",
     "keygen -o key",
     "sign bundle --key key",
+    "chat . -n 3 --stop a --stop b --threads 2 --no-check",
+    "serve .",
+    "serve . --rows 2 --port 0 --timeout-seconds 5 --read-seconds 0.5 --model-name m --json",
+    "serve . --max-prompt-tokens 9 --drain-seconds 0 --threads 2 --no-check",
 ]
 
 PLAIN_TYPER = """

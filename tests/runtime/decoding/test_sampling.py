@@ -9,7 +9,7 @@ import pytest
 
 from graphs.errors import MistralcError, UsageError
 from runtime.decoding.sampling import _draw
-from tests.support.sampling import DOUBLE, Row, dense, row_of, sampler
+from tests.runtime.decoding.sampling_rows import DOUBLE, Row, dense, row_of, sampler
 
 
 def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:

@@ -6,7 +6,7 @@ from runtime.decoding.sampling_defaults import sampling_params
 
 def test_user_options_override_the_checkpoints_sampling_defaults() -> None:
     defaults = {"temperature": 0.7, "top_k": 40, "eos_token_id": [2]}
-    given = options.chosen(top_k=5, seed=None)
+    given = options.SamplingOptions(top_k=5).given
     params = sampling_params(defaults, given)
     assert (params.temperature, params.top_k, params.seed) == (0.7, 5, None)
     greedy = sampling_params({**defaults, "do_sample": False}, {})

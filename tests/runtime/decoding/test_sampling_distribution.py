@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 from runtime.decoding.sampling import Sampler, SamplingParams
-from tests.support.sampling import DOUBLE, Row, dense, row_of, sampler
+from tests.runtime.decoding.sampling_rows import DOUBLE, Row, dense, row_of, sampler
 
 
 def theirs(row: Row, processors: list[LogitsProcessor]) -> NDArray[np.float64]:

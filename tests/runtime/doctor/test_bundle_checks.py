@@ -19,8 +19,8 @@ from runtime.doctor.bundle_checks import (
 )
 from tests.conftest import Command
 from tests.runtime.doctor.conftest import Report
+from tests.runtime.doctor.hosts import NO_GPU, ORT, with_gpu
 from tests.support.commands import Copy
-from tests.support.hosts import NO_GPU, ORT, with_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -91,7 +91,7 @@ mistralc.main()
     assert done.returncode == 1, done.stderr.decode()
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["onnxruntime"]["found"] == "not installed"
-    assert checks["backend"]["found"] == "the target cpu needs onnxruntime; not installed"
+    assert checks["backend"]["found"] == "the target cpu needs onnxruntime, which is not installed"
     assert checks["backend"]["remedy"] == "pip install 'mistralc[cpu]'"
     assert checks["files"]["state"] == "ok"
 
@@ -111,7 +111,7 @@ def test_the_backend_must_be_recent_enough_and_have_the_provider(manifest: Manif
     assert (older.state, older.remedy) == ("warning", "pip install onnxruntime==1.33.0")
     oldest = check_backend(recorded, CPU, replace(ORT, version="1.30.0"), ())
     assert oldest.state == "failed"
-    assert "1.31 or later is needed" in oldest.found
+    assert "expected 1.31 or later" in oldest.found
     cuda = replace(recorded, target="cuda", versions={})
     assert check_backend(cuda, CUDA, ORT, ("CPUExecutionProvider",)).state == "failed"
     assert check_backend(cuda, CUDA, ORT, ("CUDAExecutionProvider",)).state == "ok"

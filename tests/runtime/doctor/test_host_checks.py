@@ -15,7 +15,7 @@ from runtime.doctor import host_checks
 from runtime.system.host import BACKENDS, Cuda, Library
 from tests.conftest import Command
 from tests.runtime.doctor.conftest import Report
-from tests.support.hosts import NO_GPU, ORT, RTX, by_name, with_gpu
+from tests.runtime.doctor.hosts import NO_GPU, ORT, RTX, by_name, with_gpu
 
 ROOT = Path(__file__).resolve().parents[3]
 

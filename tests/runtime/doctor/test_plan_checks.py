@@ -16,8 +16,8 @@ from runtime.backends.plan_validity import REASONS, explain, validity
 from runtime.doctor.plan_checks import Engine, check_driver, check_engine, check_plan
 from runtime.system import host
 from tests.runtime.doctor.conftest import Report
+from tests.runtime.doctor.hosts import NO_GPU, RTX, by_name, with_gpu
 from tests.support.commands import Copy
-from tests.support.hosts import NO_GPU, RTX, by_name, with_gpu
 
 REBUILD = "mistralc export smollm2 -o B --target rtx --precision bf16 --chunk 512 --force"
 
@@ -51,9 +51,9 @@ def test_without_a_gpu_a_valid_plan_gives_a_warning_to_check_it_on_one(tiny_plan
     check = check_plan(engine(tiny_plan), NO_GPU, REBUILD)
     assert check.state == "warning"
     assert check.found == (
-        "its header is a plan's; whether it runs, TensorRT only says where there is a GPU"
+        "its header is valid; TensorRT checks the rest only on a host with a GPU"
     )
-    assert "on the host that has the GPU" in str(check.remedy)
+    assert "on the host with the GPU" in str(check.remedy)
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut in the header", "empty"])
@@ -99,7 +99,7 @@ def test_a_plan_of_another_version_fails_with_both_versions_named(tiny_plan: Pat
     checks = by_name(check_engine(engine(tiny_plan, "1.6.0.72"), RTX, with_gpu("8.9"), REBUILD))
     check = checks["TensorRT version"]
     assert check.state == "failed"
-    assert "TensorRT 1.6.0.72 built the plan and tensorrt-rtx-cu13 1.7.1.116" in check.found
+    assert "TensorRT 1.6.0.72 built the plan, but tensorrt-rtx-cu13 1.7.1.116" in check.found
     assert check.remedy == f"pip install tensorrt-rtx-cu13==1.6.0.72    or: {REBUILD}"
     same = by_name(check_engine(engine(tiny_plan), RTX, NO_GPU, REBUILD))
     assert same["TensorRT version"].state == "ok"

@@ -54,8 +54,8 @@ def test_gpus_are_read_from_the_driver() -> None:
 
 
 def test_a_driver_without_a_usable_gpu_is_a_problem() -> None:
-    assert "sees no GPU" in str(host.cuda(lambda _name: FakeDriver(init=100)).problem)
-    assert "sees no GPU" in str(host.cuda(lambda _name: FakeDriver(count=0)).problem)
+    assert "finds no GPU" in str(host.cuda(lambda _name: FakeDriver(init=100)).problem)
+    assert "finds no GPU" in str(host.cuda(lambda _name: FakeDriver(count=0)).problem)
     assert "CUDA error 803" in str(host.cuda(lambda _name: FakeDriver(init=803)).problem)
 
 

@@ -1,8 +1,6 @@
-"""The command `run.pyz`: what a bundle can do on a host without mistralc. Knows no archive.
+"""The program `run.pyz`: the commands of `runtime.cli.commands`, on a host without mistralc.
 
-The commands are those of `runtime.cli.commands`. Measuring with `eval` and comparing with
-`verify` are not among them: they are for the host that builds, and `calib` and `exporter` are
-not in the archive.
+`eval` and `verify` are not among them, because `calib` and `exporter` are not in the archive.
 """
 
 import sys
@@ -10,15 +8,15 @@ import sys
 import typer
 
 from runtime.cli.main import run
+from runtime.system.host import REQUIRED
 
 NAME = "run.pyz"
 
-REQUIRED = ("numpy", "tokenizers", "jinja2")  # whatever the bundle's backend
 ADVICE = f"Every bundle needs it: pip install {' '.join(REQUIRED)}, and the bundle's backend."
 
 
 def main(version: str) -> None:
-    """Run the command line; `version` is that of the mistralc that wrote the archive."""
+    """Run the command line; `version` is the version of mistralc that wrote the archive."""
     if sys.argv[1:2] == ["--version"]:
         print(f"{NAME} of mistralc {version}")
         return
@@ -30,7 +28,7 @@ def _run(arguments: list[str]) -> None:
 
     app = typer.Typer(
         name=NAME,
-        help=f"Run the bundle that this file lies in: python {NAME} generate . PROMPT",
+        help=f"Run the bundle that contains this file: python {NAME} generate . PROMPT",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
