@@ -8,7 +8,7 @@ import torch
 
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
-from tests.support.checkpoint_edits import (
+from tests.exporter.checkpoint.edits import (
     Q_PROJ,
     drawn,
     refusal,

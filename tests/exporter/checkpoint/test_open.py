@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from exporter.checkpoint import locate, weight_names
 from exporter.checkpoint.open import Checkpoint, check_finite, open_checkpoint, read_spec
 from graphs.errors import MistralcError
-from tests.support.checkpoint_edits import (
+from tests.exporter.checkpoint.edits import (
     Q_PROJ,
     drawn,
     edit_json,

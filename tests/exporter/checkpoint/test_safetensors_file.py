@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from exporter.checkpoint.open import open_checkpoint
-from tests.support.checkpoint_edits import (
+from tests.exporter.checkpoint.edits import (
     Q_PROJ,
     edit_json,
     edit_weights,
