@@ -56,7 +56,7 @@ def install_weights(
         path = name.split(".", 3)[3].removesuffix(".weight")
         if name in recipe.schemes:
             linear = Kept(name, partial(weight, name), recipe)
-            linear.kept = linear.kept.to(device)
+            linear.weight = linear.weight.to(device)
             layer.set_submodule(path, linear)
         elif recipe.calibrated(name):
             value = recipe.smoothed(name, weight(name).float()).to(device)
