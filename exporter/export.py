@@ -20,16 +20,17 @@ from exporter.bundle import staging
 from exporter.bundle.run_archive import write_run_archive
 from exporter.bundle.weights_file import WeightsLayout, link_weights, stream_weights
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
-from exporter.checks.golden import golden, margin
-from exporter.checks.quality_gate import measure
-from exporter.checks.verify import Agreement, cases, require, to_json, to_markdown, verify
+from exporter.checks import quality_gate
+from exporter.checks.reference_pass import Answers, ask
+from exporter.checks.texts import cases, cases_left_out
+from exporter.checks.verify import Agreement, compare, require, to_json, to_markdown
 from exporter.decide import decide, decide_precision
-from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from exporter.engine import audit
 from exporter.engine.process import build_engine
 from exporter.engine.request import BuildRequest
-from exporter.estimate.host import host_needs, require_host
+from exporter.estimate import host
+from exporter.estimate.refusal import require_host
 from exporter.options import ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.make_recipe import (
@@ -39,6 +40,7 @@ from exporter.quantization.make_recipe import (
     quantization,
     weight_facts,
 )
+from exporter.quantization.policy import WeightFacts
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer
@@ -63,6 +65,7 @@ class Source:
     checkpoint: Checkpoint
     table: CalibrationTable | None
     tokenizer: TokenizerFiles
+    facts: WeightFacts
     build: Build
     recipe: Recipe
 
@@ -95,23 +98,20 @@ def export(
     staging.check_destination(destination, force=options.force)
     opened = _open(source, options)
     build = opened.build
-    require_host(build, host_needs(build), destination)
+    require_host(build, destination, options, opened.facts)
     with staging.staged(destination) as directory:
         graph_folder = directory / "graph" if build.target.holds_plan else directory
         graph_folder.mkdir(exist_ok=True)
         graph = _write_graph(opened, graph_folder, stage)
         staging.write_tokenizer(opened.tokenizer, directory)
         write_run_archive(directory)
-        reference = simulate(opened.recipe, opened.checkpoint.tensor)
-        with stage("Asking the reference for golden tokens", None):
-            lead = margin(build.activation, rounded=build.storage.rounds_inputs)
-            texts = golden(reference, opened.tokenizer.open().encode, lead)
+        answers = _ask_reference(opened, stage)
         engine, checks = None, Checks()
         if build.target.holds_plan:
             engine = _compile(graph.model, opened, options, directory, stage)
         if build.target.verified_at_export:
-            checks = _check(opened, options, directory, reference, texts, stage)
-        with stage("Hashing the bundle", None):
+            checks = _check(opened, options, directory, answers, stage)
+        with stage(host.HASH, None):
             known = {} if engine is None else {"engine.plan": engine["plan_sha256"]}
             files = staging.list_files(directory, known)
         manifest = Manifest(
@@ -129,9 +129,11 @@ def export(
             versions=versions(),
             passes=graph.passes,
             quantization=describe(opened.recipe, opened.table, checks.quality),
-            golden=texts,
+            golden=answers.golden,
             verification=(
-                None if checks.agreements is None else to_json(checks.agreements, "the checkpoint")
+                None
+                if checks.agreements is None
+                else to_json(checks.agreements, "the checkpoint", cases_left_out(build))
             ),
             engine=engine,
             files=files,
@@ -144,6 +146,9 @@ def record(manifest: Manifest, directory: Path) -> Manifest:
     parts = []
     if manifest.verification is not None:
         parts.append(to_markdown(manifest.verification))
+    quality = (manifest.quantization or {}).get("quality")
+    if quality is not None:
+        parts.append(quality_gate.to_markdown(quality))
     if manifest.engine is not None:
         parts.append(audit.to_markdown(manifest.engine))
     return staging.write_record(manifest, "\n".join(parts), directory)
@@ -173,7 +178,7 @@ def _open(source: str, options: ExportOptions) -> Source:
     build = decide(checkpoint.spec, target, options, facts)
     return Source(
         checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.path),
-        build=build, recipe=make_recipe(build, checkpoint, table),
+        facts=facts, build=build, recipe=make_recipe(build, checkpoint, table),
     )  # fmt: skip
 
 
@@ -187,9 +192,7 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
     """Write `model.onnx` and `weights.safetensors`; tracing runs while weights are streamed."""
     build, recipe = source.build, source.recipe
     stopped = Event()
-    with stage(
-        "Tracing the decoder and writing weights", WeightsLayout.of(recipe).nbytes
-    ) as advance:
+    with stage(host.TRACE, WeightsLayout.of(recipe).nbytes) as advance:
 
         def step(count: int) -> None:
             if stopped.is_set():
@@ -230,7 +233,7 @@ def _compile(
         graph=directory / "graph" / "model.onnx", plan=directory / "engine.plan",
         contract=build.contract, target=build.target.name, options=options.engine,
     )  # fmt: skip
-    with stage("Building the engine", request.work) as advance:
+    with stage(host.COMPILE, request.work) as advance:
         built = build_engine(request, advance)
     weights = WeightsLayout.of(source.recipe).weight_bytes
     found = audit.audit(built, model.graph, build.contract, weights)
@@ -239,21 +242,32 @@ def _compile(
     return {**found.to_json(), "gpus": list(options.engine.gpus)}
 
 
+def _ask_reference(source: Source, stage: Stage) -> Answers:
+    """Run the PyTorch decoder on all texts that the bundle will be compared on."""
+    build = source.build
+    reference = simulate(source.recipe, source.checkpoint.tensor)
+    chosen = cases(build, short=True) if build.target.verified_at_export else []
+    with stage(host.REFERENCE, None):
+        return ask(reference, build, chosen, source.tokenizer.open().encode)
+
+
 def _check(
-    source: Source, options: ExportOptions, directory: Path, reference: Decoder,
-    texts: list[dict[str, Any]], stage: Stage,
-) -> Checks:  # fmt: skip
+    source: Source, options: ExportOptions, directory: Path, answers: Answers, stage: Stage
+) -> Checks:
     """Verify the finished files, and measure what quantizing cost, before anyone can see them."""
     build = source.build
-    session = load_session(directory, build)
-    tokens = sum(case.tokens for case in cases(build, short=True))
-    with stage("Verifying", tokens) as advance:
-        agreements = verify(session, build, reference, short=True, progress=advance)
+    with stage(host.LOAD, None):
+        session = load_session(directory, build)
+    chosen = cases(build, short=True)
+    with stage(host.VERIFY, sum(case.tokens for case in chosen)) as advance:
+        agreements = compare(session, build, chosen, answers.logits, advance)
     require(agreements)
     if build.batch_invariant:
-        require_invariance(session, make_ring(build), texts)
+        require_invariance(session, make_ring(build), answers.golden)
     if not build.precision.quantized:
         return Checks(agreements=agreements)
     tokenizer = source.tokenizer.open()
-    quality = measure(options.gate, session, build, source.checkpoint, tokenizer, stage)
+    quality = quality_gate.measure(
+        options.gate, session, build, source.checkpoint, tokenizer, stage
+    )
     return Checks(agreements=agreements, quality=quality)

@@ -1,8 +1,7 @@
-"""Which tokens the reference prefers in a few short texts. Knows nothing about bundles.
+"""Golden tokens: what the reference prefers in a few short texts. Knows nothing about bundles.
 
-One pass over a text gives the preference after each of its positions, so a 7B is read once. Only
-clear preferences are recorded: those whose lead over the runner-up is larger than what arithmetic
-of the bundle's precision can make of equal numbers.
+One pass gives the preference after every position of all texts. Only clear preferences are
+recorded: those whose lead over the runner-up is larger than the rounding of the bundle's precision.
 """
 
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 
-from exporter.decoder.model import Decoder, logits_at
 from graphs.dtypes import Dtype
 
 TEXTS = (
@@ -22,14 +20,14 @@ LONGEST = 12  # tokens of a text: half as many one-token steps when a bundle is 
 MARGIN: dict[Dtype, float] = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """The lead that counts as clear, as a share of the largest logit, by activation.
 
-Ten times the differences seen: 1e-5 to 1e-4 of the largest logit in float32, and the significands
-of float16 and bfloat16 are coarser by 2^13 and 2^16, of which a model's depth averages most out.
+Ten times the differences seen: 1e-5 to 1e-4 of the largest logit in float32. The significands of
+float16 and bfloat16 are coarser by 2^13 and 2^16, and a model's depth averages most of that out.
 """
 
 
 ROUNDED_MARGIN = 0.1
-"""The same where inputs are rounded to 8 bits while computing: one number that falls to the other
-side is a step of 1/127 of its block, and the layers after it carry it on."""
+"""The same where inputs are rounded to 8 bits while computing: a number that rounds the other way
+moves by 1/127 of its block's largest, and the layers after it pass that on."""
 
 
 def margin(activation: Dtype, *, rounded: bool) -> float:
@@ -37,20 +35,28 @@ def margin(activation: Dtype, *, rounded: bool) -> float:
     return max(MARGIN[activation], ROUNDED_MARGIN) if rounded else MARGIN[activation]
 
 
-def golden(
-    reference: Decoder, encode: Callable[[str], list[int]], lead: float
-) -> list[dict[str, Any]]:
-    """Return the texts as ids, each with the preferences clear by `lead` as [position, token]."""
-    size = reference.spec.vocab_size
-    texts = [[i for i in encode(text) if i < size][:LONGEST] for text in TEXTS]
-    texts = [ids for ids in texts if ids]
-    if not texts:
-        return []
-    # One pass for all: what stands right of a text's end does not change what comes before it.
-    padded = torch.zeros(len(texts), LONGEST, dtype=torch.int64)
-    for row, ids in zip(padded, texts, strict=True):
+def encoded(encode: Callable[[str], list[int]], vocab_size: int) -> list[list[int]]:
+    """Return the texts as ids of the model, those that have any."""
+    texts = [[i for i in encode(text) if i < vocab_size][:LONGEST] for text in TEXTS]
+    return [ids for ids in texts if ids]
+
+
+def padded(texts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the texts as one batch [B, n], and all its positions [n].
+
+    What stands right of a text's end does not change what comes before it.
+    """
+    batch = torch.zeros(len(texts), LONGEST, dtype=torch.int64)
+    for row, ids in zip(batch, texts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    logits = logits_at(reference, padded, torch.arange(LONGEST))  # [texts, n, V]
+    return batch, torch.arange(LONGEST)
+
+
+def golden(texts: list[list[int]], logits: torch.Tensor, lead: float) -> list[dict[str, Any]]:
+    """Return each text with the preferences clear by `lead` as [position, token].
+
+    `logits` [B, n, V] are those of `padded`.
+    """
     return [
         {"ids": ids, "expected": _clear(row[: len(ids)], lead)}
         for ids, row in zip(texts, logits, strict=True)

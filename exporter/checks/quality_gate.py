@@ -1,15 +1,19 @@
-"""Is a quantized bundle good enough to be published? Knows nothing about how it was quantized.
+"""Quality gate: reject a quantized bundle whose perplexity grew too much.
 
 The finished bundle reads text that no calibration saw, and its perplexity is compared with the
-checkpoint's on the same windows. What it loses is written into the manifest, and a bundle that
-loses more than allowed is refused.
+checkpoint's on the same windows. The result goes into the manifest and the report. Knows nothing
+about how the bundle was quantized.
 """
 
+from collections.abc import Mapping
+from dataclasses import fields
+from math import inf
 from typing import Any
 
 from exporter.checkpoint.open import Checkpoint
 from exporter.checks.corpus import read_corpus, windows
-from exporter.checks.evaluate import evaluate, steps
+from exporter.checks.evaluate import Evaluation, evaluate, steps
+from exporter.checks.texts import gate_text
 from exporter.decoder.model import load_decoder
 from exporter.options import GateOptions
 from graphs.build import Build
@@ -18,20 +22,20 @@ from runtime.backends.session import Session
 from runtime.system.progress import Stage
 from runtime.text.tokenizer import Tokenizer
 
-LENGTH = 512  # tokens of a window
-WINDOWS = 4  # of the text: seconds for a small model
-
 
 def measure(
     gate: GateOptions, session: Session, build: Build, checkpoint: Checkpoint,
     tokenizer: Tokenizer, stage: Stage,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what the bundle loses, for its manifest. Raises MistralcError if it is too much."""
+    """Return what the bundle loses, for its manifest. Raises MistralcError if it is too much.
+
+    A large model reads fewer tokens, in one pass over its weights; the result says so.
+    """
     corpus = read_corpus(gate.text, tokenizer, "evaluation")
-    spec, context = build.spec, build.ring.context
-    cut = windows(corpus, LENGTH if spec.slides else min(LENGTH, context), WINDOWS)
+    read = gate_text(build)
+    cut = windows(corpus, read.length, read.windows)
     with stage("Measuring perplexity", steps(cut, compared=True)) as advance:
-        reference = load_decoder(spec, checkpoint.tensor)
+        reference = load_decoder(build.spec, checkpoint.tensor)
         found = evaluate(session, build, cut, reference, advance)
     if found.reference_perplexity is None:
         raise ValueError("an evaluation with a reference has its perplexity")
@@ -45,4 +49,25 @@ def measure(
             "--max-ppl-increase."
         )
     return {**found.to_json(), "text": corpus.source, "windows": len(cut), "length": cut.shape[1],
-            "allowed": gate.max_ppl_increase}  # fmt: skip
+            "allowed": gate.max_ppl_increase,
+            **({"shortened": read.shortened} if read.shortened else {})}  # fmt: skip
+
+
+def to_markdown(record: Mapping[str, Any]) -> str:
+    """Return a measurement's record as the section that goes into `report/verify.md`."""
+    found: dict[str, Any] = {each.name: record[each.name] for each in fields(Evaluation)}
+    for name, value in found.items():
+        found[name] = inf if value is None else value
+    figures = Evaluation(**found)
+    shortened = record.get("shortened")
+    return "\n".join([
+        "# Quality",
+        "",
+        f"Perplexity of this bundle beside the checkpoint's, on {record['windows']} windows of "
+        f"{record['length']} tokens of {record['text']}.",
+        "",
+        figures.to_markdown(),
+        f"Allowed: an increase of {record['allowed']:.0%}.",
+        *(["", f"Shortened: {shortened}."] if shortened else []),
+        "",
+    ])  # fmt: skip

@@ -5,7 +5,7 @@ the bundle runs it the way it is used, in pieces, over its own ring. They agree 
 ring, rotary angles, graph passes and runtime are all right.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import torch
 from numpy.typing import NDArray
 
 from exporter.bundle.weights_file import FILE_NAME
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checks.reference_pass import Logits, case_texts
+from exporter.checks.texts import Case, LeftOut, cases
 from exporter.decoder.model import Decoder, logits_at
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.gguf_blocks import read_blocks
@@ -35,11 +36,8 @@ from runtime.backends.session import Session
 from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
 
-Logits = NDArray[np.float32]
 Progress = Callable[[int], None]  # called with the number of tokens just run
 
-COMPARED = 256  # positions whose logits are compared, evenly spread: 256 x 32,000 are 33 MB
-SHORT = 160  # tokens of the longest case in a short verification: two turns of a 64-slot ring
 TOLERANCE: Mapping[Dtype, float] = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest logit difference accepted, as a share of the largest logit (at least 1), by activation.
 
@@ -91,47 +89,6 @@ class Agreement:
         return f"{self.tolerance:.0e} of the largest logit"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """Turns of these lengths, each fed at once unless it is a single token."""
-
-    name: str
-    turns: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Length of the whole text."""
-        return sum(self.turns)
-
-
-def cases(build: Build, *, short: bool) -> list[Case]:
-    """The lengths at which a window or a ring can go wrong: W-1, W, W+1, 2W+3, and turns.
-
-    Without a window the chunk takes its place. `short` keeps texts to 160 tokens, for export.
-    """
-    window = next((size for size in build.spec.windows if size is not None), None)
-    unit = build.ring.chunk if window is None else window
-    letter = "chunk" if window is None else "W"
-    limit = None if build.spec.slides else build.ring.context
-    wanted = [
-        Case(name=f"{letter}-1", turns=(unit - 1,)),
-        Case(name=letter, turns=(unit,)),
-        Case(name=f"{letter}+1", turns=(unit + 1,)),
-        Case(name=f"2{letter}+3", turns=(2 * unit + 3,)),
-        Case(name="turns", turns=(unit // 2 + 1, *[1] * 5, unit // 2 + 7, *[1] * 5)),
-    ]
-    if limit is not None:
-        wanted = [case for case in wanted if case.tokens <= limit]
-    if short:
-        wanted = [case for case in wanted if case.tokens <= SHORT]
-    wanted = [case for case in wanted if case.tokens > 0]
-    if not any(case.name == "turns" for case in wanted):
-        room = min(limit or SHORT, SHORT)
-        turns = (room // 2, 1, 1, room // 4) if room > 5 else (1,) * room
-        wanted.append(Case(name="turns", turns=turns))
-    return wanted
-
-
 def verify(
     session: Session,
     build: Build,
@@ -140,16 +97,28 @@ def verify(
     short: bool,
     progress: Progress | None = None,
 ) -> list[Agreement]:
-    """Run every case on both and compare; the same pseudo-random tokens every time."""
-    generator = np.random.Generator(np.random.PCG64(0))
+    """Run every case on both and compare. The reference holds one case's logits at a time."""
+    chosen = cases(build, short=short)
+    expected = (
+        logits_at(reference, ids[0], rows).numpy() for ids, rows in case_texts(build, chosen)
+    )
+    return compare(session, build, chosen, expected, progress)
+
+
+def compare(
+    session: Session,
+    build: Build,
+    chosen: list[Case],
+    expected: Iterable[Logits],
+    progress: Progress | None = None,
+) -> list[Agreement]:
+    """Run the cases on the bundle and compare with the logits [T, V] that the reference gave."""
     found = []
-    for case in cases(build, short=short):
-        ids = generator.integers(0, build.spec.vocab_size, case.tokens)
-        wanted = np.unique(np.linspace(0, case.tokens - 1, COMPARED).astype(np.int64))
-        rows = torch.from_numpy(wanted)
-        expected = logits_at(reference, torch.from_numpy(ids), rows).numpy()
+    texts = case_texts(build, chosen)
+    for case, text, logits in zip(chosen, texts, expected, strict=True):
+        ids, wanted = text.ids[0].numpy(), text.rows.numpy()
         got = np.concatenate(list(_bundle_logits(session, build, case, ids, wanted, progress)))
-        found.append(_compare(case, got, expected, build))
+        found.append(_compare(case, got, logits, build))
     return found
 
 
@@ -168,11 +137,14 @@ def require(agreements: list[Agreement]) -> None:
         )
 
 
-def to_json(agreements: list[Agreement], against: str) -> dict[str, Any]:
-    """Return the manifest's record of a verification."""
+def to_json(
+    agreements: list[Agreement], against: str, left_out: Iterable[LeftOut] = ()
+) -> dict[str, Any]:
+    """Return the manifest's record of a verification, and of the cases that it left out."""
     passed = all(a.passed for a in agreements)
     return {"against": against, "passed": passed, "allowed": agreements[0].allowed,
-            "cases": [asdict(a) for a in agreements]}  # fmt: skip
+            "cases": [asdict(a) for a in agreements],
+            **({"left_out": rest} if (rest := [*map(asdict, left_out)]) else {})}  # fmt: skip
 
 
 def to_markdown(record: Mapping[str, Any]) -> str:
@@ -191,7 +163,13 @@ def to_markdown(record: Mapping[str, Any]) -> str:
         for a in record["cases"]
     ]
     verdict = "passed" if record["passed"] else "FAILED"
-    return "\n".join([*lines, "", f"Verdict: {verdict} (allowed: {record['allowed']}).", ""])
+    lines += ["", f"Verdict: {verdict} (allowed: {record['allowed']}).", ""]
+    left_out = record.get("left_out", ())
+    if left_out:
+        lines += ["Left out:", ""]
+        lines += [f"- {one['case']} ({one['tokens']:,} tokens): {one['why']}." for one in left_out]
+        lines += [""]
+    return "\n".join(lines)
 
 
 def bundle_reference(bundle: Path, manifest: Manifest) -> Decoder:

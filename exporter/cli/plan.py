@@ -54,10 +54,12 @@ def plan(
         options.check(one)  # a wrong combination is refused before anything is read
     spec, facts = read_facts(checkpoint)
     fits = [
-        fit(estimate(decide(spec, one, options, facts)), each)
+        fit(estimate(decide(spec, one, options, facts), facts), each)
         for each, one in zip(gpus, targets, strict=True)
     ]
-    needed = fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts))
+    needed = (
+        fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts), facts)
+    )
     if as_json:
         result = {"checkpoint": checkpoint, **to_json(needed), "gpus": list(map(_fit, fits))}
         print(json.dumps(result))
@@ -96,7 +98,11 @@ def to_json(needed: "Estimate") -> dict[str, Any]:
         "run_bytes": needed.run_bytes,
         "read_bytes_per_step": needed.read_bytes_per_step,
         "runtime_reserve_bytes": RUNTIME_RESERVE,
-        "host": asdict(needed.host),
+        "host": asdict(needed.host)
+        | {
+            "memory_bytes": needed.host.memory_bytes,
+            "seconds": needed.host.seconds,
+        },
     }
 
 
@@ -165,28 +171,36 @@ def _policy(needed: "Estimate") -> str:
 
 
 def _host_rows(needed: "Estimate") -> dict[str, str]:
+    from exporter.estimate.host import CORES
+
     host = needed.host
-    steps = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in host.seconds.items())
+    steps = ", ".join(f"{_step(one.name)} {_time(one.seconds)}" for one in host.steps)
     return {
-        "build host": f"{_size(host.memory_bytes)} of memory, {_size(host.disk_bytes)} of disk, "
-        f"of which the bundle keeps {_size(host.bundle_bytes)}",
-        "build time": f"about {_time(sum(host.seconds.values()))}: {steps}",
-        "  at": _rates(needed),
+        "build host": f"{_size(host.memory_bytes)} of memory, most of it while "
+        f"{_step(host.largest.name)}; {_size(host.disk_bytes)} of disk, of which the bundle keeps "
+        f"{_size(host.bundle_bytes)}",
+        "  page cache": f"{_size(host.mapped_bytes)} of weights stay mapped; with less memory than "
+        f"that beside the above, each of {host.passes} passes reads them from the disk again",
+        "build time": f"about {_time(host.seconds)}: {steps}",
+        "  at": f"{_rates(needed)}: measured on {CORES} cores",
     }
+
+
+def _step(name: str) -> str:
+    return name[0].lower() + name[1:]
 
 
 def _rates(needed: "Estimate") -> str:
     from exporter.estimate import host
 
-    last = (
-        f"{host.PLAN_RATE / 1e6:,.0f} MB/s of plan"
-        if needed.build.target.holds_plan
-        else f"{host.VERIFY_RATE / 1e6:,.0f} million weights/s verified"
-    )
-    return (
-        f"{host.WRITE_RATE / 1e6:,.0f} MB/s written, {host.HASH_RATE / 1e9:,.1f} GB/s hashed, "
-        f"{last}: measured on 2 cores"
-    )
+    rates = [f"{host.DISK_RATE / 1e6:,.0f} MB/s of disk"]
+    if needed.build.precision.quantized:
+        rates.append(f"{host.ROUND_RATE / 1e6:,.0f} million weights/s rounded by a core")
+    if needed.build.target.holds_plan:
+        rates.append(f"{host.PLAN_RATE / 1e6:,.0f} MB/s of plan")
+    else:
+        rates.append(f"{host.REFERENCE_RATE / 1e9:,.0f} GFLOP/s of a core for the reference")
+    return ", ".join(rates)
 
 
 def _gpu_rows(needed: "Estimate", one: "Fit") -> dict[str, str]:

@@ -32,6 +32,7 @@ def verify(
     quiet: common.Quiet = False,
 ) -> None:  # fmt: skip
     """Compare a bundle with the PyTorch decoder, and record the result unless it is signed."""
+    from exporter.checks import texts
     from exporter.checks import verify as checks
     from exporter.quantization.calibration_table import CalibrationTable
     from runtime.bundle.open import open_bundle
@@ -53,10 +54,12 @@ def verify(
         else:
             reference = checks.checkpoint_reference(against, manifest, table)
         session = load_session(bundle, build, manifest.files)
-    tokens = sum(case.tokens for case in checks.cases(build, short=short))
+    tokens = sum(case.tokens for case in texts.cases(build, short=short))
     with stage("Comparing", tokens) as advance:
         agreements = checks.verify(session, build, reference, short=short, progress=advance)
-    result = checks.to_json(agreements, "its own weights" if against is None else "the checkpoint")
+    source = "its own weights" if against is None else "the checkpoint"
+    left_out = texts.cases_left_out(build) if short else []
+    result = checks.to_json(agreements, source, left_out)
     print(json.dumps(result) if as_json else checks.to_markdown(result))
     _record(bundle, result)
     checks.require(agreements)

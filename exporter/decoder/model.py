@@ -19,6 +19,7 @@ D head size, E hidden, F feed-forward, V vocabulary.
 
 import math
 from collections.abc import Callable, Container
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ from graphs.spec import ModelSpec, RopeScaling
 Caches = list[Tensor]  # past_key.0, past_value.0, past_key.1, … each [B, K, C, D]
 CPU = torch.device("cpu")
 STORED_BLOCK = 1 << 24  # weights converted at once: 64 MiB in float32
+KEPT_WEIGHTS = 500_000_000  # of a model whose decoded weights are kept in memory: 2 GB in float32
 
 
 class Step(NamedTuple):
@@ -240,25 +242,39 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 class StoredLinear(nn.Module):
-    """A float32 linear that converts its weight on every call; the weight may be a mapped file."""
+    """A float32 linear that reads and converts its weight on every call.
 
-    def __init__(self, weight: Tensor) -> None:
+    `read` returns the weight [N, K] of any float type, which may be a mapped file.
+    """
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.weight = weight  # [N, K] of any float type
+        self.read = read
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., K], converting some rows of the weight at a time; returns [..., N]."""
-        blocks = self.weight.split(max(1, STORED_BLOCK // self.weight.shape[1]))
+        weight = self.read()
+        blocks = weight.split(max(1, STORED_BLOCK // weight.shape[1]))
         parts = [F.linear(x, rows.to(x.device, torch.float32)) for rows in blocks]
         return torch.cat(parts, dim=-1)
 
 
 class StoredEmbedding(StoredLinear):
-    """An embedding whose weight is kept like that of `StoredLinear`."""
+    """An embedding whose weight is read like that of `StoredLinear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up x [B, S]; returns [B, S, E] in float32."""
-        return F.embedding(x, self.weight).float()
+        return F.embedding(x, self.read()).float()
+
+
+def reader(spec: ModelSpec, weight: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
+    """Return what reads one weight: once if the model is small, else anew on every call.
+
+    Mapped weights cost nothing either way. A GGUF file's are decoded to float32, which for a 7B is
+    29 GB: decoded on every call, only one of them is in memory at a time.
+    """
+    read = partial(weight, name)
+    return cache(read) if spec.num_parameters <= KEPT_WEIGHTS else read
 
 
 def load_decoder(
@@ -277,14 +293,15 @@ def load_decoder(
     with torch.device("meta"):
         decoder = Decoder(spec)
     head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
+    read = cache(partial(reader, spec, weight))  # a tied embedding is read once
     for name, module in list(decoder.named_modules()):
         if only is not None and name not in only:
             continue
         if isinstance(module, nn.Linear):
-            stored = weight(f"{head if name == 'lm_head' else name}.weight")
-            decoder.set_submodule(name, StoredLinear(stored))
+            stored = f"{head if name == 'lm_head' else name}.weight"
+            decoder.set_submodule(name, StoredLinear(read(stored)))
         elif isinstance(module, nn.Embedding):
-            decoder.set_submodule(name, StoredEmbedding(weight(f"{name}.weight")))
+            decoder.set_submodule(name, StoredEmbedding(read(f"{name}.weight")))
         elif isinstance(module, RMSNorm):
             gain = weight(f"{name}.weight").to(device, torch.float32)
             module.weight = nn.Parameter(gain, requires_grad=False)

@@ -1,96 +1,232 @@
-"""What building a bundle takes on the build host: memory, disk and time. Knows no file.
+"""What building a bundle takes on the build host, step by step: memory, disk and time.
 
-Rates were measured on 2 cores with 24 GiB; each constant says on what. GB is 10^9 bytes.
+Arithmetic on a `Build`; opens no file. GB is 10^9 bytes. Memory is anonymous memory, which has no
+file behind it. A checkpoint's weights stay mapped and are not in it: `mapped_bytes` is what the
+page cache should hold, and where it cannot, every pass over the weights reads them from the disk.
+
+Rates and sizes were measured with `python -m benchmarks.export` on 2 cores of an AMD EPYC with
+24 GiB (torch 2.13.0, onnxruntime 1.31.1, tensorrt-rtx 1.7.1); docs/benchmarks.md has the table.
 """
 
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from math import prod
 
+from exporter.checks.reference_pass import COMPARED
+from exporter.checks.texts import cases, gate_text
+from exporter.decide import NOTHING_KNOWN
+from exporter.decoder.model import KEPT_WEIGHTS
+from exporter.quantization.policy import WeightFacts
 from graphs.build import Build
-from graphs.dtypes import item_size
-from graphs.errors import MistralcError
+from graphs.dtypes import FLOATS, item_size
 from graphs.spec import ModelSpec
 from runtime.bundle.sizes import weight_bytes
-from runtime.system.host import memory_available
 
-TRACE_MEMORY = 490_000_000  # bytes; a 7B on fake tensors
-PLAN_COPIES, PLAN_MEMORY = 1.14, 200_000_000
-"""Anonymous bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan:
-2.65 GB at the most for a plan of 2.27 GB, 16.52 GB for one of 14.49 GB, one profile."""
-SESSION_COPIES = 1.2  # ONNX Runtime CPU's bytes per weight byte while verifying, 0.5 and 1.5 GB
-VERIFIED_ROWS = 256  # positions of which the verification compares all logits
-SPARE = 64 << 20  # bytes on disk beside the weights: graph, tokenizer, report
+TRACE, REFERENCE, COMPILE = (
+    "Tracing the decoder and writing weights", "Running the reference", "Building the engine",
+)  # fmt: skip
+LOAD, VERIFY, GATE, HASH = (
+    "Loading the bundle", "Verifying", "Measuring perplexity", "Hashing the bundle",
+)  # fmt: skip
+"""Names of the steps, as `export` shows them while they run."""
 
-TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 6.0, 0.35  # 12 to 18 s for 30 to 32 layers
-WRITE_RATE = 0.1e9  # bytes/s to a slow disk; 0.35e9 were seen as well
+CORES = 2  # that the rates below are multiplied by
+STORED_BYTES = 2  # of the checkpoint's weights
+GOLDEN_TOKENS = 24  # two texts of 12
+OTHER_FILES = 16_000_000  # bytes beside the weights: graph, tokenizer, run.pyz, report
+
+# Memory, in bytes.
+PROCESS = 350_000_000  # Python, torch and the exporter's libraries, with a traced graph
+TRACED_LAYER = 2_000_000  # more graph for each layer
+ROUNDING = 250_000_000  # temporary copies while weights are rounded
+DECODING = 3  # copies of a GGUF file's largest weight in float32 while it is decoded
+BLOCKS = 200_000_000  # of a weight in float32 while the reference multiplies with it
+PLAN_COPIES, PLAN_PROCESS = 1.14, 200_000_000
+"""Bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan: 2.65 GB at
+the most for a plan of 2.27 GB, 16.52 GB for one of 14.49 GB, one profile."""
+SESSION_COPIES = 1.15  # ONNX Runtime CPU's bytes per weight byte
+
+# Time.
+TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 4.0, 0.27  # processor time for 4 and 32 layers
+DISK_RATE = 0.35e9  # bytes/s, read or written
+ROUND_RATE = 0.25e9  # weights/s and core, to codes and back
+CONVERT_RATE = 1.5e9  # weights/s and core, to float32
+REFERENCE_RATE = 50e9  # operations/s and core of the reference
+SESSION_RATE = 60e9  # operations/s and core of ONNX Runtime CPU, reading a prompt
+LOAD_RATE = 0.5e9  # bytes/s: ONNX Runtime CPU reads and packs weights
 HASH_RATE = 1.2e9  # bytes/s and core
+COMPILE_SECONDS = 0.0
 PLAN_RATE = 14.483e9 / 99  # bytes/s; a 7B in fp16
-VERIFY_RATE = 14e6  # weights/s; the quick cases against the PyTorch decoder, 126 to 369 million
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStep:
+    """One step: its name, how long it takes, and the peak of anonymous memory meanwhile.
+
+    `in_child` says that the memory is that of a process of its own.
+    """
+
+    name: str
+    seconds: float
+    memory_bytes: int
+    in_child: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostNeeds:
-    """What the build host must have. `disk_bytes` is the most that is needed at any time."""
+    """What the build host must have. `disk_bytes` is the most that is needed at any time.
 
-    memory_bytes: int
+    `mapped_bytes` are those of the checkpoint, of which `passes` are made.
+    """
+
+    steps: tuple[HostStep, ...]
     disk_bytes: int
     bundle_bytes: int
-    seconds: Mapping[str, float]  # by step
+    mapped_bytes: int
+    passes: int
+
+    @property
+    def largest(self) -> HostStep:
+        """The step that needs the most memory."""
+        return max(self.steps, key=lambda step: step.memory_bytes)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The largest peak of any step."""
+        return self.largest.memory_bytes
+
+    @property
+    def seconds(self) -> float:
+        """All steps, one after another."""
+        return sum(step.seconds for step in self.steps)
 
 
-def host_needs(build: Build) -> HostNeeds:
-    """What building takes. The checkpoint is taken to hold 2 bytes a weight."""
-    spec, engine = build.spec, build.target.holds_plan
-    weights = sum(weight_bytes(spec, build.storage, build.activation).values())
-    seconds = {
-        "tracing": TRACE_SECONDS + TRACE_SECONDS_PER_LAYER * spec.num_hidden_layers,
-        "writing weights": weights / WRITE_RATE,
-    }
-    if engine:
-        seconds["building the plan"] = weights / PLAN_RATE
-        memory = max(TRACE_MEMORY, round(PLAN_COPIES * weights) + PLAN_MEMORY)
-    else:
-        seconds["hashing"] = weights / HASH_RATE  # the checkpoint is hashed beside the writing
-        seconds["verifying"] = spec.num_parameters / VERIFY_RATE
-        memory = TRACE_MEMORY + _verification_memory(spec, weights)
+def host_needs(build: Build, facts: WeightFacts = NOTHING_KNOWN) -> HostNeeds:
+    """Work out what building takes. A checkpoint of unknown types is taken for 2 bytes a weight."""
+    weights = sum(weight_bytes(build.spec, build.storage, build.activation).values())
+    steps = [_trace(build, facts, weights), _reference(build, facts)]
+    if build.target.holds_plan:
+        steps.append(_compile(weights))
+    gated = build.target.verified_at_export and build.precision.quantized
+    if build.target.verified_at_export:
+        steps += _verify(build, weights)
+    if gated:
+        steps.append(_gate(build, facts, weights))
+    hashed = 0 if build.target.holds_plan else weights  # a plan is hashed while it is written
+    steps.append(
+        HostStep(name=HASH, seconds=hashed / HASH_RATE, memory_bytes=steps[-1].memory_bytes)
+    )
     return HostNeeds(
-        memory_bytes=memory,
+        steps=tuple(steps),
         # An engine is built from a weights file that lies beside it until the plan is complete.
-        disk_bytes=(2 if engine else 1) * weights + SPARE,
-        bundle_bytes=weights + SPARE,
-        seconds=seconds,
+        disk_bytes=(2 if build.target.holds_plan else 1) * weights + OTHER_FILES,
+        bundle_bytes=weights + OTHER_FILES,
+        mapped_bytes=STORED_BYTES * build.spec.num_parameters,
+        passes=2 + gated,
     )
 
 
-def require_host(build: Build, needed: HostNeeds, destination: Path) -> None:
-    """Raise MistralcError unless this host has the memory and, at `destination`, the disk."""
-    existing = next(path for path in destination.absolute().parents if path.exists())
-    free, disk = shutil.disk_usage(existing).free, needed.disk_bytes
-    what = f"{build.precision.name} for {build.target.name}"
-    if free < disk:
-        raise MistralcError(
-            f"Exporting this model in {what} needs {disk:,} bytes of disk while it builds, and "
-            f"{existing} has {free:,} bytes free. Free some space, choose a directory on another "
-            "disk, or a smaller --precision."
-        )
-    available, memory = memory_available(), needed.memory_bytes
-    if available is not None and available < memory:
-        raise MistralcError(
-            f"Exporting this model in {what} needs about {memory:,} bytes of memory, and "
-            f"{available:,} bytes are available here. Stop other programs, export on a host with "
-            "more memory, or choose a smaller --precision."
-        )
+def _trace(build: Build, facts: WeightFacts, weights: int) -> HostStep:
+    """Tracing beside writing: they share the cores, and the disk is waited for meanwhile."""
+    spec = build.spec
+    tracing = TRACE_SECONDS + TRACE_SECONDS_PER_LAYER * spec.num_hidden_layers
+    rounding = spec.num_parameters / ROUND_RATE if build.precision.quantized else 0
+    hashing = STORED_BYTES * spec.num_parameters / HASH_RATE
+    disk = (STORED_BYTES * spec.num_parameters + weights) / DISK_RATE
+    rounded = ROUNDING if build.precision.quantized else 0
+    return HostStep(
+        name=TRACE,
+        seconds=max(tracing + (rounding + hashing) / CORES, disk),
+        memory_bytes=_process(spec) + rounded + _decoded_at_once(spec, facts),
+    )
 
 
-def _verification_memory(spec: ModelSpec, weights: int) -> int:
-    """Bytes of the PyTorch decoder in float32 and of the finished bundle, side by side."""
-    reference = spec.num_parameters * item_size("float32")
-    logits = 2 * VERIFIED_ROWS * spec.vocab_size * item_size("float32")
-    packed_again = _embedding(spec) * item_size("float32") if spec.tie_word_embeddings else 0
-    return reference + round(SESSION_COPIES * weights) + packed_again + logits
+def _reference(build: Build, facts: WeightFacts) -> HostStep:
+    """One pass over the weights with the golden texts and the verification's cases."""
+    spec = build.spec
+    chosen = cases(build, short=True) if build.target.verified_at_export else []
+    tokens = GOLDEN_TOKENS + sum(case.tokens for case in chosen)
+    logits = (GOLDEN_TOKENS + sum(min(case.tokens, COMPARED) for case in chosen)) * spec.vocab_size
+    converting = ROUND_RATE if build.precision.quantized else CONVERT_RATE
+    kept = 0
+    if _is_kept(spec, facts):
+        shapes = spec.weight_shapes()
+        kept = sum(prod(shapes[name]) for name in shapes.keys() - set(build.storage.copied))
+    return HostStep(
+        name=REFERENCE,
+        seconds=_multiply(spec, tokens, REFERENCE_RATE) + spec.num_parameters / converting / CORES,
+        memory_bytes=_process(spec) + BLOCKS + _decoded_at_once(spec, facts)
+        + (kept + logits) * item_size("float32"),
+    )  # fmt: skip
 
 
-def _embedding(spec: ModelSpec) -> int:
-    return spec.vocab_size * spec.hidden_size
+def _compile(weights: int) -> HostStep:
+    """TensorRT in a process of its own."""
+    return HostStep(
+        name=COMPILE,
+        seconds=COMPILE_SECONDS + weights / PLAN_RATE,
+        memory_bytes=round(PLAN_COPIES * weights) + PLAN_PROCESS,
+        in_child=True,
+    )
+
+
+def _verify(build: Build, weights: int) -> list[HostStep]:
+    """Loading the bundle, and running the cases on it."""
+    chosen = cases(build, short=True)
+    memory = _session(build, weights)
+    return [
+        HostStep(name=LOAD, seconds=weights / LOAD_RATE, memory_bytes=memory),
+        HostStep(
+            name=VERIFY,
+            seconds=_multiply(build.spec, sum(case.tokens for case in chosen), SESSION_RATE),
+            memory_bytes=memory,
+        ),
+    ]
+
+
+def _gate(build: Build, facts: WeightFacts, weights: int) -> HostStep:
+    """The same windows on the reference and on the bundle."""
+    spec, read = build.spec, gate_text(build)
+    kept = spec.num_parameters if _is_kept(spec, facts) else 0
+    logits = read.length * spec.vocab_size
+    seconds = read.windows * spec.num_parameters / CONVERT_RATE / CORES
+    seconds += _multiply(spec, read.tokens, REFERENCE_RATE)
+    seconds += _multiply(spec, read.tokens, SESSION_RATE)
+    return HostStep(
+        name=GATE,
+        seconds=seconds,
+        memory_bytes=_session(build, weights) + BLOCKS + (kept + logits) * item_size("float32"),
+    )
+
+
+def _process(spec: ModelSpec) -> int:
+    """Bytes of the exporter's own process once it has traced the decoder."""
+    return PROCESS + TRACED_LAYER * spec.num_hidden_layers
+
+
+def _session(build: Build, weights: int) -> int:
+    """Bytes with the bundle loaded."""
+    spec = build.spec
+    tied = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0  # packed again
+    packed = tied * item_size(build.activation)
+    return _process(spec) + BLOCKS + round(SESSION_COPIES * weights) + packed
+
+
+def _is_decoded(facts: WeightFacts) -> bool:
+    """Whether weights are decoded to float32, as a GGUF file's blocks are."""
+    return bool(facts.types - set(FLOATS))
+
+
+def _is_kept(spec: ModelSpec, facts: WeightFacts) -> bool:
+    """Whether the reference keeps decoded weights in memory."""
+    return _is_decoded(facts) and spec.num_parameters <= KEPT_WEIGHTS
+
+
+def _decoded_at_once(spec: ModelSpec, facts: WeightFacts) -> int:
+    """Bytes of the largest weight while it is decoded."""
+    largest = max(prod(shape) for shape in spec.weight_shapes().values())
+    return DECODING * largest * item_size("float32") if _is_decoded(facts) else 0
+
+
+def _multiply(spec: ModelSpec, tokens: int, rate: float) -> float:
+    """Seconds for the products of all weights with `tokens` inputs."""
+    return 2 * spec.num_parameters * tokens / rate / CORES

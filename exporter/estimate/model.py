@@ -1,12 +1,14 @@
-"""What a build will need where it runs, from its shape alone. Knows no file and no graph.
+"""What a build needs: its size, its memory and its fastest decoding where it runs.
 
-Every figure is arithmetic on a `Build`. GB is 10^9 bytes.
+Arithmetic on a `Build`; opens no file. What making it takes is in `host.py`. GB is 10^9 bytes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from exporter.decide import NOTHING_KNOWN
 from exporter.estimate.host import HostNeeds, host_needs
+from exporter.quantization.policy import WeightFacts
 from graphs.build import Build
 from graphs.contract import GraphContract
 from graphs.dtypes import item_size
@@ -85,12 +87,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """How a build does on one GPU. `refusal` says why it cannot run there at any size."""
+    """How a build fits one GPU. `refusal` says why it cannot run there at any size."""
 
     estimate: Estimate
     gpu: Gpu
-    left_bytes: int  # negative: so many are missing
-    tokens_per_s: float  # of all rows together: the limit that memory bandwidth sets
+    left_bytes: int  # negative if memory is missing
+    tokens_per_s: float  # of all rows together, at most: what memory bandwidth allows
     refusal: str | None
 
     @property
@@ -99,10 +101,10 @@ class Fit:
         return self.left_bytes >= 0 and self.refusal is None
 
 
-def estimate(build: Build) -> Estimate:
-    """Work out what a build needs to be made and to run."""
+def estimate(build: Build, facts: WeightFacts = NOTHING_KNOWN) -> Estimate:
+    """Work out what a build of a checkpoint with such weights needs to be made and to run."""
     weights = sum(weight_bytes(build.spec, build.storage, build.activation).values())
-    return Estimate(build=build, weight_bytes=weights, host=host_needs(build))
+    return Estimate(build=build, weight_bytes=weights, host=host_needs(build, facts))
 
 
 def activation_parts(contract: GraphContract) -> dict[str, int]:

@@ -5,25 +5,29 @@ Weights and rounded inputs are dequantized; the arithmetic in between is float32
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.decoder.model import Decoder, RMSNorm, StoredEmbedding, load_decoder
+from exporter.decoder.model import Decoder, RMSNorm, StoredEmbedding, StoredLinear, load_decoder
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized, blocked, round_activation
 from graphs.quant_scheme import Scheme
 
-BLOCK = 1 << 24  # numbers dequantized at once: 64 MiB in float32
+BLOCK = 1 << 24  # numbers multiplied at once: 64 MiB in float32
+PART = 1 << 20
+"""Numbers rounded at once. Their dozen temporary copies of 4 MiB stay in the heap and mostly in the
+processor's cache; with 64 MiB each is mapped anew, which took five times as long (2 cores)."""
 
 
 class QuantizedLinear(nn.Module):
     """Fake-quantized linear: dequantizes its weight on every forward pass."""
 
-    def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
+    def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
         super().__init__()
-        self.name, self.weight, self.recipe = name, weight, recipe
+        self.name, self.read, self.recipe = name, read, recipe
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., K]."""
@@ -31,20 +35,40 @@ class QuantizedLinear(nn.Module):
         if scheme.activation is not None:
             x = round_activation(x, scheme, self.recipe.input_scale(self.name))
         if self.recipe.layout(self.name) != "nbits":
-            return torch.cat([F.linear(x, rows.dequantized()) for rows in self.blocks()], dim=-1)
+            return torch.cat([F.linear(x, dequantized(rows)) for rows in self.blocks()], dim=-1)
         rounded = round_blocks(x, scheme)
         return torch.cat([_nbits(x, rounded, rows) for rows in self.blocks()], dim=-1)
 
-    def blocks(self) -> Iterator[Quantized]:
-        """Yield the quantized weight [N, K], some rows at a time."""
+    def blocks(self) -> Iterator[list[Quantized]]:
+        """Yield the weight [N, K], up to `BLOCK` numbers at a time, each block in parts of rows."""
+        columns = self.recipe.spec.weight_shapes()[self.name][1]
+        few, many = (max(1, size // columns) for size in (PART, BLOCK))
         exact = self.recipe.repacked.get(self.name)
         if exact is not None:
-            yield exact()
-            return
-        rows = max(1, BLOCK // self.weight.shape[1])
-        whole = self.recipe.calibrated(self.name)
-        for block in [self.weight] if whole else self.weight.split(rows):
-            yield self.recipe.quantized(self.name, self.recipe.smoothed(self.name, block))
+            yield split_rows(exact(), few)
+        elif self.recipe.calibrated(self.name):  # what calibration decided is for whole weights
+            weight = self.recipe.smoothed(self.name, self.read())
+            yield split_rows(self.recipe.quantized(self.name, weight), few)
+        else:
+            for block in self.read().split(many):
+                yield [self.recipe.quantized(self.name, rows) for rows in block.split(few)]
+
+
+def split_rows(weight: Quantized, count: int) -> list[Quantized]:
+    """Cut a weight into parts of `count` rows."""
+    parts = [
+        [None] * len(weight.codes.split(count)) if tensor is None else tensor.split(count)
+        for tensor in (weight.codes, weight.scale, weight.zero_point, weight.minimum)
+    ]
+    return [
+        replace(weight, codes=codes, scale=scale, zero_point=zero_point, minimum=minimum)
+        for codes, scale, zero_point, minimum in zip(*parts, strict=True)
+    ]
+
+
+def dequantized(parts: list[Quantized]) -> Tensor:
+    """Return the rows [N, K] that the parts stand for, one part after another, in float32."""
+    return torch.cat([part.dequantized() for part in parts])
 
 
 def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
@@ -58,13 +82,14 @@ def round_blocks(x: Tensor, scheme: Scheme) -> Tensor:
     return (codes * scale).flatten(1)[:, : x.shape[-1]].view(x.shape)
 
 
-def _nbits(x: Tensor, rounded: Tensor, weight: Quantized) -> Tensor:
+def _nbits(x: Tensor, rounded: Tensor, weight: list[Quantized]) -> Tensor:
     """Multiply the rounded input by the codes, and the unrounded input by the minimums."""
-    result = F.linear(rounded, replace(weight, minimum=None).dequantized())
-    if weight.minimum is None:
+    result = F.linear(rounded, dequantized([replace(part, minimum=None) for part in weight]))
+    minimums = [part.minimum for part in weight if part.minimum is not None]
+    if not minimums:
         return result
-    sums = blocked(x.reshape(-1, x.shape[-1]), weight.scheme).sum(-1)  # [rows, J]
-    return result + F.linear(sums, weight.minimum).view(result.shape)
+    sums = blocked(x.reshape(-1, x.shape[-1]), weight[0].scheme).sum(-1)  # [rows, J]
+    return result + F.linear(sums, torch.cat(minimums)).view(result.shape)
 
 
 class QuantizedEmbedding(QuantizedLinear):
@@ -75,16 +100,16 @@ class QuantizedEmbedding(QuantizedLinear):
         exact = self.recipe.repacked.get(self.name)
         if exact is not None:
             return F.embedding(x, exact().dequantized())
-        rows = self.recipe.quantized(self.name, F.embedding(x.flatten(), self.weight))
+        rows = self.recipe.quantized(self.name, F.embedding(x.flatten(), self.read()))
         return rows.dequantized().view(*x.shape, -1)
 
 
 class Kept(QuantizedLinear):
     """Fake-quantized linear that keeps its dequantized weight: fast, 4 bytes per weight."""
 
-    def __init__(self, name: str, weight: Tensor, recipe: Recipe) -> None:
-        super().__init__(name, weight, recipe)
-        self.kept = torch.cat([rows.dequantized() for rows in self.blocks()])
+    def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
+        super().__init__(name, read, recipe)
+        self.kept = torch.cat([dequantized(rows) for rows in self.blocks()])
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., K], rounding it if the scheme rounds inputs."""
@@ -105,13 +130,17 @@ def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = Fa
     for path, module in list(decoder.named_modules()):
         name = f"{head if path == 'lm_head' else path}.weight"
         if name in recipe.schemes and isinstance(module, StoredEmbedding):
-            decoder.set_submodule(path, QuantizedEmbedding(name, weight(name), recipe))
-        elif name in recipe.schemes:
-            linear = (Kept if keep else QuantizedLinear)(name, weight(name), recipe)
+            decoder.set_submodule(path, QuantizedEmbedding(name, module.read, recipe))
+        elif name in recipe.schemes and isinstance(module, StoredLinear):
+            linear = (Kept if keep else QuantizedLinear)(name, module.read, recipe)
             decoder.set_submodule(path, linear)
         elif isinstance(module, RMSNorm):
             gain = recipe.smoothed(name, module.weight.detach())
             module.weight = nn.Parameter(gain, requires_grad=False)
-        elif recipe.calibrated(name):
-            module.weight = recipe.smoothed(name, weight(name))
+        elif isinstance(module, StoredLinear) and recipe.calibrated(name):
+            module.read = partial(_smoothed, recipe, name, module.read)
     return decoder
+
+
+def _smoothed(recipe: Recipe, name: str, read: Callable[[], Tensor]) -> Tensor:
+    return recipe.smoothed(name, read())

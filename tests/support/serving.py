@@ -53,7 +53,7 @@ class Answer(NamedTuple):
     """A complete HTTP response."""
 
     status: int
-    headers: Message[str, str]
+    headers: "Message[str, str]"  # found in any case
     text: str
 
     def json(self) -> Any:

@@ -137,7 +137,7 @@ def test_eval_refuses_what_it_cannot_measure(mistralc: Command, plain_bundle: Pa
     task.write_text("{", encoding="utf-8")
     for words, code, expected in [
         ((), 2, f"Windows of 512 tokens were asked for, and this bundle holds {CONTEXT} in all"),
-        (("--text", file), 2, "at least one window of 512 is expected"),
+        (("--text", file), 2, "expected at least one window of 512"),
         (("--text", tmp_path / "none", "--length", 9), 1, "could not be read"),
         (("--choices", task), 1, "line 1 is not JSON"),
         (("--length", 1), 2, "greater than or equal to 2"),

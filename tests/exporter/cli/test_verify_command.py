@@ -45,7 +45,7 @@ def test_verify_prints_a_table_and_a_verdict(
 def test_verify_short_skips_long_cases(
     mistralc: Command, plain_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from exporter.checks.verify import SHORT
+    from exporter.checks.texts import SHORT
 
     bundle = tmp_path / "bundle"
     succeeded(mistralc("export", plain_checkpoint, "-o", bundle, "--chunk", SHORT, "-q"))

@@ -14,14 +14,22 @@ from calib.evaluation.multiple_choice import read_questions
 from calib.layers.work_directory import LayerResult, WorkDirectory
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checks.corpus import read_corpus
+from exporter.decide import decide
+from exporter.options import BuildOptions, QuantizeOptions
 from exporter.quantization import calibration_table
 from exporter.quantization.calibration_table import JSON_NAME, TENSORS_NAME, CalibrationTable
-from exporter.quantization.make_recipe import describe, make_recipe
-from exporter.quantization.policy import QuantizeOptions
+from exporter.quantization.make_recipe import (
+    check_calibration,
+    describe,
+    make_recipe,
+    weight_facts,
+)
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING
 from exporter.tokenizer.read import read_tokenizer
+from graphs.precisions import PRECISIONS
 from graphs.quant_scheme import SCALE, groups
 from graphs.spec import ModelSpec
+from graphs.targets import target_named
 from tests.reliability.harness.damage import Draw, damaged_bytes, damaged_json
 from tests.reliability.harness.target import Files, Folder, Prepared, Target
 from tests.reliability.targets.checkpoints import PREAMBLE, small_spec
@@ -135,8 +143,10 @@ def _table(folder: Path) -> Prepared:
         found = CalibrationTable.read(it)
         found.require(checkpoint.fingerprint(), "the checkpoint")
         for target in ("cpu", "rtx"):
-            recipe = make_recipe(checkpoint, spec, target, "int8", "float16", QuantizeOptions(),
-                                 found)  # fmt: skip
+            check_calibration(PRECISIONS["int8"], QuantizeOptions(), spec, found)
+            facts = weight_facts(checkpoint, found)
+            build = decide(spec, target_named(target), BuildOptions(precision="int8"), facts)
+            recipe = make_recipe(build, checkpoint, found)
             json.dumps(describe(recipe, found))
             for name in spec.weight_shapes():
                 weight = recipe.smoothed(name, checkpoint.tensor(name))

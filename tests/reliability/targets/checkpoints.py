@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from exporter.checkpoint import gguf_file
 from exporter.checkpoint.open import open_checkpoint, read_spec
 from exporter.checkpoint.stored import TORCH_FLOATS
-from exporter.estimate import plan
-from exporter.export import ExportOptions, ring_spec
+from exporter.decide import decide
+from exporter.estimate.model import estimate
+from exporter.options import BuildOptions
 from graphs.spec import ModelSpec
+from graphs.targets import target_named
 from tests.reliability.harness.damage import Draw, Place, damaged_bytes, damaged_json
 from tests.reliability.harness.target import Files, Folder, Prepared, Target
 from tests.support.make_checkpoint import Format, tiny_spec, write_checkpoint
@@ -49,7 +51,7 @@ def _read_spec(path: Path) -> None:
     """Read a configuration and plan with it, as `mistralc plan` does."""
     spec = read_spec(path)
     assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    needed = plan(spec, ring_spec(spec, ExportOptions()), "cpu", "fp32")
+    needed = estimate(decide(spec, target_named("cpu"), BuildOptions()))
     assert needed.weight_bytes > 0
 
 

@@ -79,4 +79,4 @@ def test_bench_fails_if_the_context_ends_before_all_new_tokens(
     new = ("--new-tokens", "20", "--repeat", "1")
     ended = mistralc("bench", plain_bundle, "--prompt-tokens", CONTEXT - 6, *new)
     assert ended.code == 1
-    assert "ended at 7 tokens of 20" in ended.err
+    assert "ended after 7 of 20 tokens" in ended.err
