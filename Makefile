@@ -157,8 +157,8 @@ bench-peers: $(READY) ## Beside other runtimes, those of OTHER_PYTHON (extra pee
 bench-modelopt: $(READY) ## Beside NVIDIA's modelopt, that of OTHER_PYTHON
 	$(BIN)/python -m benchmarks.modelopt --modelopt-python $(OTHER_PYTHON) --bundles $(ARGS)
 
-bench-export: $(READY) ## Time and memory of exporting CHECKPOINT, a directory, into FOLDER
-	$(BIN)/python -m benchmarks.export $(CHECKPOINT) $(FOLDER) --target $(TARGET) --precision $(PRECISION) $(ARGS)
+bench-export: $(READY) ## Time, memory and disk of exporting CHECKPOINT into FOLDER, beside what plan says
+	$(BIN)/python -m benchmarks.export $(FOLDER) --checkpoint $(CHECKPOINT) $(if $(CHOSEN),--build $(TARGET):$(PRECISION)) $(ARGS)
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)
