@@ -205,12 +205,12 @@ def to_markdown(results: dict[str, Result]) -> str:
         for title, step in one["steps"].items():
             guess = expected.get(title)
             own, child = step["memory_bytes"], step["child_memory_bytes"]
-            here = guess and not guess["in_child"]
-            there = guess and guess["in_child"]
+            memory = None if guess is None else guess["memory_bytes"]
+            in_child = guess is not None and guess["in_child"]
             steps.append(
                 f"| {name}: {title[0].lower()}{title[1:]} "
-                f"| {beside(guess['memory_bytes'] if here else None, own)} "
-                f"| {beside(guess['memory_bytes'] if there else None, child) if child else ''} "
+                f"| {beside(None if in_child else memory, own)} "
+                f"| {beside(memory if in_child else None, child) if child else ''} "
                 f"| {beside(guess['seconds'] if guess else None, step['seconds'], 1, 's')} |"
             )
     loads = sorted(one["load"] for one in results.values())

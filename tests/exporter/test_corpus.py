@@ -120,7 +120,7 @@ BAD = {
     "broken JSON": ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2 is not JSON"),
     "plain text": ("a.jsonl", b"Once upon a time", "line 1 is not JSON"),
     "deep JSON": ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
-    "no object": ("a.jsonl", b'["text"]', "line 1 is a JSON list; an object is expected"),
+    "no object": ("a.jsonl", b'["text"]', "line 1 is a JSON list; expected an object"),
     "no text": ("a.jsonl", b'\n{"prompt": "a", "id": 3}', "line 2: The fields are prompt, id;"),
     "no field": ("a.jsonl", b"{}", "line 1: The fields are none at all"),
     "text of another type": ("a.jsonl", b'{"text": 3}', "line 1: The fields are text"),
@@ -132,7 +132,7 @@ BAD = {
     "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}', "line 1: The text "),
     "messages of another type": ("a.jsonl", b'{"messages": "hi"}', 'line 1: `messages` is "hi"'),
     "no message": ("a.jsonl", b'{"messages": []}', "line 1: `messages` is []"),
-    "messages of text": ("a.jsonl", b'{"messages": ["hi"]}', "a list of objects"),
+    "messages of text": ("a.jsonl", b'{"messages": ["hi"]}', "expected a non-empty list of objects"),
     "a message without a role": (
         "a.jsonl", b'{"messages": [{"content": "hi"}]}', "line 1: A message's role is None",
     ),
@@ -195,9 +195,9 @@ def test_windows_are_the_documents_end_to_end_without_the_rest(
 
 
 def test_too_little_text_and_windows_that_mean_nothing_are_refused():
-    with pytest.raises(UsageError, match=r"\(numbers\) is 7 tokens .* window of 8 is .*--length"):
+    with pytest.raises(UsageError, match=r"\(numbers\) is 7 tokens .* window of 8\. .*--length"):
         windows(corpus_of(3, 4), 8)
-    with pytest.raises(UsageError, match="the least is 2"):
+    with pytest.raises(UsageError, match="expected at least 2"):
         windows(corpus_of(3, 4), 1)
     with pytest.raises(UsageError, match="0 windows were asked for"):
         windows(corpus_of(3, 4), 2, 0)

@@ -39,7 +39,7 @@ def test_a_made_tokenizer_reads_and_writes_any_text(tmp_path: Path) -> None:
 
 
 def test_the_script_writes_what_its_flags_say(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "support" / "make_checkpoint.py"
+    script = Path(__file__).parents[2] / "support" / "make_checkpoint.py"
     flags = ("--preset", "tiny", "--dtype", "bf16", "--format", "mistral", "--shard-size", "50KB",
              "--seed", "3", "--layers", "3", "--window", "16")  # fmt: skip
     subprocess.run(
