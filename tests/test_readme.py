@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
-from tests.support.documents.command_lines import FOREIGN, TOOLS, check
 from tests.support.documents import (
     DOCUMENTS,
     README,
@@ -19,6 +18,7 @@ from tests.support.documents import (
     block_commands,
     inline_commands,
 )
+from tests.support.documents.command_lines import FOREIGN, TOOLS, check
 from tests.support.documents.generate import PARTS, Part
 
 PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE", "REPOSITORY")
