@@ -60,24 +60,24 @@ $(READY): pyproject.toml constraints.txt
 plan: $(READY) ## What exporting and running CHECKPOINT will need, before anything is loaded
 	$(MISTRALC) plan $(CHECKPOINT) $(if $(CHOSEN),$(OF_EXPORT)) $(ARGS)
 
-# Precisions that round activations need a table, which is made if it does not exist. A table that exists is used.
-NO_TABLE_NEEDED := $(BIN)/python -c 'from graphs.precisions import PRECISIONS; exit(PRECISIONS["$(PRECISION)"].needs_calibration)'
-CALIBRATE   := $(MISTRALC) calibrate $(CHECKPOINT) --output $(TABLE) --precision $(PRECISION)
-USE_TABLE   := $$(test ! -d $(TABLE) || echo --calibration $(TABLE))
+# Precisions that round activations need a table, which is made if it does not exist. Any other precision uses one that does.
+NEED_TABLES := $(shell $(PYTHON) -c 'from graphs.precisions import PRECISIONS as all; print(*[name for name in all if all[name].needs_calibration])')
+USES_TABLE  := $(or $(filter $(PRECISION),$(NEED_TABLES)),$(filter calibrate,$(MAKECMDGOALS)),$(wildcard $(TABLE)))
+FROM_TABLE  := $(if $(USES_TABLE),--calibration $(TABLE))
 
-calibrate: $(READY) ## Calibrate CHECKPOINT for PRECISION; `make export` then uses the TABLE
-	$(CALIBRATE) $(ARGS)
+calibrate: $(TABLE) ## Calibrate CHECKPOINT for PRECISION; `make export` then uses the TABLE
 
-export: $(READY) ## Compile CHECKPOINT for TARGET in PRECISION, verified; with nothing chosen, smollm2 for rtx and cpu
+$(TABLE): | $(READY)
+	$(MISTRALC) calibrate $(CHECKPOINT) --output $(TABLE) --precision $(PRECISION) $(if $(filter calibrate,$(MAKECMDGOALS)),$(ARGS))
+
+export: $(READY) | $(if $(USES_TABLE),$(TABLE)) ## Compile CHECKPOINT for TARGET in PRECISION, verified; with nothing chosen, smollm2 for rtx and cpu
 ifeq ($(CHOSEN),)
 	$(MISTRALC) export $(CHECKPOINT) --output $(ENGINE) --target rtx --precision fp16 --force
 endif
-	@test -d $(TABLE) || $(NO_TABLE_NEEDED) || $(CALIBRATE)
-	$(MISTRALC) export $(CHECKPOINT) --output $(BUNDLE) $(OF_EXPORT) $(USE_TABLE) --force $(ARGS)
+	$(MISTRALC) export $(CHECKPOINT) --output $(BUNDLE) $(OF_EXPORT) --force $(FROM_TABLE) $(ARGS)
 
-$(BUNDLE)/manifest.json: | $(READY)
-	@test -d $(TABLE) || $(NO_TABLE_NEEDED) || $(CALIBRATE)
-	$(MISTRALC) export $(CHECKPOINT) --output $(BUNDLE) $(OF_EXPORT) $(USE_TABLE)
+$(BUNDLE)/manifest.json: | $(READY) $(if $(USES_TABLE),$(TABLE))
+	$(MISTRALC) export $(CHECKPOINT) --output $(BUNDLE) $(OF_EXPORT) $(FROM_TABLE)
 
 generate: $(BUNDLE)/manifest.json ## Answer PROMPT with the bundle, which is exported if it does not exist
 	$(MISTRALC) generate $(BUNDLE) --chat '$(PROMPT)' $(ARGS)
@@ -106,7 +106,7 @@ inspect: $(BUNDLE)/manifest.json ## Check every file of the bundle and say what 
 	$(MISTRALC) inspect $(BUNDLE) $(ARGS)
 
 verify: $(BUNDLE)/manifest.json ## Compare the bundle with the PyTorch decoder, every case
-	$(MISTRALC) verify $(BUNDLE) --against $(CHECKPOINT) $(USE_TABLE) $(ARGS)
+	$(MISTRALC) verify $(BUNDLE) --against $(CHECKPOINT) $(FROM_TABLE) $(ARGS)
 
 eval: $(BUNDLE)/manifest.json ## Measure the bundle's perplexity and its divergence from CHECKPOINT
 	$(MISTRALC) eval $(BUNDLE) --against $(CHECKPOINT) $(ARGS)
@@ -157,8 +157,8 @@ bench-peers: $(READY) ## Beside other runtimes, those of OTHER_PYTHON (extra pee
 bench-modelopt: $(READY) ## Beside NVIDIA's modelopt, that of OTHER_PYTHON
 	$(BIN)/python -m benchmarks.modelopt --modelopt-python $(OTHER_PYTHON) --bundles $(ARGS)
 
-bench-export: $(READY) ## Time and memory of exporting CHECKPOINT, a directory, into FOLDER
-	$(BIN)/python -m benchmarks.export $(CHECKPOINT) $(FOLDER) --target $(TARGET) --precision $(PRECISION) $(ARGS)
+bench-export: $(READY) ## Time, memory and disk of exporting CHECKPOINT into FOLDER, beside what plan says
+	$(BIN)/python -m benchmarks.export $(FOLDER) --checkpoint $(CHECKPOINT) $(if $(CHOSEN),--build $(TARGET):$(PRECISION)) $(ARGS)
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)
@@ -181,7 +181,7 @@ format: $(READY) ## Rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 docs: $(READY) ## Write the parts of README and docs/ that follow from the code
-	$(BIN)/python -m tests.support.write_documents
+	$(BIN)/python -m tests.support.documents.generate
 
 reliability: $(READY) ## Damage inputs, kill processes, fill disks, and count; ARGS=--write writes docs/reliability.md
 	$(BIN)/python -m tests.reliability $(ARGS)

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
-from tests.support.command_lines import FOREIGN, TOOLS, check
 from tests.support.documents import (
     DOCUMENTS,
     README,
@@ -19,7 +18,8 @@ from tests.support.documents import (
     block_commands,
     inline_commands,
 )
-from tests.support.write_documents import PARTS, Part
+from tests.support.documents.command_lines import FOREIGN, TOOLS, check
+from tests.support.documents.generate import PARTS, Part
 
 PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE", "REPOSITORY")
 CHECKPOINTS = ("Mistral-7B-Instruct-v0.3", "Mistral-7B-v0.1")  # in documents; tiny ones here

@@ -8,6 +8,7 @@ weights. The arithmetic is that of the decoder's stages (`exporter/decoder/model
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,8 +55,8 @@ def install_weights(
     for name in names:
         path = name.split(".", 3)[3].removesuffix(".weight")
         if name in recipe.schemes:
-            linear = Kept(name, weight(name), recipe)
-            linear.kept = linear.kept.to(device)
+            linear = Kept(name, partial(weight, name), recipe)
+            linear.weight = linear.weight.to(device)
             layer.set_submodule(path, linear)
         elif recipe.calibrated(name):
             value = recipe.smoothed(name, weight(name).float()).to(device)

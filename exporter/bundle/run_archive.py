@@ -21,7 +21,7 @@ from exporter.bundle import run_main
 
 NAME = "run.pyz"
 ENTRY_POINTS = (  # by `run_main.py` and by `triton_model.py`
-    "runtime.cli.run_pyz",
+    "runtime.run_pyz",
     "runtime.cli.plain_typer",
     "runtime.serve.triton_backend",
 )

@@ -41,8 +41,10 @@ ROUNDING = 250_000_000  # temporary copies while weights are rounded
 DECODING = 3  # copies of a GGUF file's largest weight in float32 while it is decoded
 BLOCKS = 200_000_000  # of a weight in float32 while the reference multiplies with it
 PLAN_COPIES, PLAN_PROCESS = 1.14, 200_000_000
-"""Bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan: 2.65 GB at
-the most for a plan of 2.27 GB, 16.52 GB for one of 14.49 GB, one profile."""
+"""Bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan: 2.65 GB for
+a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.71 GB for one of 7.39 GB (int8wo)."""
+UNPACKED = 0.55
+"""Bytes more for each 4-bit weight: 1.57 GB for a plan of 0.85 GB, 8.63 GB for one of 4.01 GB."""
 SESSION_COPIES = 1.15  # ONNX Runtime CPU's bytes per weight byte
 
 # Time.
@@ -105,7 +107,7 @@ def host_needs(build: Build, facts: WeightFacts = NOTHING_KNOWN) -> HostNeeds:
     weights = sum(weight_bytes(build.spec, build.storage, build.activation).values())
     steps = [_trace(build, facts, weights), _reference(build, facts)]
     if build.target.holds_plan:
-        steps.append(_compile(weights))
+        steps.append(_compile(build, weights))
     gated = build.target.verified_at_export and build.precision.quantized
     if build.target.verified_at_export:
         steps += _verify(build, weights)
@@ -159,12 +161,14 @@ def _reference(build: Build, facts: WeightFacts) -> HostStep:
     )  # fmt: skip
 
 
-def _compile(weights: int) -> HostStep:
+def _compile(build: Build, weights: int) -> HostStep:
     """TensorRT in a process of its own."""
+    shapes, schemes = build.spec.weight_shapes(), build.storage.schemes
+    narrow = sum(prod(shapes[name]) for name, scheme in schemes.items() if scheme.codes == "int4")
     return HostStep(
         name=COMPILE,
         seconds=COMPILE_SECONDS + weights / PLAN_RATE,
-        memory_bytes=round(PLAN_COPIES * weights) + PLAN_PROCESS,
+        memory_bytes=round(PLAN_COPIES * weights + UNPACKED * narrow) + PLAN_PROCESS,
         in_child=True,
     )
 

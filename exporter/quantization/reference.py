@@ -109,14 +109,14 @@ class Kept(QuantizedLinear):
 
     def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
         super().__init__(name, read, recipe)
-        self.kept = torch.cat([dequantized(rows) for rows in self.blocks()])
+        self.weight = torch.cat([dequantized(rows) for rows in self.blocks()])
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x [..., K], rounding it if the scheme rounds inputs."""
         scheme = self.recipe.schemes[self.name]
         if scheme.activation is not None:
             x = round_activation(x, scheme, self.recipe.input_scale(self.name))
-        return F.linear(x, self.kept)
+        return F.linear(x, self.weight)
 
 
 def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = False) -> Decoder:

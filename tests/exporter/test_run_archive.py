@@ -125,12 +125,12 @@ def test_data_files_of_the_runtime_come_along_and_leftovers_do_not(
                  ".hidden/a.py", "unused/__init__.py", "unused/data.txt"):  # fmt: skip
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_bytes(b"")
-    (package / "cli" / "run_pyz.py").write_bytes(b"import runtime.serve\n")
+    (package / "run_pyz.py").write_bytes(b"import runtime.cli, runtime.serve\n")
     monkeypatch.setattr(
         run_archive, "runtime", SimpleNamespace(__file__=str(package / "__init__.py"))
     )
     found = {name for name in run_archive.contents() if name.startswith("runtime/")}
-    assert found == {"runtime/__init__.py", "runtime/cli/__init__.py", "runtime/cli/run_pyz.py",
+    assert found == {"runtime/__init__.py", "runtime/run_pyz.py", "runtime/cli/__init__.py",
                      "runtime/serve/__init__.py", "runtime/serve/page.html"}  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("runtime", "graphs"):
         (site / package).mkdir()
         (site / package / "__init__.py").write_text("", encoding="utf-8")
-        for module in ("cli", "load", "errors", "manifest"):
+        for module in ("run_pyz", "cli", "load", "errors", "manifest"):
             (site / package / f"{module}.py").write_text(DECOY, encoding="utf-8")
     (site / "decoys.py").write_text(FINDER.replace("{path!r}", repr(str(site))), encoding="utf-8")
     (site / "decoys.pth").write_text("import decoys\n", encoding="utf-8")
@@ -197,7 +197,7 @@ def run(
 
 def test_the_decoys_are_in_the_way_and_typer_is_not_there(host: Path, tmp_path: Path) -> None:
     # Otherwise the tests below would show nothing.
-    for module in ("runtime.cli.run_pyz", "graphs.errors"):
+    for module in ("runtime.run_pyz", "graphs.errors"):
         done = run(host, "-c", f"import {module}", cwd=tmp_path)
         assert done.stderr == "the decoy ran\n"
     for module in ("typer", "rich", "torch", "onnx_ir", "mistralc"):
@@ -236,7 +236,7 @@ def test_packages_of_our_names_in_the_current_directory_and_on_the_path_are_not_
     for module in ("runtime.py", "graphs.py"):
         (tmp_path / module).write_text(DECOY, encoding="utf-8")
     # Importing a decoy shows that Python searches these directories.
-    probe = run(host, "-c", "import runtime.cli.run_pyz", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    probe = run(host, "-c", "import runtime.run_pyz", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert probe.stderr == "the decoy ran\n"
     for command in (("inspect", archive.parent), ("chat", archive.parent), ("--version",), ("-h",)):
         done = run(host, archive, *command, cwd=tmp_path, PYTHONPATH=str(tmp_path))

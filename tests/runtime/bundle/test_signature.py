@@ -278,7 +278,7 @@ def test_a_changed_manifest_with_a_valid_checksum_is_refused_unparsed(
 def test_a_signature_of_another_length_is_refused(signed: Path, keys: Path, length: int) -> None:
     valid = (signed / "manifest.sig").read_bytes()
     (signed / "manifest.sig").write_bytes((valid + bytes(length))[:length])
-    with pytest.raises(MistralcError, match="is no signature of"):
+    with pytest.raises(MistralcError, match="is not a signature of"):
         open_bundle(signed, require_signature=public(keys))
 
 

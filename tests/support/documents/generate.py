@@ -1,6 +1,6 @@
 """Write the parts of documents that follow from the code: `make docs`.
 
-    python -m tests.support.write_documents
+    python -m tests.support.documents.generate
 
 Each lies between two marks. `tests/test_readme.py` fails if one is not what this would write.
 """
