@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Command
-from tests.support.documents.command_lines import FOREIGN, TOOLS, check
 from tests.support.documents import (
     DOCUMENTS,
     README,
@@ -19,6 +18,7 @@ from tests.support.documents import (
     block_commands,
     inline_commands,
 )
+from tests.support.documents.command_lines import FOREIGN, TOOLS, check
 from tests.support.documents.generate import PARTS, Part
 
 PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE", "REPOSITORY")
@@ -241,6 +241,18 @@ def test_code_named_in_the_documents_is_where_they_say() -> None:
         for name in re.findall(r"`(test_\w+)`", text):
             assert f"def {name}(" in tests, f"{document.name} names {name}"
     assert pairs > 20
+
+
+def test_the_architecture_lists_the_folders_in_the_order_of_their_imports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    text = text_of(ROOT / "docs" / "architecture.md")
+    for contract in project["tool"]["importlinter"]["contracts"]:
+        package, _, order = contract["name"].partition(", ")
+        if order == "from the command line down":
+            rows = re.findall(rf"^\| (`{package}/.+?`) \| ", text, re.MULTILINE)
+            listed = [row.replace("`", "").replace(", ", " | ") for row in rows]
+            listed = [row.replace(".py", "").replace("/ ", " ").rstrip("/") for row in listed]
+            assert [row.replace("/", ".") for row in listed] == contract["layers"]
 
 
 def test_the_container_file_copies_what_there_is_and_installs_nothing_that_builds() -> None:
