@@ -197,22 +197,15 @@ def to_markdown(results: dict[str, Result]) -> str:
             totals.append(f"| {name} | {said['memory_bytes'] / 1e9:.2f} GB, refused | | | |")
             refused.append(f'{name}: "{one["refused"]}"')
             continue
-        cells = [beside(said[key], one[key]) for key in ("memory_bytes", "disk_bytes",
-                                                         "bundle_bytes")]  # fmt: skip
+        sizes = ("memory_bytes", "disk_bytes", "bundle_bytes")
+        cells = [beside(said[key], one[key]) for key in sizes]
         time = beside(said["seconds"], one["seconds"], 1, "s")
         totals.append(f"| {' | '.join([name, *cells, time])} |")
         expected = {step["name"]: step for step in said["steps"]}
-        for title, step in one["steps"].items():
-            guess = expected.get(title)
-            own, child = step["memory_bytes"], step["child_memory_bytes"]
-            memory = None if guess is None else guess["memory_bytes"]
-            in_child = guess is not None and guess["in_child"]
-            steps.append(
-                f"| {name}: {title[0].lower()}{title[1:]} "
-                f"| {beside(None if in_child else memory, own)} "
-                f"| {beside(memory if in_child else None, child) if child else ''} "
-                f"| {beside(guess['seconds'] if guess else None, step['seconds'], 1, 's')} |"
-            )
+        steps += [
+            f"| {name}: {title[0].lower()}{title[1:]} {_step(expected.get(title, {}), step)}"
+            for title, step in one["steps"].items()
+        ]
     loads = sorted(one["load"] for one in results.values())
     on = next(iter(results.values()))["machine"]
     about = ", ".join(f"{key} {value}" for key, value in on.items())
@@ -221,6 +214,18 @@ def to_markdown(results: dict[str, Result]) -> str:
         f"began: {loads[0]:.1f} to {loads[-1]:.1f}.",
         "\n".join(totals), *refused, "By step:", "\n".join(steps),
     ])  # fmt: skip
+
+
+def _step(said: dict[str, Any], found: dict[str, float]) -> str:
+    """Memory of the process and of its children, and time, as cells of a row."""
+    memory, in_child = said.get("memory_bytes"), said.get("in_child", False)
+    child = found["child_memory_bytes"]
+    cells = [
+        beside(None if in_child else memory, found["memory_bytes"]),
+        beside(memory if in_child else None, child) if child else "",
+        beside(said.get("seconds"), found["seconds"], 1, "s"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def beside(said: float | None, found: float, scale: float = 1e9, unit: str = "GB") -> str:

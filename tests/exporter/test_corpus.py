@@ -132,7 +132,7 @@ BAD = {
     "half a surrogate pair": ("a.jsonl", b'{"text": "\\ud800"}', "line 1: The text "),
     "messages of another type": ("a.jsonl", b'{"messages": "hi"}', 'line 1: `messages` is "hi"'),
     "no message": ("a.jsonl", b'{"messages": []}', "line 1: `messages` is []"),
-    "messages of text": ("a.jsonl", b'{"messages": ["hi"]}', "expected a non-empty list of objects"),
+    "messages of text": ("a.jsonl", b'{"messages": ["hi"]}', "expected a non-empty list of"),
     "a message without a role": (
         "a.jsonl", b'{"messages": [{"content": "hi"}]}', "line 1: A message's role is None",
     ),

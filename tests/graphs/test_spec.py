@@ -26,7 +26,7 @@ MISTRAL_7B = PRESETS["mistral-7b-v0.1"]
 )  # fmt: skip
 @pytest.mark.parametrize("value", [0, -1, 2.5, "64", True, None])
 def test_a_size_must_be_a_whole_number_of_at_least_1(name: str, value: Any):
-    with pytest.raises(MistralcError, match=f"{name} is .*at least 1 is expected"):
+    with pytest.raises(MistralcError, match=f"{name} is .*expected a whole number of at least 1"):
         replace(tiny_spec(), **{name: value})
 
 
@@ -41,9 +41,9 @@ def test_a_constant_must_be_positive(name: str, value: float):
     ("changes", "message"),
     [
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "6 query heads and 4 key/value"),
-        ({"head_dim": 15}, "head_dim is 15; rotary embedding turns pairs"),
+        ({"head_dim": 15}, "head_dim is 15; rotary embedding rotates pairs"),
         ({"layer_windows": (4,)}, "1 attention windows are given for 2 layers"),
-        ({"layer_windows": (4, 0)}, "sliding window is 0; at least 1"),
+        ({"layer_windows": (4, 0)}, "sliding window is 0; expected at least 1"),
         ({"num_hidden_layers": 0, "layer_windows": ()}, "num_hidden_layers is 0"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from exporter.checkpoint.open import open_checkpoint
 from exporter.quantization.gguf_blocks import read_blocks
 from graphs.quant_scheme import groups
-from tests.exporter.test_checkpoint import write_gguf
+from tests.support.checkpoint_edits import write_gguf
 from tests.support.make_checkpoint import tiny_spec
 
 
