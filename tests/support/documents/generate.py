@@ -67,7 +67,7 @@ def precisions_by_target() -> str:
         + [target.activations.get(one.name, "") for target in TARGETS.values()]
         for one in PRECISIONS.values()
     ]
-    return _table(["`--precision`", "weights are stored as", *heads], rows)
+    return _table(["`--precision`", "what it is", *heads], rows)
 
 
 def _stored(precision: Precision) -> str:
