@@ -243,6 +243,18 @@ def test_code_named_in_the_documents_is_where_they_say() -> None:
     assert pairs > 20
 
 
+def test_the_architecture_lists_the_folders_in_the_order_of_their_imports() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    text = text_of(ROOT / "docs" / "architecture.md")
+    for contract in project["tool"]["importlinter"]["contracts"]:
+        package, _, order = contract["name"].partition(", ")
+        if order == "from the command line down":
+            rows = re.findall(rf"^\| (`{package}/.+?`) \| ", text, re.MULTILINE)
+            listed = [row.replace("`", "").replace(", ", " | ") for row in rows]
+            listed = [row.replace(".py", "").replace("/ ", " ").rstrip("/") for row in listed]
+            assert [row.replace("/", ".") for row in listed] == contract["layers"]
+
+
 def test_the_container_file_copies_what_there_is_and_installs_nothing_that_builds() -> None:
     text = (ROOT / "docs" / "Containerfile").read_text(encoding="utf-8")
     for line in re.findall(r"^COPY (?!--from)(.+) /src", text, re.MULTILINE):

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from argparse import ArgumentParser
 from functools import cache
 from typing import Any
@@ -112,7 +113,12 @@ def parser_of(module: str) -> ArgumentParser | None:
     def caught(parser: ArgumentParser, *_: object, **__: object) -> None:
         raise _Caught(parser)
 
-    with patch.object(ArgumentParser, "parse_args", caught), patch.object(sys, "argv", [module]):
+    with (
+        patch.object(ArgumentParser, "parse_args", caught),
+        patch.object(sys, "argv", [module]),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # runpy's, of modules that are imported already
         try:
             runpy.run_module(module, run_name="__main__")
         except _Caught as found:

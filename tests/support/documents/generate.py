@@ -12,13 +12,14 @@ import os
 import re
 import sys
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from graphs.precisions import PRECISIONS, Precision
 from graphs.targets import TARGETS, Target
-from tests.support.documents import DOCS, README, between, replace_between
+from tests.support.documents import DOCS, README, ROOT, between, replace_between
 from tests.support.make_checkpoint import PRESETS, hf_config
 
 PLANS = {
@@ -66,7 +67,7 @@ def precisions_by_target() -> str:
         + [target.activations.get(one.name, "") for target in TARGETS.values()]
         for one in PRECISIONS.values()
     ]
-    return _table(["`--precision`", "weights are stored as", *heads], rows)
+    return _table(["`--precision`", "what it is", *heads], rows)
 
 
 def _stored(precision: Precision) -> str:
@@ -78,13 +79,18 @@ def _stored(precision: Precision) -> str:
 
 def facts_of_targets() -> str:
     """A row for each target: what runs it, on which GPUs, and what the bundle holds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = {
+        extra: ", ".join(f"`{one.partition('>=')[0]}`" for one in needed)
+        for extra, needed in project["optional-dependencies"].items()
+    }
     rows = [
-        [f"`{one.name}`", one.title, _hardware(one), f"`{one.distributions[0]}`",
+        [f"`{one.name}`", one.title, _hardware(one), packages[one.name],
          "a compiled plan" if one.holds_plan else "a graph and its weights",
          "at export" if one.verified_at_export else "on a host with the GPU"]
         for one in TARGETS.values()
     ]  # fmt: skip
-    heads = ["`--target`", "runs on", "hardware", "package", "the bundle holds", "is verified"]
+    heads = ["`--target`", "runs on", "hardware", "packages", "the bundle holds", "is verified"]
     return _table(heads, rows)
 
 
