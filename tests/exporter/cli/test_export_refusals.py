@@ -57,7 +57,7 @@ def test_a_truncated_weights_file_is_refused(
 ) -> None:
     weights = checkpoint / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1000)
-    refuse_export(checkpoint, message=("model.safetensors", "truncated", "Fetch the file again"))
+    refuse_export(checkpoint, message=("model.safetensors", "truncated", "Download the file again"))
 
 
 def sharded(tmp_path: Path) -> Path:
@@ -68,7 +68,7 @@ def test_a_truncated_shard_is_refused(refuse_export: Callable[..., None], tmp_pa
     folder = sharded(tmp_path)
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size // 2)
-    refuse_export(folder, message=(shard.name, "truncated", "Fetch the file again"))
+    refuse_export(folder, message=(shard.name, "truncated", "Download the file again"))
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(
@@ -78,7 +78,7 @@ def test_an_index_that_names_a_missing_shard_is_refused(
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
     refuse_export(
-        folder, message=("model.safetensors.index.json", shard.name, "fetch the missing one")
+        folder, message=("model.safetensors.index.json", shard.name, "Download the missing one")
     )
 
 
@@ -110,7 +110,7 @@ def test_nan_and_infinite_weights_are_refused(
     before = sorted(tmp_path.iterdir())
     refused(
         mistralc("export", checkpoint, "-o", tmp_path / "made" / "bundle"),
-        name, count, "fetch it again",
+        name, count, "download it again",
     )  # fmt: skip
     assert sorted(tmp_path.iterdir()) == before
 

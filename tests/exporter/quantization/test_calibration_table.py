@@ -18,7 +18,7 @@ def test_a_table_of_another_checkpoint_is_refused(checkpoint: Path, tmp_path: Pa
 
 def test_a_table_of_another_precision_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     table = write_table(table_for(checkpoint, "fp8"), tmp_path / "table")
-    with pytest.raises(UsageError, match="made for fp8 and --precision is int8"):
+    with pytest.raises(UsageError, match="is for fp8, but --precision is int8"):
         export(str(checkpoint), tmp_path / "b", ExportOptions(precision="int8", calibration=table))
 
 
