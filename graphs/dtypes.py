@@ -39,11 +39,6 @@ class ElementType:
         """Whether its values are whole numbers."""
         return "float" not in self.name
 
-    @property
-    def is_float(self) -> bool:
-        """Whether a graph may compute in it: float8e4m3 is for codes only."""
-        return self.name in FLOATS
-
     def nbytes(self, count: int) -> int:
         """Bytes of `count` elements; types below 8 bits are packed."""
         return -(-count * self.bits // 8)

@@ -100,7 +100,8 @@ def choose_device(name: str | None) -> torch.device:
     Raises UsageError if PyTorch cannot use the named device.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else found
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -73,7 +73,7 @@ class Audit:
     plan_bytes: int
     weight_bytes: int
     plan_sha256: str
-    tensorrt: str
+    tensorrt_version: str
     warnings: tuple[str, ...]
 
     @property
@@ -119,7 +119,7 @@ def audit(plan: EnginePlan, graph: ir.Graph, contract: GraphContract, weights: i
         plan_bytes=plan.nbytes,
         weight_bytes=weights,
         plan_sha256=plan.sha256,
-        tensorrt=plan.version,
+        tensorrt_version=plan.version,
         warnings=plan.warnings,
     )
 
@@ -128,7 +128,7 @@ def require(found: Audit, *, allow: bool) -> None:
     """Raise MistralcError if the engine has a fault, unless the user allowed faults."""
     if found.faults and not allow:
         raise MistralcError(
-            f"TensorRT {found.tensorrt} built an engine that is not fit to ship: "
+            f"TensorRT {found.tensorrt_version} built an engine that is not fit to ship: "
             f"{'; '.join(found.faults)}. Add --allow-faults to publish it anyway, or try another "
             "version of TensorRT."
         )
@@ -139,7 +139,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{count} {kind}" for kind, count in record["layers"].items())
     ratio = record["plan_bytes"] / record["weight_bytes"]
     rows = {
-        "TensorRT": record["tensorrt"],
+        "TensorRT": record["tensorrt_version"],
         "GPUs": ", ".join(record["gpus"]) or "every GPU that it supports",
         "layers": kinds,
         "fused attention": f"{record['attention_fused']} of {record['attention']}",

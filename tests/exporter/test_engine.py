@@ -311,7 +311,7 @@ def test_a_line_of_the_layer_list_is_read() -> None:
 SOUND = Audit(
     layers={"kgen": 1}, attention=2, attention_fused=2, caches=4, caches_in_place=4,
     caches_repeated=0, interface="matches the contract", plan_bytes=101_000_000,
-    weight_bytes=100_000_000, plan_sha256="", tensorrt="1", warnings=(),
+    weight_bytes=100_000_000, plan_sha256="", tensorrt_version="1", warnings=(),
 )  # fmt: skip
 
 
