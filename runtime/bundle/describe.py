@@ -121,11 +121,12 @@ def _audit(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
         return
     ratio = record["plan_bytes"] / record["weight_bytes"]
     gpus = ", ".join(record["gpus"]) or "every GPU that it supports"
+    version = record.get("tensorrt_version", "of an unrecorded version")
     yield (
         "engine",
         f"{record['attention_fused']} of {record['attention']} attention layers fused, "
         f"{record['caches_in_place']} of {record['caches']} caches in place, "
-        f"plan {ratio:.3f} times the weights, built by TensorRT {record['tensorrt']} for {gpus}",
+        f"plan {ratio:.3f} times the weights, built by TensorRT {version} for {gpus}",
     )
     yield "faults", "; ".join(record["faults"]) or "none"
 
