@@ -108,6 +108,7 @@ def measured(arguments: argparse.Namespace) -> Result:
             "memory_bytes": memory.peak,
             "child_memory_bytes": memory.children,
         }
+        print(title, json.dumps(steps[title]), file=sys.stderr, flush=True)
 
     began = perf_counter()
     try:

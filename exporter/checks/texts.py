@@ -12,7 +12,9 @@ from graphs.build import Build
 SHORT = 160  # tokens of the longest case in a short verification: two turns of a 64-slot ring
 LENGTH = 512  # tokens of a window of the quality gate
 WINDOWS = 4  # of the text: seconds for a small model
-LEAST_LENGTH = 128  # tokens; 127 predictions on one text tell 10% of perplexity from noise
+LEAST_LENGTH = 128
+"""Tokens of the shortest window. SmolLM2 in 4 bits (blocks of 128, no zero points) lost 77% of its
+perplexity on 32 of them, with a standard deviation of 25%: one tells a loss to within a third."""
 
 VERIFY_WORK = 1.5e12
 GATE_WORK = 3.75e12
