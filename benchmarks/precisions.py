@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="regular expression; measure matching rows only")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    cache_reference()
     trace = cached_trace(exporting.trace)  # type: ignore[attr-defined]
     exporting.trace = trace  # type: ignore[attr-defined]
     rows = [row for row in ROWS if re.search(arguments.only, row.name)]
@@ -181,5 +182,4 @@ def table(rows: Sequence[BundleRow], count: int) -> str:
 
 
 if __name__ == "__main__":
-    cache_reference()
     main()
