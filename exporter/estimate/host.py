@@ -36,25 +36,30 @@ OTHER_FILES = 16_000_000  # bytes beside the weights: graph, tokenizer, run.pyz,
 
 # Memory, in bytes.
 PROCESS = 350_000_000  # Python, torch and the exporter's libraries, with a traced graph
-TRACED_LAYER = 2_000_000  # more graph for each layer
-ROUNDING = 250_000_000  # temporary copies while weights are rounded
-DECODING = 3  # copies of a GGUF file's largest weight in float32 while it is decoded
-BLOCKS = 200_000_000  # of a weight in float32 while the reference multiplies with it
+TRACED_LAYER = 2_000_000  # more graph for each layer: 0.35 GB for 4, 0.41 GB for 32
+ROUNDING = 60_000_000  # temporary copies while weights are rounded
+DECODING = 1.5  # copies of a GGUF file's largest weight in float32 while it is decoded
+BLOCKS = 420_000_000
+"""Of weights in float32 while the reference multiplies: 0.39 GB for Mistral-7B and 0.48 GB for four
+of its layers. The heap keeps them for what follows."""
 PLAN_COPIES, PLAN_PROCESS = 1.14, 200_000_000
 """Bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan: 2.65 GB for
 a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.71 GB for one of 7.39 GB (int8wo)."""
 UNPACKED = 0.55
 """Bytes more for each 4-bit weight: 1.57 GB for a plan of 0.85 GB, 8.63 GB for one of 4.01 GB."""
-SESSION_COPIES = 1.15  # ONNX Runtime CPU's bytes per weight byte
+SESSION_COPIES, SESSION_COPIES_FLOAT = 1.0, 1.12
+"""ONNX Runtime CPU's bytes per weight byte: 5.1 GB for Mistral-7B's 5.14 GB in int4wo; in float32
+1.09 GB more for 0.97 GB more weights (8 and 24 layers of width 1024)."""
+RUNNING = 200_000_000  # its buffers during steps of 80 to 256 tokens of a 7B
 
 # Time.
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 4.0, 0.27  # processor time for 4 and 32 layers
 DISK_RATE = 0.35e9  # bytes/s, read or written
-ROUND_RATE = 0.25e9  # weights/s and core, to codes and back
+ROUND_RATE = 0.22e9  # weights/s and core, to codes and back; four layers of a 7B, one thread
 CONVERT_RATE = 1.5e9  # weights/s and core, to float32
-REFERENCE_RATE = 50e9  # operations/s and core of the reference
-SESSION_RATE = 60e9  # operations/s and core of ONNX Runtime CPU, reading a prompt
-LOAD_RATE = 0.5e9  # bytes/s: ONNX Runtime CPU reads and packs weights
+REFERENCE_RATE = 60e9  # operations/s and core of the reference, likewise; 146 and 511 tokens
+SESSION_RATE = 105e9  # operations/s and core of ONNX Runtime CPU in int4wo, 122 tokens of a 7B
+LOAD_RATE = 0.5e9  # bytes/s: ONNX Runtime CPU reads and packs the weights of a 7B in 10 s
 HASH_RATE = 1.2e9  # bytes/s and core
 COMPILE_SECONDS = 0.0
 PLAN_RATE = 14.483e9 / 99  # bytes/s; a 7B in fp16
@@ -114,9 +119,8 @@ def host_needs(build: Build, facts: WeightFacts = NOTHING_KNOWN) -> HostNeeds:
     if gated:
         steps.append(_gate(build, facts, weights))
     hashed = 0 if build.target.holds_plan else weights  # a plan is hashed while it is written
-    steps.append(
-        HostStep(name=HASH, seconds=hashed / HASH_RATE, memory_bytes=steps[-1].memory_bytes)
-    )
+    left = _process(build.spec) + BLOCKS
+    steps.append(HostStep(name=HASH, seconds=hashed / HASH_RATE, memory_bytes=left))
     return HostNeeds(
         steps=tuple(steps),
         # An engine is built from a weights file that lies beside it until the plan is complete.
@@ -182,7 +186,7 @@ def _verify(build: Build, weights: int) -> list[HostStep]:
         HostStep(
             name=VERIFY,
             seconds=_multiply(build.spec, sum(case.tokens for case in chosen), SESSION_RATE),
-            memory_bytes=memory,
+            memory_bytes=memory + RUNNING,
         ),
     ]
 
@@ -198,7 +202,10 @@ def _gate(build: Build, facts: WeightFacts, weights: int) -> HostStep:
     return HostStep(
         name=GATE,
         seconds=seconds,
-        memory_bytes=_session(build, weights) + BLOCKS + (kept + logits) * item_size("float32"),
+        memory_bytes=_session(build, weights)
+        + RUNNING
+        + BLOCKS
+        + (kept + logits) * item_size("float32"),
     )
 
 
@@ -212,7 +219,8 @@ def _session(build: Build, weights: int) -> int:
     spec = build.spec
     tied = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0  # packed again
     packed = tied * item_size(build.activation)
-    return _process(spec) + BLOCKS + round(SESSION_COPIES * weights) + packed
+    copies = SESSION_COPIES if build.precision.quantized else SESSION_COPIES_FLOAT
+    return _process(spec) + BLOCKS + round(copies * weights) + packed
 
 
 def _is_decoded(facts: WeightFacts) -> bool:
@@ -228,7 +236,7 @@ def _is_kept(spec: ModelSpec, facts: WeightFacts) -> bool:
 def _decoded_at_once(spec: ModelSpec, facts: WeightFacts) -> int:
     """Bytes of the largest weight while it is decoded."""
     largest = max(prod(shape) for shape in spec.weight_shapes().values())
-    return DECODING * largest * item_size("float32") if _is_decoded(facts) else 0
+    return round(DECODING * largest) * item_size("float32") if _is_decoded(facts) else 0
 
 
 def _multiply(spec: ModelSpec, tokens: int, rate: float) -> float:
