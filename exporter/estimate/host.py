@@ -4,8 +4,8 @@ Arithmetic on a `Build`; opens no file. GB is 10^9 bytes. Memory is anonymous me
 file behind it. A checkpoint's weights stay mapped and are not in it: `mapped_bytes` is what the
 page cache should hold, and where it cannot, every pass over the weights reads them from the disk.
 
-Rates and sizes were measured with `python -m benchmarks.export` on 2 cores of an AMD EPYC with
-24 GiB (torch 2.13.0, onnxruntime 1.31.1, tensorrt-rtx 1.7.1); docs/benchmarks.md has the table.
+Sizes were measured with `python -m benchmarks.export`, rates on a shared machine: 2 cores of an EPYC,
+24 GiB (torch 2.13.0, onnxruntime 1.31.1, tensorrt-rtx 1.7.1). See docs/benchmarks.md.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ RUNNING = 200_000_000  # its buffers during steps of 80 to 256 tokens of a 7B
 TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 4.0, 0.27  # processor time for 4 and 32 layers
 DISK_RATE = 0.35e9  # bytes/s, read or written
 ROUND_RATE = 0.22e9  # weights/s and core, to codes and back; four layers of a 7B, one thread
-CONVERT_RATE = 1.5e9  # weights/s and core, to float32
+CONVERT_RATE = 1.5e9  # weights/s and core, to float32: assumed; 3.5e9 were seen from the cache
 REFERENCE_RATE = 60e9  # operations/s and core of the reference, likewise; 146 and 511 tokens
 SESSION_RATE = 105e9  # operations/s and core of ONNX Runtime CPU in int4wo, 122 tokens of a 7B
 LOAD_RATE = 0.5e9  # bytes/s: ONNX Runtime CPU reads and packs the weights of a 7B in 10 s
