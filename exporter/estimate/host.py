@@ -4,7 +4,7 @@ Arithmetic on a `Build`; opens no file. GB is 10^9 bytes. Memory is anonymous me
 file behind it. A checkpoint's weights stay mapped and are not in it: `mapped_bytes` is what the
 page cache should hold, and where it cannot, every pass over the weights reads them from the disk.
 
-Sizes were measured with `python -m benchmarks.export`, rates on a shared machine: 2 cores of an EPYC,
+Sizes were measured with `python -m benchmarks.export`, rates on a shared machine: 2 EPYC cores,
 24 GiB (torch 2.13.0, onnxruntime 1.31.1, tensorrt-rtx 1.7.1). See docs/benchmarks.md.
 """
 
