@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -120,30 +120,35 @@ def plain_checkpoint(once: Once) -> Path:
     return once("plain/tiny", lambda path: write_checkpoint(path, tiny_spec()))
 
 
+def _export(checkpoint: Path, bundle: Path, **options: Any) -> None:
+    """Export with a new trace, also while `kept_traces` is in force: its names are numbered anew."""
+    from exporter.decoder.trace import trace
+    from exporter.export import export
+    from exporter.options import ExportOptions
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exporter.export.trace", trace)
+        export(str(checkpoint), bundle, ExportOptions(**options))
+
+
 @pytest.fixture(scope="session")
 def sliding_bundle(once: Once, sliding_checkpoint: Path) -> Path:
     """The bundle of `sliding_checkpoint`: window 8, chunk 8, a ring of 16 slots."""
-    from exporter.export import ExportOptions, export
-
-    return once("sliding/bundle", lambda b: export(str(sliding_checkpoint), b, ExportOptions()))
+    return once("sliding/bundle", lambda bundle: _export(sliding_checkpoint, bundle))
 
 
 @pytest.fixture(scope="session")
 def plain_bundle(once: Once, plain_checkpoint: Path) -> Path:
     """The bundle of `plain_checkpoint` with a context of `CONTEXT` tokens."""
-    from exporter.export import ExportOptions, export
-
-    options = ExportOptions(context=CONTEXT, chunk=8)
-    return once("plain/bundle", lambda bundle: export(str(plain_checkpoint), bundle, options))
+    options = {"context": CONTEXT, "chunk": 8}
+    return once("plain/bundle", lambda bundle: _export(plain_checkpoint, bundle, **options))
 
 
 @pytest.fixture(scope="session")
 def rounded_bundle(once: Once, plain_checkpoint: Path) -> Path:
     """`plain_bundle` with 8-bit weights, not calibrated."""
-    from exporter.export import ExportOptions, export
-
-    options = ExportOptions(precision="int8wo", context=CONTEXT, chunk=8)
-    return once("plain/rounded", lambda bundle: export(str(plain_checkpoint), bundle, options))
+    options = {"precision": "int8wo", "context": CONTEXT, "chunk": 8}
+    return once("plain/rounded", lambda bundle: _export(plain_checkpoint, bundle, **options))
 
 
 @pytest.fixture(scope="module")
