@@ -121,7 +121,7 @@ def plain_checkpoint(once: Once) -> Path:
 
 
 def _export(checkpoint: Path, bundle: Path, **options: Any) -> None:
-    """Export with a new trace, also while `kept_traces` is in force: its names are numbered anew."""
+    """Export with a new trace, even under `kept_traces`, whose names are numbered differently."""
     from exporter.decoder.trace import trace
     from exporter.export import export
     from exporter.options import ExportOptions
