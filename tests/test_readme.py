@@ -18,7 +18,7 @@ from tests.support.documents import (
     block_commands,
     inline_commands,
 )
-from tests.support.documents.command_lines import FOREIGN, TOOLS, check
+from tests.support.documents.command_lines import FOREIGN, TOOLS, check, planned_by_make
 from tests.support.documents.generate import PARTS, Part
 
 PLACEHOLDERS = ("CHECKPOINT", "BUNDLE", "OTHER", "TABLE", "REPORT", "FILE", "REPOSITORY")
@@ -40,8 +40,7 @@ def run_instead(command: str) -> str:
     """The command of ours that a `make` command ends with; any other command itself."""
     if not command.startswith("make "):
         return command
-    done = ["make", "--dry-run", *shlex.split(command)[1:]]
-    planned = subprocess.run(done, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    planned = planned_by_make(*shlex.split(command)[1:])
     return planned.splitlines()[-1].removeprefix(".venv/bin/")
 
 
@@ -75,18 +74,14 @@ def test_every_mistralc_command_of_the_readme_works_and_prints_what_it_shows(
 
 
 def test_make_export_writes_the_bundle_that_the_readme_names() -> None:
-    planned = subprocess.run(
-        ["make", "--dry-run", "export"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    planned = planned_by_make("export")
     assert "mistralc export smollm2 --output build/smollm2-rtx-fp16 --target rtx " in planned
     assert "mistralc export smollm2 --output build/smollm2-cpu-fp32 " in planned
 
 
 def test_make_export_builds_only_what_was_chosen_and_calibrates_first_if_it_must() -> None:
     chosen = ["CHECKPOINT=there/Mistral-7B/", "TARGET=rtx", "PRECISION=int8"]
-    planned = subprocess.run(
-        ["make", "--dry-run", "export", *chosen], cwd=ROOT, capture_output=True, text=True
-    ).stdout
+    planned = planned_by_make("export", *chosen)
     assert "--output build/Mistral-7B-rtx-int8 --target rtx --precision int8 " in planned
     assert planned.count("mistralc export ") == 1
     table = "build/Mistral-7B-int8.table"

@@ -149,17 +149,21 @@ def _check_module(module: str, arguments: list[str], *, whole: bool) -> None:
         assert not word.startswith("--") or word in options, f"{module} has no {word}"
 
 
+def planned_by_make(*words: str) -> str:
+    """The commands that `make` would run, also from inside a run of make itself."""
+    command = ["make", "--dry-run", "--no-print-directory", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def _check_make(words: list[str]) -> None:
     """Check variables and targets, and the commands of ours among those that they would run."""
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in (word.partition("=")[0] for word in words if "=" in word):
         assert re.search(rf"^{name} +[?:]?=", makefile, re.MULTILINE), f"no variable {name}"
     given = [word for word in words if not word.endswith("=")]
-    planned = subprocess.run(
-        ["make", "--dry-run", *given], cwd=ROOT, capture_output=True, text=True
-    )
-    assert planned.returncode == 0, planned.stderr
-    for line in planned.stdout.splitlines():
+    for line in planned_by_make(*given).splitlines():
         plain = re.sub(r"\$\([^)]*\)", "", line)
         for command in re.findall(r"\.venv/bin/(?:mistralc|python -m) [^|&;}]+", plain):
             if "-m pip" not in command and "-m venv" not in command:
