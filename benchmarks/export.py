@@ -75,7 +75,7 @@ def in_process(folder: Path, checkpoint: str, build: str) -> Result:
     bundle = folder / "bundle"
     bundle.mkdir(exist_ok=True)
     try:
-        command = [sys.executable, "-P", "-m", "benchmarks.export", str(bundle), "--worker"]
+        command = [sys.executable, "-m", "benchmarks.export", str(bundle), "--worker"]
         command += ["--checkpoint", checkpoint, "--build", build]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found: Result = json.loads(ended.stdout.splitlines()[-1])
