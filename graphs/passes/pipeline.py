@@ -57,13 +57,12 @@ LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
 
 
 def pass_names(build: Build) -> tuple[str, ...]:
-    """The passes that a build goes through, in order."""
-    target = build.target.name
-    passes = PASSES[target] + (BATCH_INVARIANT[target] if build.batch_invariant else ())
-    names = [step.name for step in passes]
-    if build.storage.schemes:
-        names += ["quantize_linears", DEAD_CODE.name]
-    return (*names, *(step.name for step in LAST.get(target, ())))
+    """Names of the passes that a build goes through, in order."""
+    quantization = Quantization(schemes=build.storage.schemes, layouts=build.storage.layouts)
+    steps = _steps(
+        build.target.name, quantization, build.activation, batch_invariant=build.batch_invariant
+    )
+    return tuple(step.name for step in steps)
 
 
 def lower(
@@ -85,15 +84,24 @@ def lower(
     """
     fired: dict[str, int] = {}
     positions = context or spec.max_position_embeddings
-    passes = PASSES[target]
     if batch_invariant:
-        passes, positions = (*passes, *BATCH_INVARIANT[target]), positions + PADDED
+        positions += PADDED
     spec = replace(spec, max_position_embeddings=positions)
-    if quantization is not None and quantization.schemes:
-        write = QuantizeLinears(quantization=quantization, activation=activation)
-        passes = (*passes, write, DEAD_CODE)
-    for step in (*passes, *LAST.get(target, ())):
+    for step in _steps(target, quantization, activation, batch_invariant=batch_invariant):
         fired[step.name] = fired.get(step.name, 0) + step(model, spec)
     if any(node.domain == CONTRIB for node in model.graph):
         model.opset_imports[CONTRIB] = 1
     return fired
+
+
+def _steps(
+    target: str, quantization: Quantization | None, activation: Dtype, *, batch_invariant: bool
+) -> tuple[Pass, ...]:
+    """The passes of `target`, with those that invariance and quantized linears add."""
+    passes = PASSES[target]
+    if batch_invariant:
+        passes += BATCH_INVARIANT[target]
+    if quantization is not None and quantization.schemes:
+        write = QuantizeLinears(quantization=quantization, activation=activation)
+        passes += (write, DEAD_CODE)
+    return passes + LAST.get(target, ())

@@ -43,7 +43,7 @@ def check_bundle(
             return [*checks, failed("manifest", str(error), export)]
         return [failed("signature", str(error), f"mistralc sign {path} --key PRIVATE_KEY")]
     rebuild = rebuild_command(path, manifest)
-    size = sum(entry.size for entry in manifest.files.values())
+    size = manifest.file_bytes
     checks.append(
         ok("manifest", f"schema {manifest.schema}, {manifest.target}, {manifest.precision}, "
            f"written by mistralc {manifest.versions.get('mistralc', '?')}")
