@@ -20,6 +20,7 @@ from exporter.bundle import staging
 from exporter.bundle.run_archive import write_run_archive
 from exporter.bundle.weights_file import WeightsLayout, link_weights, stream_weights
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks import quality_gate
 from exporter.checks.reference_pass import Answers, ask
 from exporter.checks.texts import cases, cases_left_out
@@ -245,7 +246,7 @@ def _compile(
 def _ask_reference(source: Source, stage: Stage) -> Answers:
     """Run the PyTorch decoder on all texts that the bundle will be compared on."""
     build = source.build
-    reference = simulate(source.recipe, source.checkpoint.tensor)
+    reference = simulate(source.recipe, ReadAhead(source.checkpoint))
     chosen = cases(build, short=True) if build.target.verified_at_export else []
     with stage(host.REFERENCE, None):
         return ask(reference, build, chosen, source.tokenizer.open().encode)

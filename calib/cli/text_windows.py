@@ -52,11 +52,12 @@ def measure_text(
 
     build, reference = loaded.bundle.manifest.build, None
     if against is not None:
+        from exporter.checkpoint.read_ahead import ReadAhead
         from exporter.checks.verify import same_checkpoint
         from exporter.decoder.model import load_decoder
 
         with stage("Loading the checkpoint", None):
             checkpoint = same_checkpoint(against, loaded.bundle.manifest)
-            reference = load_decoder(build.spec, checkpoint.tensor)
+            reference = load_decoder(build.spec, ReadAhead(checkpoint))
     with stage(title, steps(windows, compared=reference is not None)) as advance:
         return evaluate(loaded.session, build, windows, reference, advance)

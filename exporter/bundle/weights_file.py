@@ -24,6 +24,7 @@ import onnx_ir as ir
 import torch
 
 from exporter.checkpoint.open import Checkpoint, check_finite
+from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange
 from exporter.quantization.packing import pack
 from exporter.quantization.recipe import Recipe
@@ -112,7 +113,7 @@ def stream_weights(
     Each weight is hashed while the next is written, so its pages are still in memory. Raises
     MistralcError naming the weight that is not finite in the checkpoint, or not in float16's range.
     """
-    layout = WeightsLayout.of(recipe)
+    layout, read = WeightsLayout.of(recipe), ReadAhead(checkpoint)
     with (
         (directory / FILE_NAME).open("wb", buffering=0) as file,
         ThreadPoolExecutor(1) as hasher,
@@ -121,7 +122,7 @@ def stream_weights(
         try:
             _write(file, 0, layout.header)
             for name in recipe.spec.weight_shapes():
-                for count in _write_weight(checkpoint, recipe, name, layout, file):
+                for count in _write_weight(checkpoint, read, recipe, name, layout, file):
                     if progress is not None:
                         progress(count)
                 digests[name] = hasher.submit(checkpoint.digest, name)
@@ -149,10 +150,11 @@ def link_weights(model: ir.Model, recipe: Recipe, directory: Path) -> None:
 
 
 def _write_weight(
-    checkpoint: Checkpoint, recipe: Recipe, name: str, layout: WeightsLayout, file: BinaryIO
-) -> Iterator[int]:
+    checkpoint: Checkpoint, read: Callable[[str], torch.Tensor], recipe: Recipe, name: str,
+    layout: WeightsLayout, file: BinaryIO,
+) -> Iterator[int]:  # fmt: skip
     """Write all parts of one weight; yields the number of bytes written, block by block."""
-    stored = checkpoint.tensor(name)
+    stored = read(name)
     check_finite(name, stored)
     at = [layout.ranges[part.name][0] for part in layout.parts[name]]
     calibrated = recipe.calibrated(name)

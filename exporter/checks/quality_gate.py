@@ -11,6 +11,7 @@ from math import inf
 from typing import Any
 
 from exporter.checkpoint.open import Checkpoint
+from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks.corpus import read_corpus, windows
 from exporter.checks.evaluate import Evaluation, evaluate, steps
 from exporter.checks.texts import gate_text
@@ -35,7 +36,7 @@ def measure(
     read = gate_text(build)
     cut = windows(corpus, read.length, read.windows)
     with stage("Measuring perplexity", steps(cut, compared=True)) as advance:
-        reference = load_decoder(build.spec, checkpoint.tensor)
+        reference = load_decoder(build.spec, ReadAhead(checkpoint))
         found = evaluate(session, build, cut, reference, advance)
     if found.reference_perplexity is None:
         raise ValueError("an evaluation with a reference has its perplexity")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from exporter.bundle.weights_file import FILE_NAME
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks.reference_pass import Logits, case_texts
 from exporter.checks.texts import Case, LeftOut, cases
 from exporter.decoder.model import Decoder, logits_at
@@ -218,7 +219,7 @@ def checkpoint_reference(
     recipe = stored_recipe(manifest.build, manifest.quantization)
     exact = {name: read_blocks(checkpoint, name) for name in facts.get("repacked", ())}
     tensors = {} if table is None else table.tensors
-    return simulate(replace(recipe, tensors=tensors, repacked=exact), checkpoint.tensor)
+    return simulate(replace(recipe, tensors=tensors, repacked=exact), ReadAhead(checkpoint))
 
 
 def _bundle_logits(

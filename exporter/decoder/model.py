@@ -40,7 +40,8 @@ from graphs.spec import ModelSpec, RopeScaling
 
 Caches = list[Tensor]  # past_key.0, past_value.0, past_key.1, … each [B, K, C, D]
 CPU = torch.device("cpu")
-STORED_BLOCK = 1 << 24  # weights converted at once: 64 MiB in float32
+STORED_BLOCK = 1 << 22
+"""Weights converted at once: 16 MiB in float32 come from the heap again; 64 MiB are mapped anew."""
 KEPT_WEIGHTS = 500_000_000  # of a model whose decoded weights are kept in memory: 2 GB in float32
 
 

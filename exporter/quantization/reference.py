@@ -16,7 +16,7 @@ from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized, blocked, round_activation
 from graphs.quant_scheme import Scheme
 
-BLOCK = 1 << 24  # numbers multiplied at once: 64 MiB in float32
+BLOCK = 1 << 22  # numbers multiplied at once: 16 MiB in float32, which the heap keeps
 PART = 1 << 20
 """Numbers rounded at once. Their dozen temporary copies of 4 MiB stay in the heap and mostly in the
 processor's cache; with 64 MiB each is mapped anew, which took five times as long (2 cores)."""

@@ -1,0 +1,55 @@
+"""Read the weights that come next from the disk while the one at hand is worked on.
+
+A checkpoint larger than the page cache is read from the disk on every pass over it. A mapped weight
+is then waited for page by page, and the processor idles meanwhile: of the 190 s that the quality
+gate of Mistral-7B took on 2 cores with 24 GiB, about 90.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import islice
+
+import torch
+
+from exporter.checkpoint.open import Checkpoint
+
+AHEAD = 1 << 29  # bytes that are read ahead at most
+STEP = 1 << 22  # bytes of one read
+
+
+class ReadAhead:
+    """`tensor` of a checkpoint, for a caller that goes through all weights in canonical order.
+
+    Any other order is right as well, and no faster than `Checkpoint.tensor`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._order = {name: i for i, name in enumerate(checkpoint.spec.weight_shapes())}
+        self._reader = ThreadPoolExecutor(1)
+        self._asked = 0  # the first weight that was not asked for yet
+        self._buffer = bytearray(STEP)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Return the weight, and have the ones after it read into the page cache."""
+        at = self._order[name]
+        if at == 0:  # the embedding: a new pass begins
+            self._asked = 0
+        left = AHEAD
+        for other in islice(self._checkpoint.spec.weight_shapes(), at + 1, None):
+            left -= self._checkpoint.stored[other].where.length
+            if left < 0:
+                break
+            if self._order[other] >= self._asked:
+                self._asked = self._order[other] + 1
+                self._reader.submit(self._read, other)
+        return self._checkpoint.tensor(name)
+
+    def _read(self, name: str) -> None:
+        """Read a weight's bytes once, and leave them to the page cache."""
+        where = self._checkpoint.stored[name].where
+        with suppress(OSError), where.path.open("rb", buffering=0) as file:  # `tensor` reports it
+            for offset in range(where.offset, where.offset + where.length, STEP):
+                count = min(STEP, where.offset + where.length - offset)
+                os.preadv(file.fileno(), [memoryview(self._buffer)[:count]], offset)
