@@ -29,7 +29,7 @@ from exporter.decide import decide, decide_precision
 from exporter.decoder.trace import trace
 from exporter.engine import audit
 from exporter.engine.process import build_engine
-from exporter.engine.request import BuildRequest
+from exporter.engine.request import BuildRequest, profiles
 from exporter.estimate import host
 from exporter.estimate.refusal import require_host
 from exporter.options import ExportOptions
@@ -209,10 +209,7 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
                 model = trace(build.spec, build.activation)
                 if build.target.holds_plan:
                     fix_dimensions(model, build.contract.capacities)
-                passes = lower(
-                    model, build.spec, build.target.name, quantization(recipe), build.activation,
-                    build.ring.context, batch_invariant=build.batch_invariant,
-                )  # fmt: skip
+                passes = lower(model, build, quantization(recipe))
             except BaseException:
                 stopped.set()
                 raise
@@ -233,6 +230,7 @@ def _compile(
     request = BuildRequest(
         graph=directory / "graph" / "model.onnx", plan=directory / "engine.plan",
         contract=build.contract, target=build.target.name, options=options.engine,
+        profiles=profiles(build.ring, apart=build.decodes_apart),
     )  # fmt: skip
     with stage(host.COMPILE, request.work) as advance:
         built = build_engine(request, advance)

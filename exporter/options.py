@@ -70,23 +70,13 @@ class QuantizeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """How TensorRT builds. `gpus` are names such as `sm89`; none means all that it supports.
-
-    `two_profiles` adds a profile for a single token, tuned apart from prompts. TensorRT-RTX 1.7
-    then stores some weights in two layouts (measured on Mistral-7B's shapes: 1.62 times the
-    bytes), which the audit refuses unless faults are allowed.
-    """
+    """How TensorRT builds. `gpus` are names such as `sm89`; none means all that it supports."""
 
     gpus: Annotated[
         tuple[str, ...],
         typer.Option("--gpu", metavar="sm89,…", rich_help_panel=_ENGINES,
                      help="Build for these GPUs only (default: every GPU TensorRT-RTX supports)."),
     ] = ()  # fmt: skip
-    two_profiles: Annotated[
-        bool,
-        typer.Option("--two-profiles", rich_help_panel=_ENGINES,
-                     help="Tune single tokens and prompts separately."),
-    ] = False  # fmt: skip
     weight_streaming: Annotated[
         bool,
         typer.Option("--weight-streaming", rich_help_panel=_ENGINES,

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from graphs.attention_form import attention_forms
 from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.precisions import Precision
 from graphs.quant_scheme import Scheme
 from graphs.spec import ModelSpec, RingSpec
-from graphs.targets import CodeLayout, Target
+from graphs.targets import AttentionForm, CodeLayout, Target
 
 WindowSource = Literal["checkpoint", "user"]
 
@@ -69,3 +70,13 @@ class Build:
     def activation(self) -> Dtype:
         """The type that the graph computes in."""
         return self.contract.activation
+
+    @property
+    def attention(self) -> Mapping[int | None, AttentionForm]:
+        """The form of attention by window; None is a layer without one."""
+        return attention_forms(self.target, self.contract)
+
+    @property
+    def decodes_apart(self) -> bool:
+        """Whether an engine has one profile for single tokens and one for prompts."""
+        return "in_place" in self.attention.values()

@@ -17,8 +17,15 @@ from graphs.precisions import PRECISIONS
 CodeLayout = Literal["onnx", "transposed", "nbits"]
 """How a quantized weight's codes lie in the file: see `graphs.quant_scheme.stored_parts`."""
 
+AttentionForm = Literal["masked", "grouped", "folded", "in_place"]
+"""How the attention of a layer is computed: see `graphs.attention_form`."""
+
 GRAPH_FILES = ("model.onnx", "weights.safetensors")
 PLAN_FILES = ("engine.plan",)
+
+MAX_IN_PLACE_SLOTS = 24_000
+"""TensorRT-RTX 1.7 has a kernel for one token up to rings of about 24,256 slots; a larger one fails
+to build with "not supported by a dedicated kernel"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +55,11 @@ class Target:
     # The bundle.
     loaded_files: tuple[str, ...]
     holds_plan: bool = False
+
+    # Attention: the form for layers without a window, and for layers with one.
+    full_attention: AttentionForm = "masked"
+    windowed_attention: AttentionForm = "masked"
+    max_in_place_slots: int = 0  # of a ring that the form `in_place` can read
 
     # The ring.
     ring_grows: bool = False
@@ -119,6 +131,7 @@ TARGETS: Mapping[str, Target] = {
             min_backend_version=(1, 31),  # the graph is of opset 24
             on_gpu=False,
             loaded_files=GRAPH_FILES,
+            full_attention="grouped",
             ring_grows=True,
             # Reads a prompt of 512 tokens 5 to 10% faster than one chunk of 512 does.
             largest_default_chunk=256,
@@ -156,6 +169,9 @@ TARGETS: Mapping[str, Target] = {
             compiles_kernels_at_load=True,
             loaded_files=PLAN_FILES,
             holds_plan=True,
+            full_attention="in_place",
+            windowed_attention="in_place",
+            max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
             default_block=128,
         ),
@@ -168,6 +184,9 @@ TARGETS: Mapping[str, Target] = {
             kernel_timings=True,
             loaded_files=PLAN_FILES,
             holds_plan=True,
+            full_attention="in_place",
+            windowed_attention="in_place",
+            max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,
             default_block=128,
         ),

@@ -13,7 +13,7 @@ import pytest
 from exporter.export import export
 from exporter.options import ExportOptions
 from graphs.build import Build
-from graphs.passes.pipeline import PASSES
+from graphs.passes.pipeline import PASSES, PORTABLE
 from graphs.precisions import PRECISIONS, Precision
 from graphs.targets import TARGETS
 from runtime.backends.onnxruntime_cpu import OrtSession
@@ -45,10 +45,10 @@ def test_a_target_is_an_entry_its_passes_and_its_session(
 
     entry = replace(
         TARGETS["cpu"], name="toy", title="a toy", activations={"fp32": "float32"},
-        ring_grows=False, supports_batch_invariance=False,
+        full_attention="masked", ring_grows=False, supports_batch_invariance=False,
     )  # fmt: skip
     monkeypatch.setitem(TARGETS, "toy", entry)  # type: ignore[arg-type]
-    monkeypatch.setitem(PASSES, "toy", PASSES["portable"])  # type: ignore[arg-type]
+    monkeypatch.setitem(PASSES, "toy", PORTABLE)  # type: ignore[arg-type]
     monkeypatch.setitem(SESSIONS, "toy", opened)  # type: ignore[arg-type]
 
     bundle = tmp_path / "bundle"

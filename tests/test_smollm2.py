@@ -102,7 +102,7 @@ def session(
     """The exported graph and weights for `cpu`, with a sliding window."""
     directory: Path = tmp_path_factory.mktemp("smollm2")
     model = trace(spec, "float32")
-    lower(model, spec, "cpu")
+    lower(model, tiny.build(spec))
     tiny.fill_from(model, lambda name: checkpoint.tensor(name).float())
     ir.save(model, directory / "model.onnx", external_data="weights.bin")
     loaded = OrtSession(directory / "model.onnx", spec)

@@ -74,7 +74,7 @@ def _first(asked: Target | None) -> Target:
 def to_json(needed: "Estimate") -> dict[str, Any]:
     """The estimate as plain data; keys end in their unit."""
     from exporter.estimate.model import RUNTIME_RESERVE
-    from graphs.passes.pipeline import pass_names
+    from graphs.passes.pipeline import passes_of
 
     build = needed.build
     times = needed.query_heads_per_group
@@ -84,7 +84,8 @@ def to_json(needed: "Estimate") -> dict[str, Any]:
         "activation": build.activation,
         "spec": asdict(build.spec),
         "ring": asdict(build.ring),
-        "passes": list(pass_names(build)),
+        "attention": {str(size): form for size, form in build.attention.items()},
+        "passes": [step.name for step in passes_of(build)],
         "parameters": needed.parameters,
         "weight_bytes": needed.weight_bytes,
         "kv_bytes_per_token": needed.kv_bytes_per_token,

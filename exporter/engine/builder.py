@@ -8,7 +8,7 @@ needs more memory than a build host has.
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +19,6 @@ from exporter.engine.request import BuildRequest, EnginePlan
 from exporter.engine.weights import MappedWeight, map_weights
 from exporter.options import EngineOptions
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import RingSpec
 from graphs.targets import TARGETS, Target
 from runtime.backends import kernel_cache, tensorrt_library
 
@@ -92,24 +91,10 @@ def _timings(config: Any, target: Target, version: str) -> Iterator[None]:
     kernel_cache.write(path, bytes(config.get_timing_cache().serialize()))
 
 
-def profile_shapes(ring: RingSpec, *, two: bool) -> list[tuple[Mapping[str, int], ...]]:
-    """Return (minimum, optimum, maximum) sizes of the letters B, S and T for each profile.
-
-    One profile covers steps of one token up to a chunk. It is tuned for one token, because most
-    steps decode.
-    """
-    least = {"B": 1, "S": 1, "T": 1}
-    most = {"B": ring.max_batch, "S": ring.chunk, "T": ring.chunk}
-    if not two:
-        return [(least, least, most)]
-    decode = {"B": ring.max_batch, "S": 1, "T": 1}
-    return [(least, least, decode), (least, {**least, "S": ring.chunk}, most)]
-
-
 def _add_profiles(builder: Any, config: Any, request: BuildRequest) -> None:
     """Give every input of the graph its range of shapes, in each optimization profile."""
     contract = request.contract
-    for ranges in profile_shapes(contract.ring, two=request.options.two_profiles):
+    for ranges in request.profiles:
         profile = builder.create_optimization_profile()
         for row in contract.inputs:
             shapes = (row.sized({**sizes, **contract.capacities}) for sizes in ranges)

@@ -98,7 +98,7 @@ def memory_advice() -> str:
     """Say how much memory is available, and how to get by with it."""
     available = memory_available()
     here = "" if available is None else f"{available / 1e9:.1f} GB are available here; "
-    return f"{here}build on a host with more memory, or without --two-profiles."
+    return f"{here}build on a host with more memory, or with a smaller --precision."
 
 
 def main() -> None:

@@ -11,6 +11,25 @@ from exporter.options import EngineOptions
 from graphs.contract import GraphContract
 from graphs.spec import ModelSpec, RingSpec
 
+Profile = tuple[Mapping[str, int], ...]
+"""Smallest, best and largest sizes of the letters B, S and T."""
+
+
+def profiles(ring: RingSpec, *, apart: bool) -> tuple[Profile, ...]:
+    """Return the ranges of steps that an engine is built for.
+
+    A single profile covers steps of one token up to a chunk. It is tuned for one token, because
+    most steps decode. Profiles that are `apart` have exactly one token in the first. They take at
+    least two rows: with exactly one row, TensorRT-RTX 1.7 dequantizes whole weights at every token
+    and stores the weights of q, k and v twice.
+    """
+    least = {"B": 1, "S": 1, "T": 1}
+    rows = max(2, ring.max_batch) if apart else ring.max_batch
+    chunk = {"B": rows, "S": ring.chunk, "T": ring.chunk}
+    if not apart:
+        return ((least, least, chunk),)
+    return (least, least, {**least, "B": rows}), (least, {**least, "S": ring.chunk}, chunk)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildRequest:
@@ -20,6 +39,7 @@ class BuildRequest:
     plan: Path
     contract: GraphContract
     target: str
+    profiles: tuple[Profile, ...]
     options: EngineOptions = field(default_factory=EngineOptions)
 
     def to_text(self) -> str:
@@ -38,6 +58,7 @@ class BuildRequest:
                 ring=RingSpec(**data["contract"]["ring"]),
                 activation=data["contract"]["activation"],
             ),
+            "profiles": tuple(map(tuple, data["profiles"])),
             "options": EngineOptions(**options),
         })  # fmt: skip
 

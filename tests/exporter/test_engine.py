@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +20,9 @@ from exporter import export as exporting
 from exporter.checkpoint.open import open_checkpoint
 from exporter.engine import audit as auditing
 from exporter.engine.audit import Audit, LayerInfo
-from exporter.engine.builder import profile_shapes
 from exporter.engine.process import build_engine
 from exporter.engine.progress import Phases
-from exporter.engine.request import BuildRequest, EnginePlan
+from exporter.engine.request import BuildRequest, EnginePlan, profiles
 from exporter.export import export
 from exporter.options import EngineOptions, ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
@@ -31,7 +30,8 @@ from graphs.contract import GraphContract
 from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest
 from graphs.passes.fix_dimensions import fix_dimensions
-from graphs.passes.pipeline import lower
+from graphs.passes.pipeline import passes_of, run
+from graphs.passes.rule import Pass
 from graphs.quant_scheme import default_scheme, groups
 from graphs.spec import RingSpec
 from tests.conftest import Command
@@ -71,11 +71,14 @@ def engine(
     return bundle, export(str(checkpoint), bundle, options)
 
 
-def graph(directory: Path, contract: GraphContract = CONTRACT, target: str = "rtx") -> ir.Model:
+def graph(
+    directory: Path, contract: GraphContract = CONTRACT, passes: Iterable[Pass] | None = None
+) -> ir.Model:
     """Write the graph that an engine is built from, as `directory`/model.onnx."""
     model = tiny.traced(contract.spec, contract.activation)
     fix_dimensions(model, contract.capacities)
-    lower(model, contract.spec, target)
+    built = tiny.build(contract.spec, "rtx", ring=contract.ring, activation=contract.activation)
+    run(model, contract.spec, passes_of(built) if passes is None else passes)
     ir.save(tiny.fill(model, contract.spec), directory / "model.onnx")
     return model
 
@@ -84,7 +87,7 @@ def build(directory: Path, options: EngineOptions | None = None, **changed: Any)
     """Compile `model.onnx` in `directory` into `engine.plan`."""
     request = BuildRequest(
         graph=directory / "model.onnx", plan=directory / "engine.plan", contract=CONTRACT,
-        target="rtx", options=options or EngineOptions(),
+        target="rtx", options=options or EngineOptions(), profiles=profiles(RING, apart=True),
     )  # fmt: skip
     return build_engine(replace(request, **changed))
 
@@ -238,12 +241,13 @@ def test_progress_counts_up_to_the_work_that_was_announced(
 
 
 def test_profiles_cover_every_step_that_the_host_takes() -> None:
-    ((least, best, most),) = profile_shapes(RING, two=False)
+    ((least, best, most),) = profiles(RING, apart=False)
     assert least == best == {"B": 1, "S": 1, "T": 1}
     assert most == {"B": 1, "S": RING.chunk, "T": RING.chunk}
-    decode, prefill = profile_shapes(RING, two=True)
-    assert decode[2]["S"] == 1
-    assert prefill[1]["S"] == prefill[2]["S"] == RING.chunk
+    decode, prompt = profiles(RING, apart=True)
+    assert decode[2] == {"B": 2, "S": 1, "T": 1}, "two rows: see `profiles`"
+    assert prompt[1]["S"] == prompt[2]["S"] == RING.chunk
+    assert profiles(replace(RING, max_batch=5), apart=True)[1][2]["B"] == 5
 
 
 def test_a_graph_that_tensorrt_refuses_is_one_clear_error(tmp_path: Path) -> None:
@@ -367,7 +371,7 @@ def test_the_command_says_what_it_built_and_inspect_shows_the_audit(
     ("arguments", "words"),
     [
         (("--target", "rtx", "--precision", "fp32"), "fp16, bf16"),
-        (("--target", "cpu", "--two-profiles"), "which builds none"),
+        (("--target", "cpu", "--weight-streaming"), "which builds none"),
         (("--target", "rtx", "--chunk", "8"), "at least 64"),
     ],
 )

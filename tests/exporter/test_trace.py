@@ -15,7 +15,7 @@ import pytest
 from exporter.decoder.trace import trace
 from graphs.contract import graph_inputs, graph_outputs
 from graphs.dtypes import Dtype
-from graphs.passes.pipeline import lower
+from graphs.passes.pipeline import PORTABLE, run
 from graphs.passes.weight_ref import ONNX_DTYPE, weight_of
 from tests.support import tiny
 from tests.support.make_checkpoint import PRESETS, tiny_spec
@@ -95,9 +95,10 @@ def table(values: list[ir.Value]) -> list[tuple[str | None, list[int | str], ir.
 def test_inputs_and_outputs_are_the_contract_before_and_after_the_passes(
     activation: Dtype, target: str
 ):
-    model = tiny.traced(SPEC, activation)
-    if target != "trace":
-        lower(model, SPEC, target)
+    if target == "trace":
+        model = tiny.traced(SPEC, activation)
+    else:
+        model = tiny.lowered(SPEC, target, activation)
     for values, rows in (
         (model.graph.inputs, graph_inputs(SPEC, activation)),
         (model.graph.outputs, graph_outputs(SPEC, activation)),
@@ -122,7 +123,7 @@ def test_tied_and_untied_models_trace_to_the_same_graph_except_for_the_name_of_t
     """Other tests rely on this: they use one trace for both, see `tiny.traced`."""
     spec = tiny_spec(vocab_size=64, num_hidden_layers=1, tie_word_embeddings=True)
     own = trace(spec, "float32")
-    lower(own, spec, "portable")
+    run(own, spec, PORTABLE)
     found = ir.to_proto(tiny.fill(own, spec)).SerializeToString(deterministic=True)
     assert found == tiny.model_bytes(spec, "portable")
 

@@ -13,11 +13,12 @@ from onnxscript import optimizer
 
 from graphs.passes.dead_code import DEAD_CODE
 from graphs.passes.fold_constants import FOLD_CONSTANTS
+from graphs.passes.fold_query_groups import FoldQueryGroups
 from graphs.passes.merge_linears import MERGE_GATE_UP, MERGE_QKV
-from graphs.passes.pipeline import LAST, PASSES, PORTABLE, lower
+from graphs.passes.pipeline import PASSES, PORTABLE, lower, passes_of
 from graphs.passes.rule import Pass, PassError
 from graphs.passes.tie_embedding import TIE_EMBEDDING
-from graphs.passes.trt.fold_query_groups import FOLD_QUERY_GROUPS
+from graphs.passes.trt.in_place import InPlace
 from graphs.passes.weight_ref import WeightRef, weight_of
 from graphs.spec import ModelSpec, RingSpec
 from runtime.decoding.ring import Ring
@@ -27,7 +28,7 @@ from tests.support.make_checkpoint import tiny_spec
 SPEC = tiny_spec(vocab_size=64, layer_windows=(4, 16))  # shares its trace with other tests
 TIED = replace(SPEC, tie_word_embeddings=True)
 LAYERS = SPEC.num_hidden_layers
-CPU = (*PASSES["cpu"], *LAST["cpu"])
+CPU = passes_of(tiny.build(SPEC))
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -62,7 +63,7 @@ def logits_of(model: ir.Model, spec: ModelSpec) -> tiny.Logits:
     ids=["untied", "tied"],
 )
 def test_every_pass_fires_as_often_as_expected(spec: ModelSpec, expected: dict[str, int]):
-    fired = lower(tiny.traced(spec), spec, "cpu")
+    fired = lower(tiny.traced(spec), tiny.build(spec))
     counts = {
         "merge_qkv": LAYERS, "merge_gate_up": LAYERS, "skip_norm": 2 * LAYERS - 1,
         "fuse_transpose": 4 * LAYERS + 1, "fold_attention_scale": LAYERS, **expected,
@@ -71,7 +72,7 @@ def test_every_pass_fires_as_often_as_expected(spec: ModelSpec, expected: dict[s
     assert fired["fold_constants"] > 0
     assert fired["dead_code"] > 0
     assert fired.keys() == {step.name for step in CPU}
-    assert fired["group_query_attention"] == 0, "both layers have a window"
+    assert "group_query_attention" not in fired, "both layers have a window"
 
 
 def test_every_target_begins_with_the_portable_passes():
@@ -116,7 +117,7 @@ def test_layers_without_a_window_use_one_attention_operator(
     )
     expected = logits_of(tiny.traced(spec), spec)
     model = tiny.traced(spec)
-    fired = lower(model, spec, "cpu", context=40)
+    fired = lower(model, tiny.build(spec, ring=RingSpec(chunk=1, context=40)))
     full = windows.count(None)
     assert fired["group_query_attention"] == operators(model)["GroupQueryAttention"] == full
     assert operators(model)["Attention"] == operators(model)["TensorScatter"] / 2 == LAYERS - full
@@ -129,14 +130,14 @@ def test_layers_without_a_window_use_one_attention_operator(
 def test_unsupported_head_sizes_keep_the_standard_attention():
     spec = replace(SPEC, layer_windows=(None, None), head_dim=24)
     model = tiny.traced(spec)
-    assert lower(model, spec, "cpu")["group_query_attention"] == 0
+    assert "group_query_attention" not in lower(model, tiny.build(spec))
     assert operators(model)["Attention"] == LAYERS
 
 
 def test_positions_beyond_the_rotary_table_are_an_error():
     spec = replace(SPEC, layer_windows=(None, None))
     model = tiny.traced(spec)
-    lower(model, spec, "cpu", context=20)
+    lower(model, tiny.build(spec, ring=RingSpec(chunk=1, context=20)))
     with pytest.raises(Exception, match=r"cos_cache|rotary|position"):
         logits_of(model, spec)
 
@@ -177,7 +178,7 @@ def test_folding_query_groups_changes_no_logit(heads: tuple[int, int]):
     spec = replace(SPEC, num_attention_heads=heads[0], num_key_value_heads=heads[1])
     expected = logits_of(tiny.lowered(spec, "portable"), spec)
     model = tiny.lowered(spec, "portable")
-    assert FOLD_QUERY_GROUPS(model, spec) == LAYERS
+    assert FoldQueryGroups(windows=spec.windows)(model, spec) == LAYERS
     stacked = [node for node in model.graph if node.op_type == "Concat"]
     assert len(stacked) == len(spec.windows), "one stacked mask per window, not per layer"
     difference = np.abs(logits_of(model, spec) - expected).max()
@@ -185,12 +186,51 @@ def test_folding_query_groups_changes_no_logit(heads: tuple[int, int]):
     assert difference < 1e-5
 
 
-def test_query_heads_with_their_own_key_heads_are_not_folded():
+def test_query_heads_with_their_own_key_heads_cannot_be_folded():
     spec = replace(SPEC, num_key_value_heads=SPEC.num_attention_heads)
     model = tiny.lowered(spec, "portable")
-    before = operators(model)
-    assert FOLD_QUERY_GROUPS(model, spec) == 0
-    assert operators(model) == before
+    with pytest.raises(PassError, match="4 query heads and 4 key heads"):
+        FoldQueryGroups(windows=spec.windows)(model, spec)
+
+
+def test_what_is_appended_behind_the_ring_changes_no_bit():
+    model = tiny.traced(SPEC)
+    expected, before = logits_of(model.clone(), SPEC), operators(model)["Concat"]
+    assert InPlace(windows=SPEC.windows)(model, SPEC) == LAYERS
+    added = operators(model)["Concat"] - before
+    assert added == 2 * LAYERS + len(SPEC.windows), "one mask per window, not per layer"
+    assert np.array_equal(logits_of(model, SPEC), expected)
+
+
+@pytest.mark.parametrize("step", [FoldQueryGroups, InPlace])
+def test_a_layer_without_attention_over_its_ring_stops_the_export(
+    step: type[FoldQueryGroups | InPlace],
+):
+    model = tiny.traced(SPEC)
+    node = next(node for node in model.graph if node.op_type == "Attention")
+    node.op_type = "Other"
+    with pytest.raises(PassError, match="layer 0 has no Attention over its ring"):
+        step(windows=SPEC.windows)(model, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("target", "changed", "slots", "forms"),
+    [
+        ("cpu", {}, 100, {"window": "masked", "full": "grouped"}),
+        ("cpu", {"head_dim": 24}, 100, {"window": "masked", "full": "masked"}),
+        ("rtx", {}, 24_000, {"window": "in_place", "full": "in_place"}),
+        ("rtx", {}, 24_001, {"window": "folded", "full": "folded"}),
+        ("rtx", {"num_key_value_heads": 4}, 24_001, {"window": "masked", "full": "masked"}),
+    ],
+)
+def test_the_form_of_attention_follows_from_the_target_and_the_ring(
+    target: str, changed: dict[str, int], slots: int, forms: dict[str, str]
+):
+    spec = replace(SPEC, layer_windows=(4, None), **changed)  # type: ignore[arg-type]
+    build = tiny.build(spec, target, ring=RingSpec(chunk=1, context=slots))
+    assert max(build.contract.capacities.values()) == slots
+    assert build.attention == {4: forms["window"], None: forms["full"]}
+    assert build.decodes_apart == ("in_place" in forms.values())
 
 
 def test_after_all_passes_every_checkpoint_tensor_is_in_the_graph_exactly_once():

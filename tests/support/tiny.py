@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 from exporter.decoder.model import Decoder, load_decoder
 from exporter.decoder.trace import trace
+from graphs.build import Build, Storage
+from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
-from graphs.passes.pipeline import lower
+from graphs.passes.pipeline import PORTABLE, lower, run
 from graphs.passes.weight_ref import WeightRef, weight_of
-from graphs.spec import ModelSpec
+from graphs.precisions import PRECISIONS
+from graphs.spec import ModelSpec, RingSpec
+from graphs.targets import TARGETS
 from runtime.backends.onnxruntime_cpu import OrtSession
 from runtime.backends.session import Session
 from runtime.decoding.ring import Ring
@@ -66,10 +70,30 @@ def traced(spec: ModelSpec, activation: Dtype = "float32") -> ir.Model:
     return model
 
 
+def build(
+    spec: ModelSpec,
+    target: str = "cpu",
+    *,
+    ring: RingSpec | None = None,
+    activation: Dtype = "float32",
+    batch_invariant: bool = False,
+) -> Build:
+    """A build that quantizes nothing; its activation may be one that the target does not take."""
+    whole = RingSpec(chunk=1, context=spec.max_position_embeddings)
+    return Build(
+        target=TARGETS[target], precision=PRECISIONS["fp32"], storage=Storage(),
+        contract=GraphContract(spec=spec, ring=ring or whole, activation=activation),
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+
+
 def lowered(spec: ModelSpec, target: str, activation: Dtype = "float32") -> ir.Model:
-    """The graph after the passes of `target`, with weight references."""
+    """The graph after the passes of `target`, or after the `portable` ones, with references."""
     model = traced(spec, activation)
-    lower(model, spec, target)
+    if target == "portable":
+        run(model, spec, PORTABLE)
+    else:
+        lower(model, build(spec, target, activation=activation))
     return model
 
 

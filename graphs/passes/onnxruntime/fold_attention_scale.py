@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from graphs.passes.onnxruntime.group_query_attention import HEAD_MULTIPLE, rotation_scale
+from graphs.attention_form import HEAD_MULTIPLE
+from graphs.passes.onnxruntime.group_query_attention import rotation_scale
 from graphs.passes.rule import Rule, constant, producer_of, shared
 from graphs.spec import ModelSpec
 

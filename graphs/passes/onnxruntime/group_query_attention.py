@@ -22,8 +22,6 @@ import onnx_ir as ir
 from graphs.passes.rule import CONTRIB, PassError, constant, producer_of
 from graphs.spec import ModelSpec
 
-HEAD_MULTIPLE = 16  # the operator rotates heads only if their size is a multiple of this
-
 
 class Heads(NamedTuple):
     """The attention of one layer, from the output of the merged linear to the merged heads."""
@@ -36,21 +34,20 @@ class Heads(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupQueryAttention:
-    """The pass. It fires once for each layer without a window, if the operator takes the head size.
+    """The pass. It fires once for each layer without a window.
 
-    Angles are written into the graph for every position that the spec allows.
+    Angles are written into the graph for `positions` positions.
     """
 
+    positions: int
     name: str = "group_query_attention"
 
     def __call__(self, model: ir.Model, spec: ModelSpec) -> int:
         """Rewrite every layer that has no window. Raises PassError if one has another form."""
         unwindowed = [i for i, window in enumerate(spec.layer_windows) if window is None]
-        if not unwindowed or spec.head_dim % HEAD_MULTIPLE:
-            return 0
         graph = model.graph
         found = dict(_pattern(graph))
-        shared = _shared(graph, spec)
+        shared = _shared(graph, spec, self.positions)
         for layer in unwindowed:
             if layer not in found:
                 raise PassError(f"pass {self.name}: layer {layer} has no attention over merged qkv")
@@ -63,7 +60,7 @@ def rotation_scale(head_dim: int) -> float:
     return float(head_dim**-0.25)
 
 
-def _shared(graph: ir.Graph, spec: ModelSpec) -> tuple[ir.Value, ...]:
+def _shared(graph: ir.Graph, spec: ModelSpec, count: int) -> tuple[ir.Value, ...]:
     """Values that all layers read.
 
     The last position [B], the largest number of positions, cosines, sines, and positions [B, S].
@@ -72,7 +69,7 @@ def _shared(graph: ir.Graph, spec: ModelSpec) -> tuple[ir.Value, ...]:
     frequencies = graph.initializers["inv_freq"].const_value
     if frequencies is None:
         raise ValueError("inv_freq should be a constant with numbers")
-    places = np.arange(spec.max_position_embeddings, dtype=np.float32)
+    places = np.arange(count, dtype=np.float32)
     angles = np.outer(places, frequencies.numpy())
     scale = np.float32(rotation_scale(spec.head_dim))
     caches = [
@@ -131,6 +128,3 @@ def _rewrite(graph: ir.Graph, found: Heads, spec: ModelSpec, shared: tuple[ir.Va
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = f"{old.name}.before"
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-GROUP_QUERY_ATTENTION = GroupQueryAttention()

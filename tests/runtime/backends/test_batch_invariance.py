@@ -38,7 +38,8 @@ GREEDY = SamplingParams(temperature=0)
 @cache
 def session(spec: ModelSpec, *, invariant: bool = True, batch: int = 1) -> OrtSession:
     model = tiny.traced(spec)
-    lower(model, spec, "cpu", context=LENGTH, batch_invariant=invariant)
+    ring = RingSpec(chunk=1, context=LENGTH)
+    lower(model, tiny.build(spec, ring=ring, batch_invariant=invariant))
     data = ir.to_proto(tiny.fill(model, spec)).SerializeToString()
     return tiny.load(data, spec, batch, padded=PADDED if invariant else 0)
 

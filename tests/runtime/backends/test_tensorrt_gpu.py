@@ -8,8 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from exporter.engine.process import build_engine
-from exporter.engine.request import BuildRequest
-from graphs.contract import GraphContract
+from exporter.engine.request import BuildRequest, profiles
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
 from graphs.passes.fix_dimensions import fix_dimensions
@@ -47,14 +46,15 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if (target, activation) not in made:
             folder = tmp_path_factory.mktemp("engine")
             model = tiny.traced(ENGINE_SPEC, activation)
-            contract = GraphContract(spec=ENGINE_SPEC, ring=ENGINE_RING, activation=activation)
-            fix_dimensions(model, contract.capacities)
-            lower(model, ENGINE_SPEC, target)
+            built = tiny.build(ENGINE_SPEC, target, ring=ENGINE_RING, activation=activation)
+            fix_dimensions(model, built.contract.capacities)
+            lower(model, built)
             ir.save(tiny.fill(model, ENGINE_SPEC), folder / "model.onnx")
             path = folder / "engine.plan"
             build_engine(BuildRequest(
                 graph=folder / "model.onnx", plan=path,
-                contract=contract, target=target,
+                contract=built.contract, target=target,
+                profiles=profiles(ENGINE_RING, apart=built.decodes_apart),
             ))  # fmt: skip
             made[target, activation] = path
         return made[target, activation]

@@ -1,0 +1,38 @@
+"""Which form of attention each layer takes. Decided here and nowhere else. Standard library only.
+
+All forms give the same result from the same ring; they differ in what is read and copied for it.
+
+`masked`    the operator of the portable graph: q [B, H, S, D], keys [B, K, C, D], a mask [S, C].
+`grouped`   ONNX Runtime's GroupQueryAttention, which writes the ring and reads its filled part; it
+            takes positions for slots, so only a layer whose ring never wraps can have it.
+`folded`    the query heads that share a key head are rows of one matrix, so no key is repeated.
+`in_place`  `masked`, and for prompts the chunk's own keys once more behind the ring, masked out.
+            TensorRT then reads the ring where it lies when it decodes; see `trt/in_place.py`.
+
+To change a choice after measuring, change the target's facts (`graphs/targets.py`).
+"""
+
+from collections.abc import Mapping
+
+from graphs.contract import GraphContract
+from graphs.targets import AttentionForm, Target
+
+HEAD_MULTIPLE = 16  # GroupQueryAttention rotates heads only if their size is a multiple of this
+
+
+def attention_forms(target: Target, contract: GraphContract) -> Mapping[int | None, AttentionForm]:
+    """The form for each window of the model; None is a layer without one."""
+    return {size: _form(target, contract, size) for size in contract.spec.windows}
+
+
+def _form(target: Target, contract: GraphContract, window: int | None) -> AttentionForm:
+    spec = contract.spec
+    form = target.full_attention if window is None else target.windowed_attention
+    if form == "grouped" and spec.head_dim % HEAD_MULTIPLE:
+        form = target.windowed_attention
+    # One form for the whole engine: the others need other profiles.
+    if form == "in_place" and max(contract.capacities.values()) > target.max_in_place_slots:
+        form = "folded"
+    if form == "folded" and spec.num_attention_heads == spec.num_key_value_heads:
+        form = "masked"
+    return form
