@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 from functools import cache as once
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from graphs.targets import Target
 from runtime.backends import kernel_cache, tensorrt_library
 from runtime.backends.cuda_device import Gpu, out_of_memory
 from runtime.backends.device_buffers import StepBuffers
-from runtime.backends.plan_contract import check_plan
+from runtime.backends.plan_contract import Profiles, check_plan
 from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validity
 from runtime.backends.session import Caches, Ids, Logits, Slots
 from runtime.backends.step_bounds import check_capacities, check_step
@@ -36,6 +36,13 @@ _REMEDY: Mapping[str, str] = {
     MEMORY: "Free some of the GPU's memory, or use a larger GPU.",
     COPY: "Copy the bundle again from where it was built.",
 }
+
+
+class Scratch(NamedTuple):
+    """Device memory for the activations of one step."""
+
+    address: int
+    nbytes: int
 
 
 class TrtSession:
@@ -75,8 +82,9 @@ class TrtSession:
             profiles = check_plan(self._trt, engine, contract, batch)
             self._buffers = StepBuffers(self._gpu, contract, batch)
             self._set_budget(engine, weight_budget)
-            self._decode = self._context(engine, profiles.decode, decode=True)
-            self._prefill = self._context(engine, profiles.prefill, decode=False)
+            scratch = self._scratch(engine, profiles)
+            self._decode = self._context(engine, profiles.decode, scratch, decode=True)
+            self._prefill = self._context(engine, profiles.prefill, scratch, decode=False)
             self._warm_up()
             undo.pop_all()
 
@@ -181,16 +189,24 @@ class TrtSession:
         engine.weight_streaming_budget_v2 = min(budget, streamable)
         self._streams = budget < streamable
 
-    def _context(self, engine: Any, profile: int, *, decode: bool) -> Any:
+    def _scratch(self, engine: Any, profiles: Profiles) -> Scratch:
+        """Allocate the activations of a step, once for both contexts: only one step runs."""
+        size = engine.get_device_memory_size_for_profile_v2  # asks for the weight budget, too
+        nbytes = max(int(size(profile)) for profile in profiles)
+        return Scratch(self._gpu.allocate(max(nbytes, 1), "a step's activations"), nbytes)
+
+    def _context(self, engine: Any, profile: int, scratch: Scratch, *, decode: bool) -> Any:
         """Make an execution context and bind everything that does not change between steps."""
         if self.target.compiles_kernels_at_load:
             config = self._config(engine, decode=decode)
             context = engine.create_execution_context(config)
             self._owned.append(config)
         else:
-            context = engine.create_execution_context()
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = engine.create_execution_context(strategy)
         if context is None:
             raise self._failed("make room for a step")
+        context.set_device_memory(scratch.address, scratch.nbytes)
         if profile != 0:
             self._require(context.set_optimization_profile_async(profile, self._gpu.stream))
             self._gpu.wait()
@@ -208,6 +224,9 @@ class TrtSession:
         many shapes: their kernels are compiled in the background when they first occur.
         """
         config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         graphs, kernels = (
             self._trt.CudaGraphStrategy,
             self._trt.DynamicShapesKernelSpecializationStrategy,

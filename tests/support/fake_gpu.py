@@ -139,7 +139,12 @@ class FakeContext:
         self.engine, self.config = engine, config
         self.addresses: dict[str, int] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.profile = 0
+        self.profile, self.scratch = 0, (0, 0)
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        assert address % ALIGN == 0
+        assert self.engine.cudart.live[address].nbytes >= nbytes
+        self.scratch = address, nbytes
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile, self.shapes = profile, {}
@@ -157,6 +162,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == 7
+        assert self.scratch[1] >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
         if self.engine.broken:
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
@@ -213,9 +219,17 @@ class FakeEngine:
     def create_runtime_config(self) -> Any:
         config = SimpleNamespace(cache=None, create_runtime_cache=lambda: self.fake.cache)
         config.set_runtime_cache = lambda cache: setattr(config, "cache", cache) or True
+        config.set_execution_context_allocation_strategy = lambda kind: config.__setattr__(
+            "strategy", kind
+        )
         return config
 
-    def create_execution_context(self, config: Any = None) -> FakeContext:
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        return 1000 * self.fake.profiles[profile][1]  # a kilobyte for each token
+
+    def create_execution_context(self, config: Any) -> FakeContext:
+        strategy = getattr(config, "strategy", config)  # TensorRT takes the strategy itself
+        assert strategy == self.fake.ExecutionContextAllocationStrategy.USER_MANAGED
         self.contexts.append(FakeContext(self, config))
         return self.contexts[-1]
 

@@ -93,6 +93,16 @@ def test_decoding_allocates_no_device_memory(session: TrtSession, fake: FakeTrt)
     assert fake.cudart.live.keys() == before.keys()
 
 
+def test_both_contexts_share_the_memory_of_the_larger_profile(fake: FakeTrt, plan: Path):
+    fake.profiles = [(2, 1), (2, RING.chunk)]
+    with open_plan(plan) as session:
+        decode, prompt = fake.engines[0].contexts
+        assert (decode.profile, prompt.profile) == (0, 1)
+        assert decode.scratch == prompt.scratch
+        assert decode.scratch[1] == 1000 * RING.chunk
+        check_decode(session, SPEC, RING, FLOAT32)
+
+
 def test_closing_frees_everything_and_closing_again_is_harmless(fake: FakeTrt, plan: Path):
     session = open_plan(plan, "tensorrt")
     session.step(np.zeros((1, 2), np.int64), np.arange(2)[None], np.arange(2)[None])
