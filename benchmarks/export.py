@@ -92,7 +92,7 @@ def measured(arguments: argparse.Namespace) -> Result:
     target, precision = build.split(":")
     options = ExportOptions(target=target, precision=precision)
     spec, facts = read_facts(source)
-    needed = host_needs(decide(spec, TARGETS[target], options, facts))
+    needed = host_needs(decide(spec, TARGETS[target], options, facts), facts)
     common = {"machine": machine(), "load": os.getloadavg()[0], "estimate": to_json(needed)}
     forget(locate(source)[0])
     steps: dict[str, dict[str, float]] = {}

@@ -39,9 +39,9 @@ PROCESS = 350_000_000  # Python, torch and the exporter's libraries, with a trac
 TRACED_LAYER = 2_000_000  # more graph for each layer: 0.35 GB for 4, 0.41 GB for 32
 ROUNDING = 60_000_000  # temporary copies while weights are rounded
 DECODING = 1.5  # copies of a GGUF file's largest weight in float32 while it is decoded
-BLOCKS = 420_000_000
-"""Of weights in float32 while the reference multiplies: 0.39 GB for Mistral-7B and 0.48 GB for four
-of its layers. The heap keeps them for what follows."""
+BLOCKS, KEPT_BLOCKS = 420_000_000, 50_000_000
+"""What the reference leaves in the heap, which keeps it for what follows: of a model whose weights
+it reads anew for every pass (0.30 to 0.55 GB for Mistral-7B), and of one whose weights it keeps."""
 PLAN_COPIES, PLAN_PROCESS = 1.14, 200_000_000
 """Bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan: 2.65 GB for
 a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.71 GB for one of 7.39 GB (int8wo)."""
@@ -53,16 +53,20 @@ SESSION_COPIES, SESSION_COPIES_FLOAT = 1.0, 1.12
 RUNNING = 200_000_000  # its buffers during steps of 80 to 256 tokens of a 7B
 
 # Time.
-TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 4.0, 0.27  # processor time for 4 and 32 layers
-DISK_RATE = 0.35e9  # bytes/s, read or written
-ROUND_RATE = 0.22e9  # weights/s and core, to codes and back; four layers of a 7B, one thread
-CONVERT_RATE = 1.5e9  # weights/s and core, to float32: assumed; 3.5e9 were seen from the cache
-REFERENCE_RATE = 60e9  # operations/s and core of the reference, likewise; 146 and 511 tokens
-SESSION_RATE = 105e9  # operations/s and core of ONNX Runtime CPU in int4wo, 122 tokens of a 7B
-LOAD_RATE = 0.5e9  # bytes/s: ONNX Runtime CPU reads and packs the weights of a 7B in 10 s
-HASH_RATE = 1.2e9  # bytes/s and core
-COMPILE_SECONDS = 0.0
-PLAN_RATE = 14.483e9 / 99  # bytes/s; a 7B in fp16
+TRACE_SECONDS, TRACE_SECONDS_PER_LAYER = 3.5, 0.43  # SmolLM2's 30 layers take 16 s
+DISK_RATE = 0.8e9  # bytes/s, read or written: a 7B in bf16 is copied in 36 s
+WRITE_RATE = 0.1e9  # weights/s and core, rounded and packed beside tracing
+ROUND_RATE = 0.17e9  # weights/s and core, to codes and back
+CONVERT_RATE = 0.57e9  # weights/s and core, bf16 to float32
+REFERENCE_SECONDS, GATE_SECONDS = 1.0, 4.5  # tokenizer, texts and operators of a small model
+REFERENCE_RATE = 50e9  # operations/s and core of the reference, 24 to 170 tokens of a 7B
+WINDOW_RATE = 80e9  # likewise, 511 tokens
+SESSION_RATE = 105e9  # operations/s and core of ONNX Runtime CPU, 122 and 511 tokens of a 7B
+LOAD_RATE = 0.95e9  # bytes/s: ONNX Runtime CPU reads and packs the weights of a 7B in 6 to 8 s
+HASH_RATE = 1.1e9  # bytes/s and core
+COMPILE_SECONDS = 6.0
+PLAN_RATE = 0.34e9  # bytes/s of a plan: a 7B in bf16 takes 49 s
+NARROW_RATE = 0.086e9  # 4-bit weights/s, which take longer: a 7B in int4wo takes 99 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +123,7 @@ def host_needs(build: Build, facts: WeightFacts = NOTHING_KNOWN) -> HostNeeds:
     if gated:
         steps.append(_gate(build, facts, weights))
     hashed = 0 if build.target.holds_plan else weights  # a plan is hashed while it is written
-    left = _process(build.spec) + BLOCKS
+    left = _process(build.spec) + _blocks(build.spec)
     steps.append(HostStep(name=HASH, seconds=hashed / HASH_RATE, memory_bytes=left))
     return HostNeeds(
         steps=tuple(steps),
@@ -135,7 +139,7 @@ def _trace(build: Build, facts: WeightFacts, weights: int) -> HostStep:
     """Tracing beside writing: they share the cores, and the disk is waited for meanwhile."""
     spec = build.spec
     tracing = TRACE_SECONDS + TRACE_SECONDS_PER_LAYER * spec.num_hidden_layers
-    rounding = spec.num_parameters / ROUND_RATE if build.precision.quantized else 0
+    rounding = spec.num_parameters / WRITE_RATE if build.precision.quantized else 0
     hashing = STORED_BYTES * spec.num_parameters / HASH_RATE
     disk = (STORED_BYTES * spec.num_parameters + weights) / DISK_RATE
     rounded = ROUNDING if build.precision.quantized else 0
@@ -159,8 +163,10 @@ def _reference(build: Build, facts: WeightFacts) -> HostStep:
         kept = sum(prod(shapes[name]) for name in shapes.keys() - set(build.storage.copied))
     return HostStep(
         name=REFERENCE,
-        seconds=_multiply(spec, tokens, REFERENCE_RATE) + spec.num_parameters / converting / CORES,
-        memory_bytes=_process(spec) + BLOCKS + _decoded_at_once(spec, facts)
+        seconds=REFERENCE_SECONDS
+        + _multiply(spec, tokens, REFERENCE_RATE)
+        + spec.num_parameters / converting / CORES,
+        memory_bytes=_process(spec) + _blocks(spec) + _decoded_at_once(spec, facts)
         + (kept + logits) * item_size("float32"),
     )  # fmt: skip
 
@@ -171,7 +177,7 @@ def _compile(build: Build, weights: int) -> HostStep:
     narrow = sum(prod(shapes[name]) for name, scheme in schemes.items() if scheme.codes == "int4")
     return HostStep(
         name=COMPILE,
-        seconds=COMPILE_SECONDS + weights / PLAN_RATE,
+        seconds=COMPILE_SECONDS + weights / PLAN_RATE + narrow / NARROW_RATE,
         memory_bytes=round(PLAN_COPIES * weights + UNPACKED * narrow) + PLAN_PROCESS,
         in_child=True,
     )
@@ -196,15 +202,15 @@ def _gate(build: Build, facts: WeightFacts, weights: int) -> HostStep:
     spec, read = build.spec, gate_text(build)
     kept = spec.num_parameters if _is_kept(spec, facts) else 0
     logits = read.length * spec.vocab_size
-    seconds = read.windows * spec.num_parameters / CONVERT_RATE / CORES
-    seconds += _multiply(spec, read.tokens, REFERENCE_RATE)
+    seconds = GATE_SECONDS + read.windows * spec.num_parameters / CONVERT_RATE / CORES
+    seconds += _multiply(spec, read.tokens, WINDOW_RATE)
     seconds += _multiply(spec, read.tokens, SESSION_RATE)
     return HostStep(
         name=GATE,
         seconds=seconds,
         memory_bytes=_session(build, weights)
         + RUNNING
-        + BLOCKS
+        + _blocks(spec)
         + (kept + logits) * item_size("float32"),
     )
 
@@ -220,7 +226,12 @@ def _session(build: Build, weights: int) -> int:
     tied = spec.vocab_size * spec.hidden_size if spec.tie_word_embeddings else 0  # packed again
     packed = tied * item_size(build.activation)
     copies = SESSION_COPIES if build.precision.quantized else SESSION_COPIES_FLOAT
-    return _process(spec) + BLOCKS + round(copies * weights) + packed
+    return _process(spec) + _blocks(spec) + round(copies * weights) + packed
+
+
+def _blocks(spec: ModelSpec) -> int:
+    """Bytes that the reference leaves in the heap."""
+    return BLOCKS if spec.num_parameters > KEPT_WEIGHTS else KEPT_BLOCKS
 
 
 def _is_decoded(facts: WeightFacts) -> bool:
