@@ -1,0 +1,214 @@
+"""Prove without a GPU that `cuda` bundles run on CUDA only and are captured as CUDA graphs.
+
+    python -m benchmarks.gpu.stubs.prove [--cache build/stubs]
+
+Exports tiny checkpoints in every precision of the target, with a window, without one, and mixed;
+builds stub CUDA libraries; unpacks onnxruntime-gpu (255 MB, downloaded once) into the cache; and
+opens each bundle there through the product's own session, with 1 and with 4 rows. Fails if a node
+is not on CUDA, if capture is refused, if a tensor is bound twice, or if a step copies anything but
+its tokens and its logits. Prints a table of kernel launches per token; takes about 4 minutes on 2
+cores.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.stubs import libraries, provider
+from benchmarks.gpu.variants import SYMBOLIC, variant_model
+from exporter.bundle.staging import write_model
+from exporter.bundle.weights_file import link_weights
+from exporter.export import export
+from exporter.options import ExportOptions
+from exporter.quantization.make_recipe import stored_recipe
+from graphs.errors import MistralcError
+from graphs.manifest import read_manifest
+from graphs.spec import ModelSpec
+from graphs.targets import TARGETS
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[3]
+CUDA = "CUDAExecutionProvider"
+BATCHES = (1, 4)
+WINDOW, CHUNK = 64, 16
+WINDOWS: Mapping[str, tuple[int | None, ...]] = {
+    "window": (WINDOW, WINDOW),
+    "no window": (None, None),
+    "mixed": (WINDOW, None),
+}
+DEEP = 32  # layers of the model whose launches are reported: those of Mistral-7B
+LIMIT = 300  # seconds for one bundle
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """What `placement.py` found out about one bundle, and what is wrong with it."""
+
+    bundle: str
+    batch: int
+    found: Mapping[str, Any]
+    faults: tuple[str, ...]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "stubs")
+    cache: Path = parser.parse_args().cache.resolve()
+    stubbed = environment(cache)
+    bundles = cache / "bundles"
+    shutil.rmtree(bundles, ignore_errors=True)
+    opened = list(matrix(bundles, stubbed))
+    before, after = deep_launches(bundles, stubbed)
+    (cache / "report.json").write_text(json.dumps([*map(as_json, opened)], indent=2) + "\n")
+    print(f"\n{DEEP} layers, one row, fp16, a window: {before} launches per token with a ring of "
+          f"symbolic size, none captured; now {after} in one CUDA graph, launched as a whole.")  # fmt: skip
+    failed = [one for one in opened if one.faults]
+    print(f"{len(opened) - len(failed)} of {len(opened)} bundles are on CUDA alone and captured.")
+    return 1 if failed else 0
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Environment variables with which a Python process sees the stubs and onnxruntime-gpu."""
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    package = provider.unpacked(cache, python)
+    libraries.build(package / provider.CUDA_LIBRARY, cache / "libraries")
+    return stub_environment(cache / "libraries", package)
+
+
+def stub_environment(stubs: Path, *paths: Path) -> dict[str, str]:
+    """The environment of this process with stub libraries first, and `paths` for imports."""
+    site = libraries.SOURCES / "site"
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(stubs),
+        "PYTHONPATH": os.pathsep.join(map(str, (site, *paths, ROOT))),
+    }
+
+
+def matrix(directory: Path, stubbed: Mapping[str, str]) -> Iterator[Opened]:
+    """Export and open every bundle of the proof; prints each as soon as it is known."""
+    for windows, layers in WINDOWS.items():
+        spec = small_spec(layers)
+        checkpoint = write_checkpoint(directory / f"checkpoint {windows}", spec)
+        for precision in TARGETS["cuda"].activations:
+            name = f"{precision}, {windows}"
+            bundle = export_bundle(checkpoint, directory / name, precision)
+            for batch in BATCHES:
+                found = look(bundle, batch, stubbed)
+                one = Opened(bundle=name, batch=batch, found=found, faults=tuple(faults(found)))
+                print(line(one), flush=True)
+                yield one
+
+
+def small_spec(windows: tuple[int | None, ...]) -> ModelSpec:
+    """A model with grouped heads of 64 features, which all of the provider's kernels accept."""
+    return tiny_spec(
+        num_hidden_layers=len(windows), layer_windows=windows, hidden_size=256,
+        intermediate_size=384, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+
+
+def export_bundle(checkpoint: Path, bundle: Path, precision: str) -> Path:
+    options = ExportOptions(
+        target="cuda", precision=precision, chunk=CHUNK, max_batch=max(BATCHES)
+    )
+    export(str(checkpoint), bundle, options)
+    return bundle
+
+
+def look(bundle: Path, batch: int, stubbed: Mapping[str, str]) -> dict[str, Any]:
+    """Run `placement.py` on a bundle; raises MistralcError with its last words if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.stubs.placement", bundle, "--batch", str(batch)],
+        env=stubbed, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise MistralcError(f"{bundle.name} was not opened over stubs: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def faults(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong with a bundle, in words; nothing if all is as it must be."""
+    if set(found["nodes"]) != {CUDA}:
+        yield f"nodes on the CPU: {', '.join(found['on_cpu']) or found['nodes']}"
+    if found["memcpy_nodes"]:
+        yield f"{found['memcpy_nodes']} nodes copy between host and device"
+    if not found["captured"]:
+        yield "capture was refused"
+    if found["shared"]:
+        yield f"share memory: {'; '.join(found['shared'])}"
+    ours = found["inputs_bytes"] + found["logits_bytes"]
+    yield from _decode_faults(found, ours)
+    for step in found["chunk"]:
+        if step["copied_bytes"] - ours >= found["smallest_cache_bytes"]:
+            yield f"a chunk copies {step['copied_bytes']} bytes; its own tokens and logits: {ours}"
+            break
+
+
+def _decode_faults(found: Mapping[str, Any], ours: int) -> Iterator[str]:
+    """Faults of single steps: one is recorded, all later ones are one launch each."""
+    if not found["captured"]:
+        return
+    recorded = [step for step in found["single"] if step["captures"]]
+    if len(recorded) != 1 or recorded[0]["kernels"] == 0:
+        yield f"{len(recorded)} steps were recorded as a graph; expected 1"
+    for step in (*recorded, *found["after"]):
+        if step["copies"] != 2 or step["copied_bytes"] != ours:
+            yield (
+                f"a token copies {step['copied_bytes']} bytes in {step['copies']} copies; "
+                f"expected its tokens and logits, {ours} bytes in 2"
+            )
+            break
+    for step in found["after"]:
+        if (step["graphs"], step["kernels"], step["products"], step["allocations"]) != (1, 0, 0, 0):
+            yield f"a token is not one launch of the graph: {step}"
+            break
+
+
+def launches(found: Mapping[str, Any]) -> int:
+    """Kernels and matrix products of one token, in a graph or launched one by one."""
+    steps = [step for step in found["single"] if step["captures"]] or found["single"][-1:]
+    return int(steps[-1]["kernels"] + steps[-1]["products"])
+
+
+def deep_launches(directory: Path, stubbed: Mapping[str, str]) -> tuple[int, int]:
+    """Launches per token of a deep model, as bundles were before and as they are now."""
+    checkpoint = write_checkpoint(directory / "deep checkpoint", small_spec((WINDOW,) * DEEP))
+    bundle = export_bundle(checkpoint, directory / "deep", "fp16")
+    after = launches(look(bundle, 1, stubbed))
+    rewrite(bundle, SYMBOLIC)
+    return launches(look(bundle, 1, stubbed)), after
+
+
+def rewrite(bundle: Path, variant: str) -> None:
+    """Replace the graph of a bundle by one of its variants, on the same weights."""
+    manifest = read_manifest(bundle)
+    recipe = stored_recipe(manifest.build, manifest.quantization)
+    model = variant_model(manifest.build, recipe, variant)
+    link_weights(model, recipe, bundle)
+    write_model(model, bundle)
+
+
+def line(one: Opened) -> str:
+    """One bundle as a line of the table."""
+    found = one.found
+    nodes = ", ".join(f"{count} on {name[:-17]}" for name, count in found["nodes"].items())
+    verdict = "; ".join(one.faults) or f"captured, {launches(found)} launches in one graph"
+    return f"{one.bundle:18} batch {one.batch}: {nodes}; {'FAULT: ' * bool(one.faults)}{verdict}"
+
+
+def as_json(one: Opened) -> dict[str, Any]:
+    return {"bundle": one.bundle, "batch": one.batch, "faults": one.faults,
+            "launches": launches(one.found), **one.found}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
