@@ -5,8 +5,8 @@
 
 struct calls {
     const char *name;
-    long count;
-    long bytes; /* copied or set, all calls together */
+    long count, recorded;  /* recorded: those of them during the capture of a graph */
+    size_t bytes, largest; /* copied, set or allocated: all calls together, and the largest */
     int listed;
     struct calls *next;
 };

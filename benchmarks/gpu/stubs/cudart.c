@@ -30,18 +30,30 @@ void stub_count(struct calls *calls, size_t bytes) {
         all = calls;
     }
     calls->count++;
+    calls->recorded += capturing;
     calls->bytes += bytes;
+    if (bytes > calls->largest) calls->largest = bytes;
     pthread_mutex_unlock(&lock);
 }
 
-/* Write a line "name count bytes" for each function called so far; returns the length needed. */
+/* Forget all calls so far. */
+void stub_reset(void) {
+    pthread_mutex_lock(&lock);
+    for (struct calls *one = all; one; one = one->next)
+        one->count = one->recorded = 0, one->bytes = one->largest = 0;
+    pthread_mutex_unlock(&lock);
+}
+
+/* Write a line "name count recorded bytes largest" for each function called since the last reset.
+ * Returns the size that the text needs with its final zero. */
 size_t stub_report(char *text, size_t size) {
     size_t used = 0;
     pthread_mutex_lock(&lock);
     for (struct calls *one = all; one; one = one->next) {
         size_t left = used < size ? size - used : 0;
-        used += snprintf(text + (left ? used : 0), left, "%s %ld %ld\n", one->name, one->count,
-                         one->bytes);
+        if (one->count)
+            used += snprintf(left ? text + used : NULL, left, "%s %ld %ld %zu %zu\n", one->name,
+                             one->count, one->recorded, one->bytes, one->largest);
     }
     pthread_mutex_unlock(&lock);
     return used + 1;
@@ -135,15 +147,19 @@ int cudaMemGetInfo(size_t *available, size_t *total) {
     return SUCCESS;
 }
 
+/* By cudaMemcpyKind. */
+static struct calls copies[] = {
+    {.name = "copy.host_to_host"}, {.name = "copy.host_to_device"}, {.name = "copy.device_to_host"},
+    {.name = "copy.device_to_device"}, {.name = "copy.default"},
+};
+
 int cudaMemcpy(void *to, const void *from, size_t size, int kind) {
-    COUNT_BYTES(size);
-    (void)kind;
+    stub_count(&copies[kind], size);
     return memcpy(to, from, size), SUCCESS;
 }
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
-    COUNT_BYTES(size);
-    (void)kind, (void)stream;
-    return memcpy(to, from, size), SUCCESS;
+    (void)stream;
+    return cudaMemcpy(to, from, size, kind);
 }
 int cudaMemset(void *to, int value, size_t size) {
     COUNT_BYTES(size);

@@ -35,36 +35,42 @@ PLACED = re.compile(r"placed on \[(\w+)\]\. Number of nodes: (\d+)")
 NODE = re.compile(r"VerifyEachNodeIsAssignedToAnEp\]\s+(\w+) \((.*)\)\s*$")
 MEMCPY = re.compile(r"(\d+) Memcpy nodes are added")
 ATTENTION = re.compile(r"(\w*Attention): using ([\w ]+?) \(", re.IGNORECASE)
-PRODUCTS = re.compile(r"cublas\w*(Gemm|Matmul$)")
+KERNEL = re.compile(r"(__)?cudaLaunch(Cooperative)?Kernel")
+COPY, ALLOCATION = re.compile(r"copy\."), re.compile("cudaMalloc")
+PRODUCT = re.compile(r"cublas\w*(Gemm|Matmul$)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Calls:
-    """Calls of the stub libraries so far: count and bytes by function."""
+    """Calls of the stub libraries, by function: in all, and while a graph was captured.
 
-    counts: Mapping[str, int]
+    `nbytes` and `largest` are the bytes of all calls, and of the largest.
+    """
+
+    count: Mapping[str, int]
+    recorded: Mapping[str, int]
     nbytes: Mapping[str, int]
+    largest: Mapping[str, int]
 
-    def since(self, earlier: "Calls") -> dict[str, int]:
-        """What was launched, copied and allocated since `earlier`."""
-
-        def more(pattern: str, of: str = "counts") -> int:
-            now, then = getattr(self, of), getattr(earlier, of)
-            return sum(
-                number - then.get(name, 0)
-                for name, number in now.items()
-                if re.search(pattern, name)
-            )
-
+    def summary(self) -> dict[str, int]:
+        """What was launched, copied and allocated."""
+        inside = "copy.device_to_device"
         return {
-            "kernels": more(r"^(__)?cudaLaunch(Cooperative)?Kernel"),
-            "products": more(PRODUCTS.pattern),
-            "graphs": more("^cudaGraphLaunch$"),
-            "captures": more("^cudaStreamEndCapture$"),
-            "copies": more("^cudaMemcpy"),
-            "copied_bytes": more("^cudaMemcpy", "nbytes"),
-            "allocations": more("^cudaMalloc"),
+            "kernels": _sum(self.count, KERNEL),
+            "products": _sum(self.count, PRODUCT),
+            "graphs": self.count.get("cudaGraphLaunch", 0),
+            "captures": self.count.get("cudaStreamEndCapture", 0),
+            "recorded": _sum(self.recorded, KERNEL) + _sum(self.recorded, PRODUCT),
+            "recorded_host_copies": _sum(self.recorded, COPY) - self.recorded.get(inside, 0),
+            "host_copies": _sum(self.count, COPY) - self.count.get(inside, 0),
+            "host_copied_bytes": _sum(self.nbytes, COPY) - self.nbytes.get(inside, 0),
+            "largest_device_copy": self.largest.get(inside, 0),
+            "allocations": _sum(self.count, ALLOCATION),
         }
+
+
+def _sum(numbers: Mapping[str, int], names: re.Pattern[str]) -> int:
+    return sum(number for name, number in numbers.items() if names.match(name))
 
 
 def main() -> None:
@@ -104,14 +110,15 @@ def observe(bundle: Path, batch: int) -> dict[str, Any]:
 
 def steps(session: CudaOrtSession, build: Build, batch: int) -> dict[str, Any]:
     """Single steps, chunks and single steps again, until every ring has wrapped twice."""
+    library = ctypes.CDLL("libcudart.so.13")
     sequence = Sequence(session, make_ring(build), batch)
     ids = np.zeros(build.ring.chunk, np.int64)
     found: dict[str, Any] = {"single": [], "chunk": [], "after": []}
 
     def take(kind: str, count: int) -> None:
-        before = calls()
+        library.stub_reset()
         sequence.step(ids[:count])
-        found[kind].append(calls().since(before))
+        found[kind].append(calls(library).summary())
 
     room = build.ring.context if not build.spec.slides else None
     last = 2 * max(build.contract.capacities.values()) + 5
@@ -168,14 +175,15 @@ def shared_memory(session: CudaOrtSession) -> list[str]:
     ]
 
 
-def calls() -> Calls:
-    """Read the counters of the stub libraries."""
-    library = ctypes.CDLL("libcudart.so.13")
+def calls(library: Any) -> Calls:
+    """Read the counters of the stub libraries, which the stub of the CUDA runtime holds."""
     text = ctypes.create_string_buffer(1 << 16)
     library.stub_report.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
     library.stub_report(text, len(text))
     rows = [line.split() for line in text.value.decode().splitlines()]
-    return Calls({n: int(count) for n, count, _ in rows}, {n: int(size) for n, _, size in rows})
+    columns = [{name: int(values[i]) for name, *values in rows} for i in range(4)]
+    count, recorded, nbytes, largest = columns
+    return Calls(count=count, recorded=recorded, nbytes=nbytes, largest=largest)
 
 
 def verbose_sessions() -> None:
