@@ -31,9 +31,9 @@ ADVICE = "It needs the build tools; install them: pip install 'mistralc[export]'
 
 def _show_version(*, asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from runtime.system.release import mistralc_version
 
-        typer.echo(f"mistralc {version('mistralc')}")
+        typer.echo(f"mistralc {mistralc_version()}")
         raise typer.Exit
 
 

@@ -7,7 +7,6 @@ does not grow with the number of layers, and a stopped run resumes after its las
 import platform
 import shutil
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from exporter.quantization.recipe import SMOOTHING, Recipe
 from graphs.errors import UsageError
 from graphs.quant_scheme import groups, layer_groups
 from runtime.system.progress import Advance, Stage, silent
+from runtime.system.release import mistralc_version
 
 QUANTIZED, FLOAT = "quantized", "float"  # streams of samples: through which model they run
 STEPS = 5  # times that the samples advance in a layer: to each of four groups, and to its end
@@ -114,7 +114,7 @@ def choose_device(name: str | None) -> torch.device:
 
 def versions() -> dict[str, str]:
     """Return the versions of the software that computes the numbers."""
-    return {"python": platform.python_version(), "mistralc": version("mistralc"),
+    return {"python": platform.python_version(), "mistralc": mistralc_version(),
             "torch": torch.__version__}  # fmt: skip
 
 

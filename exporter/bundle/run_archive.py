@@ -12,12 +12,12 @@ import io
 import tokenize
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import graphs
 import runtime
 from exporter.bundle import run_main
+from runtime.system.release import mistralc_version
 
 NAME = "run.pyz"
 ENTRY_POINTS = (  # by `run_main.py` and by `triton_model.py`
@@ -43,7 +43,7 @@ def write_run_archive(directory: Path) -> None:
 def contents() -> dict[str, bytes]:
     """Return every file of the archive by its name there."""
     main = Path(str(run_main.__file__)).read_text(encoding="utf-8")
-    main = main.replace('VERSION = "?"', f"VERSION = {version('mistralc')!r}")
+    main = main.replace('VERSION = "?"', f"VERSION = {mistralc_version()!r}")
     sources = {"__main__.py": main, **_needed_modules()}
     files = {name: strip_remarks(source).encode() for name, source in sources.items()}
     return files | _data_files({name.rpartition("/")[0] for name in files})

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import torch
 
@@ -60,7 +59,7 @@ def read_gguf(path: Path) -> GgufFile:
 def is_readable(dtype: str) -> bool:
     """Whether `dequantize` can read tensors of this GGUF block type."""
     try:
-        _dequantize_zeros(gguf.GGMLQuantizationType[dtype])
+        _dequantize_zeros(dtype)
     except (KeyError, NotImplementedError):
         return False
     return True
@@ -68,18 +67,28 @@ def is_readable(dtype: str) -> bool:
 
 def dequantize(stored: StoredTensor) -> torch.Tensor:
     """Dequantize a tensor of any block type to float32, in its shape."""
+    gguf = _package()
     kind = gguf.GGMLQuantizationType[stored.where.dtype]
     rows = map_bytes(stored.where).view(*stored.shape[:-1], -1).numpy()
     return torch.from_numpy(gguf.quants.dequantize(rows, kind)).view(stored.shape)
 
 
 @cache
-def _dequantize_zeros(kind: gguf.GGMLQuantizationType) -> None:
-    """Raise NotImplementedError if the package cannot read a block of this type."""
+def _dequantize_zeros(dtype: str) -> None:
+    """Raise KeyError or NotImplementedError if the package cannot read a block of this type."""
+    gguf = _package()
+    kind = gguf.GGMLQuantizationType[dtype]
     if not kind.name.startswith(("Q", "IQ", "TQ", "MXFP", "NVFP")):
         raise NotImplementedError(kind.name)  # F64 and integers hold no weights
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
+
+
+def _package() -> Any:
+    """The package `gguf`, imported on first use: checkpoints of other formats do not need it."""
+    import gguf
+
+    return gguf
 
 
 class _Cursor:
@@ -165,7 +174,7 @@ def _unique(path: Path, pairs: Any) -> dict[str, Any]:
 
 
 def _align(path: Path, metadata: dict[str, Any], position: int) -> int:
-    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    alignment = metadata.get("general.alignment", _package().GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise _damaged(path, f"general.alignment is {alignment!r}, not a power of two")
     return -(-position // alignment) * alignment
@@ -175,6 +184,7 @@ def _tensor(
     path: Path, name: str, info: tuple[tuple[int, ...], int, int], start: int, size: int
 ) -> StoredTensor:
     shape, number, offset = info
+    gguf = _package()
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError as error:

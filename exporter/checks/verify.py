@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+import torch
 from numpy.typing import NDArray
 
 from exporter.bundle.weights_file import FILE_NAME
@@ -20,7 +21,7 @@ from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks.reference_pass import Logits, case_texts
 from exporter.checks.texts import Case, LeftOut, cases
-from exporter.decoder.model import Decoder, logits_at
+from exporter.decoder.model import CPU, Decoder, logits_at
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.gguf_blocks import read_blocks
 from exporter.quantization.make_recipe import stored_recipe
@@ -33,7 +34,7 @@ from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
 from graphs.manifest import Manifest
 from graphs.quant_scheme import stored_parts
-from runtime.backends.session import Session
+from runtime.backends.session import Session, fewest_rows
 from runtime.decoding.sequence import Sequence
 from runtime.load import make_ring
 
@@ -173,7 +174,9 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def bundle_reference(bundle: Path, manifest: Manifest) -> Decoder:
+def bundle_reference(
+    bundle: Path, manifest: Manifest, device: torch.device = CPU
+) -> Decoder:
     """Build the reference on a bundle's own `weights.safetensors`, codes and all."""
     if not (bundle / FILE_NAME).exists():
         raise MistralcError(
@@ -183,7 +186,7 @@ def bundle_reference(bundle: Path, manifest: Manifest) -> Decoder:
     file = safetensors.safe_open(bundle / FILE_NAME, framework="pt")
     recipe = stored_recipe(manifest.build, manifest.quantization)
     read = {name: partial(_unpacked, file, name, recipe) for name in recipe.schemes}
-    return simulate(replace(recipe, repacked=read), file.get_tensor)
+    return simulate(replace(recipe, repacked=read), file.get_tensor, device=device)
 
 
 def same_checkpoint(source: str, manifest: Manifest) -> Checkpoint:
@@ -200,7 +203,10 @@ def same_checkpoint(source: str, manifest: Manifest) -> Checkpoint:
 
 
 def checkpoint_reference(
-    source: str, manifest: Manifest, table: CalibrationTable | None
+    source: str,
+    manifest: Manifest,
+    table: CalibrationTable | None,
+    device: torch.device = CPU,
 ) -> Decoder:
     """Build the reference on the checkpoint `source`, which must be the one of the bundle.
 
@@ -219,7 +225,8 @@ def checkpoint_reference(
     recipe = stored_recipe(manifest.build, manifest.quantization)
     exact = {name: read_blocks(checkpoint, name) for name in facts.get("repacked", ())}
     tensors = {} if table is None else table.tensors
-    return simulate(replace(recipe, tensors=tensors, repacked=exact), ReadAhead(checkpoint))
+    recipe = replace(recipe, tensors=tensors, repacked=exact)
+    return simulate(recipe, ReadAhead(checkpoint), device=device)
 
 
 def _bundle_logits(
@@ -230,7 +237,7 @@ def _bundle_logits(
     wanted: NDArray[np.int64],
     progress: Progress | None,
 ) -> Iterator[Logits]:
-    sequence = Sequence(session, make_ring(build))
+    sequence = Sequence(session, make_ring(build), fewest_rows(session))
     for turn in case.turns:
         begin = sequence.position
         end = begin + turn

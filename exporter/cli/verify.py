@@ -27,6 +27,11 @@ def verify(
     short: Annotated[
         bool, typer.Option("--short", help="Run only the quick cases that export runs.")
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(metavar="cpu|cuda",
+                     help="What computes the reference: the processor or the GPU."),
+    ] = "cpu",
     require_signature: common.RequireSignature = None,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -34,10 +39,12 @@ def verify(
     """Compare a bundle with the PyTorch decoder, and record the result unless it is signed."""
     from exporter.checks import texts
     from exporter.checks import verify as checks
+    from exporter.decoder.devices import reference_device
     from exporter.quantization.calibration_table import CalibrationTable
     from runtime.bundle.open import open_bundle
     from runtime.load import load_session
 
+    chosen = reference_device(device)
     stage = stage_for(quiet=quiet or as_json)
     with stage("Checking the bundle", None):
         manifest = open_bundle(bundle, require_signature=require_signature).manifest
@@ -50,9 +57,9 @@ def verify(
     build = manifest.build
     with stage("Loading both", None):
         if against is None:
-            reference = checks.bundle_reference(bundle, manifest)
+            reference = checks.bundle_reference(bundle, manifest, chosen)
         else:
-            reference = checks.checkpoint_reference(against, manifest, table)
+            reference = checks.checkpoint_reference(against, manifest, table, chosen)
         session = load_session(bundle, build, manifest.files)
     tokens = sum(case.tokens for case in texts.cases(build, short=short))
     with stage("Comparing", tokens) as advance:

@@ -265,7 +265,8 @@ class StoredEmbedding(StoredLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up x [B, S]; returns [B, S, E] in float32."""
-        return F.embedding(x, self.read()).float()
+        weight = self.read()
+        return F.embedding(x.to(weight.device), weight).to(x.device, torch.float32)
 
 
 def reader(spec: ModelSpec, weight: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
@@ -322,13 +323,15 @@ def empty_caches(spec: ModelSpec, batch: int, capacity: int, device: torch.devic
 def logits_at(decoder: Decoder, ids: Tensor, rows: Tensor) -> Tensor:
     """Return the logits [..., T, V] at the positions `rows` [T] of the texts `ids` [..., n].
 
-    All tokens run in one pass over a ring that never wraps.
+    All tokens run in one pass over a ring that never wraps, on the decoder's device; the logits are
+    returned on the device of `ids`.
     """
-    count = ids.shape[-1]
-    batch = ids.reshape(-1, count)  # [B, n]
-    past = empty_caches(decoder.spec, len(batch), count)
-    positions, wanted = (part.expand(len(batch), -1) for part in (torch.arange(count), rows))
+    device, count = decoder.inv_freq.device, ids.shape[-1]
+    batch = ids.reshape(-1, count).to(device)  # [B, n]
+    past = empty_caches(decoder.spec, len(batch), count, device)
+    positions = torch.arange(count, device=device).expand(len(batch), -1)  # [B, n]
+    wanted = rows.to(device).expand(len(batch), -1)  # [B, T]
     with torch.inference_mode():
         logits, _ = decoder(batch, positions, wanted, past)  # [B, T, V]
     found: Tensor = logits.view(*ids.shape[:-1], *logits.shape[1:])  # [..., T, V]
-    return found
+    return found.to(ids.device)

@@ -6,7 +6,8 @@ so both have the same codes.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -74,6 +75,10 @@ def quantized(
     )
 
 
+def _on(read: Callable[[], Quantized], device: torch.device) -> Quantized:
+    return read().to(device)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """How every weight of a model is stored: as floats of type `activation`, or by its scheme.
@@ -93,6 +98,14 @@ class Recipe:
     def stored(self) -> torch.dtype:
         """The type of stored floats and scales."""
         return TORCH_FLOATS[self.activation]
+
+    def on(self, device: torch.device) -> "Recipe":
+        """Return the same recipe with its numbers on `device`."""
+        return replace(
+            self,
+            tensors={name: tensor.to(device) for name, tensor in self.tensors.items()},
+            repacked={name: partial(_on, read, device) for name, read in self.repacked.items()},
+        )
 
     def layout(self, name: str) -> CodeLayout:
         """The layout of the codes of a quantized weight."""

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.decoder.model import Decoder, RMSNorm, StoredEmbedding, StoredLinear, load_decoder
+from exporter.decoder.model import (
+    CPU,
+    Decoder,
+    RMSNorm,
+    StoredEmbedding,
+    StoredLinear,
+    load_decoder,
+)
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized, blocked, round_activation
 from graphs.quant_scheme import Scheme
@@ -119,13 +126,23 @@ class Kept(QuantizedLinear):
         return F.linear(x, self.weight)
 
 
-def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = False) -> Decoder:
+def simulate(
+    recipe: Recipe,
+    weight: Callable[[str], Tensor],
+    *,
+    keep: bool = False,
+    device: torch.device = CPU,
+) -> Decoder:
     """Build the fake-quantized decoder of `recipe` from the checkpoint's `weight(name)`.
 
     `keep` holds all dequantized weights in memory; without it, a 7B takes a few hundred megabytes.
+    On a `device` other than the CPU, weights are moved there one by one, as they are needed.
     """
     spec = recipe.spec
-    decoder = load_decoder(spec, weight)
+    if device != CPU:
+        recipe = recipe.on(device)
+        weight = partial(_moved, weight, device)
+    decoder = load_decoder(spec, weight, device=device)
     head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
     for path, module in list(decoder.named_modules()):
         name = f"{head if path == 'lm_head' else path}.weight"
@@ -140,6 +157,10 @@ def simulate(recipe: Recipe, weight: Callable[[str], Tensor], *, keep: bool = Fa
         elif isinstance(module, StoredLinear) and recipe.calibrated(name):
             module.read = partial(_smoothed, recipe, name, module.read)
     return decoder
+
+
+def _moved(weight: Callable[[str], Tensor], device: torch.device, name: str) -> Tensor:
+    return weight(name).to(device)
 
 
 def _smoothed(recipe: Recipe, name: str, read: Callable[[], Tensor]) -> Tensor:

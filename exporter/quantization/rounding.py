@@ -4,7 +4,7 @@ Every function is plain PyTorch on one weight [N, K], so the reference that fini
 compared with uses the same code.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,14 @@ class Quantized:
     scale: Tensor  # [N, J], float32, rounded to what the bundle stores
     zero_point: Tensor | None = None  # [N, J], int8
     minimum: Tensor | None = None  # [N, J], float32
+
+    def to(self, device: torch.device) -> "Quantized":
+        """Return the same weight with its tensors on `device`."""
+        parts = (self.codes, self.scale, self.zero_point, self.minimum)
+        codes, scale, zero_point, minimum = (
+            None if part is None else part.to(device) for part in parts
+        )
+        return replace(self, codes=codes, scale=scale, zero_point=zero_point, minimum=minimum)
 
     def dequantized(self) -> Tensor:
         """Return the dequantized weight [N, K], in float32."""
