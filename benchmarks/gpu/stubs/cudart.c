@@ -66,7 +66,8 @@ int cudaGetDevice(int *device) { return *device = 0, SUCCESS; }
 int cudaDriverGetVersion(int *version) { return *version = CUDA_VERSION, SUCCESS; }
 int cudaRuntimeGetVersion(int *version) { return *version = CUDA_VERSION, SUCCESS; }
 
-/* The first fields of cudaDeviceProp in CUDA 13, as far as they are filled in. */
+/* cudaDeviceProp of CUDA 13, as far as it is filled in; tests compare the offsets with the real one.
+ * The real structure is longer: its last fields, which nobody reads, keep what they had. */
 struct properties {
     char name[256];
     char uuid[16], luid[8];
@@ -79,7 +80,15 @@ struct properties {
     int major, minor;
     size_t texture_alignment, texture_pitch_alignment;
     int multi_processor_count;
-    char rest[384]; /* zeros; the real structure has a little more */
+    char textures[208];
+    int l2_cache_size;
+    char persisting[4];
+    int max_threads_per_multi_processor;
+    char caches[16];
+    size_t shared_mem_per_multiprocessor;
+    int regs_per_multiprocessor;
+    char sharing[36];
+    size_t shared_mem_per_block_optin;
 };
 
 int cudaGetDeviceProperties(struct properties *found, int device) {
@@ -99,6 +108,11 @@ int cudaGetDeviceProperties(struct properties *found, int device) {
     found->texture_alignment = 512;
     found->texture_pitch_alignment = 32;
     found->multi_processor_count = MULTIPROCESSORS;
+    found->l2_cache_size = 50 << 20;
+    found->max_threads_per_multi_processor = 2048;
+    found->shared_mem_per_multiprocessor = 233472;
+    found->regs_per_multiprocessor = 65536;
+    found->shared_mem_per_block_optin = 232448;
     return SUCCESS;
 }
 
@@ -178,6 +192,12 @@ struct attributes {
 int cudaPointerGetAttributes(struct attributes *found, const void *address) {
     *found = (struct attributes){DEVICE_MEMORY, 0, (void *)address, (void *)address};
     return SUCCESS;
+}
+
+/* A variable of a kernel's module: all are zero. */
+int cudaMemcpyFromSymbol(void *to, const void *symbol, size_t size, size_t offset, int kind) {
+    (void)symbol, (void)offset, (void)kind;
+    return memset(to, 0, size), SUCCESS;
 }
 
 /* Handles: streams, events, graphs. Each is a block of memory of its own. */
