@@ -1,4 +1,4 @@
-"""Measure one bundle on this GPU, for `benchmarks/gpu/check.py`.
+"""Measure one bundle on this GPU, for `check.py` and `speed.py`.
 
 Measured are the latency of a step by position, the time of a prompt, and how much of the GPU's
 bandwidth a step uses, compared with the data sheet and with copies within the GPU's memory.
@@ -6,7 +6,8 @@ bandwidth a step uses, compared with the data sheet and with copies within the G
 
 import subprocess
 import threading
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -18,44 +19,64 @@ import numpy as np
 from exporter.estimate.model import estimate
 from graphs.build import Build
 from graphs.gpu_catalogue import GPUS, Gpu
-from graphs.manifest import Manifest, read_manifest
+from graphs.manifest import read_manifest
 from runtime.decoding.ring import ContextFullError
-from runtime.load import load_session, make_ring
+from runtime.load import Files, load_session, make_ring
 from runtime.system import host
 
 POSITIONS = (4096, 8192, 16_384, 32_768, 65_536)
 STEPS = 64  # per position; the median is reported
-PROMPT = 4096  # tokens
+PROMPT = 2048  # tokens
+PROMPTS = 6  # the first is a warm-up
 COPY_BYTES, COPIES = 1 << 29, 20
 
 
-def measure(bundle: Path, batches: list[int]) -> dict[str, Any]:
+def measure(bundle: Path, build: Build, batches: Sequence[int]) -> dict[str, Any]:
     """Measure one bundle in this process, for each batch size."""
-    manifest = read_manifest(bundle)
+    files = read_manifest(bundle).files
     device = host.cuda().devices[0]
     gpu = catalogue_entry(device)
     copy = copy_bandwidth()
     return {
         "copy_bytes_per_s": copy,
         "datasheet_bytes_per_s": gpu and gpu.bandwidth_bytes_per_s,
-        "by_batch": [measure_batch(bundle, manifest, batch, copy, gpu)
-                     for batch in batches],
-    }  # fmt: skip
+        "by_batch": [
+            {**measure_batch(session, build, session.batch, copy, gpu), "load_s": seconds}
+            for session, seconds in sessions(bundle, build, files, batches)
+        ],
+    }
+
+
+def sessions(
+    bundle: Path, build: Build, files: Files, batches: Sequence[int]
+) -> Iterator[tuple[Any, float | None]]:
+    """A session for each batch size, and the seconds that loading took.
+
+    Where a backend can, the sessions share the weights of the first, which is loaded once; the
+    seconds of the others are then None.
+    """
+    first: Any = None
+    with ExitStack() as opened:
+        for batch in batches:
+            shared = getattr(first, "with_rows", None)
+            with ExitStack() as one:
+                if shared is not None:
+                    yield one.enter_context(closing(shared(batch))), None
+                    continue
+                began = perf_counter()
+                session: Any = load_session(bundle, build, files, batch=batch)
+                seconds = perf_counter() - began
+                first = session if hasattr(session, "with_rows") else None
+                (one if first is None else opened).enter_context(closing(session))
+                yield session, seconds
 
 
 def measure_batch(
-    bundle: Path, manifest: Manifest, batch: int, copy: float, gpu: Gpu | None
+    session: Any, build: Build, batch: int, copy: float, gpu: Gpu | None
 ) -> dict[str, Any]:
     """Measure a session with `batch` rows; `copy` is the copy bandwidth in bytes per second."""
-    build = manifest.build
-    began = perf_counter()
-    session: Any = load_session(bundle, build, manifest.files, batch=batch)
-    loaded = perf_counter() - began
-    try:
-        ttft = prompt_seconds(session, build, batch)
-        latency = {p: s for p in POSITIONS if (s := step_seconds(session, build, batch, p))}
-    finally:
-        session.close()
+    ttft = prompt_seconds(session, build, batch)
+    latency = {p: s for p in POSITIONS if (s := step_seconds(session, build, batch, p))}
     ring = replace(build.ring, max_batch=batch)
     batched = replace(build, contract=replace(build.contract, ring=ring))
     read = estimate(batched).read_bytes_per_step
@@ -63,7 +84,6 @@ def measure_batch(
     return {
         "batch": batch,
         "captured": session.captured,
-        "load_s": loaded,
         "prompt_tokens": PROMPT,
         "ttft_s": ttft,
         "decode_s_at": latency,
@@ -76,9 +96,9 @@ def measure_batch(
 
 
 def prompt_seconds(session: Any, build: Build, batch: int) -> float | None:
-    """Seconds for PROMPT tokens: median of 5 runs after a warm-up; None if they do not fit."""
+    """Seconds for PROMPT tokens: median after a warm-up; None if they do not fit."""
     seconds = []
-    for _ in range(6):
+    for _ in range(PROMPTS):
         ring = make_ring(build)
         try:
             pieces = list(ring.pieces(PROMPT))

@@ -33,7 +33,7 @@ from runtime.backends.step_bounds import check_capacities, check_step
 PROVIDER = "CUDAExecutionProvider"
 # The provider's memory as ONNX Runtime's bindings name it: "CUDA" in lower case.
 DEVICE = PROVIDER.removesuffix("ExecutionProvider").lower()
-GRAPH, NO_GRAPH = "1", "-1"  # `gpu_graph_id`: the decode step's graph, and none
+NO_GRAPH = "-1"  # `gpu_graph_id`: no graph; that of decode steps is their number of rows
 FLASH, UNFUSED = 1, 16  # bits of the provider's option `sdpa_kernel`
 
 Step = tuple[Ids, Ids, Ids]  # tokens, positions and indices of logits
@@ -47,26 +47,43 @@ class CudaOrtSession:
     """
 
     def __init__(
-        self, model: Path, contract: GraphContract, target: Target, *, batch: int = 1
+        self,
+        model: Path,
+        contract: GraphContract,
+        target: Target,
+        *,
+        batch: int = 1,
+        shared: "CudaOrtSession | None" = None,
     ) -> None:
         self.partial = False  # a captured graph has the shapes of all rows
         self.spec, self.ring, self.contract = contract.spec, contract.ring, contract
         self.batch = batch
+        self._model, self._target = model, target
         _require_provider(target)
         forms = frozenset(attention_forms(target, contract).values())
         self._gpu = Gpu(target.name)
         with ExitStack() as undo:
             undo.callback(self.close)
             self._session: Any
-            self._session, self.captured = _open(model, forms)
+            if shared is None:
+                self._session, self.captured = _open(model, forms)
+            else:
+                self._session, self.captured = shared._session, shared.captured
             self._buffers = StepBuffers(self._gpu, contract, batch)
             self._decode = self._binding()
             self._bind_step(self._decode, batch, 1, 1)
             # For prompts: one binding of all rows, or one of each row.
             apart = batch > 1 and "grouped" in forms
             self._prefill = [self._binding(row) for row in (range(batch) if apart else [None])]
-            self._options = {graph: _options(graph) for graph in (GRAPH, NO_GRAPH)}
+            self._graph = str(batch)
+            self._options = {graph: _options(graph) for graph in (self._graph, NO_GRAPH)}
             undo.pop_all()
+
+    def with_rows(self, batch: int) -> "CudaOrtSession":
+        """A session with a ring of `batch` rows of its own that shares this one's weights."""
+        return CudaOrtSession(
+            self._model, self.contract, self._target, batch=batch, shared=self
+        )
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Check the capacities, by window: this ring is full from the start and never resized."""
@@ -87,7 +104,7 @@ class CudaOrtSession:
         step = input_ids, position_ids, logits_indices
         wanted = logits_indices.shape[1]
         if input_ids.shape[1] == 1 and wanted == 1:
-            self._run(self._decode, GRAPH, step)
+            self._run(self._decode, self._graph, step)
         elif len(self._prefill) == 1:
             self._read(self._prefill[0], step)
         else:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.gpu.variants import SHIPPED, VARIANTS, variant_build
 from graphs.build import Build
 from graphs.manifest import read_manifest
 from runtime.backends.onnxruntime_cuda import CudaOrtSession
@@ -77,17 +78,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--variant", choices=VARIANTS, default=SHIPPED)
     arguments = parser.parse_args()
     with tempfile.TemporaryFile("w+") as log:
         with redirected_errors(log.fileno()):
-            found = observe(arguments.bundle, arguments.batch)
+            found = observe(arguments.bundle, arguments.batch, arguments.variant)
         log.seek(0)
         print(json.dumps({**placement(log.read()), **found}))
 
 
-def observe(bundle: Path, batch: int) -> dict[str, Any]:
+def observe(bundle: Path, batch: int, variant: str) -> dict[str, Any]:
     """Open the bundle and run steps of every kind; returns what they launched and copied."""
-    build = read_manifest(bundle).build
+    build = variant_build(read_manifest(bundle).build, variant)
     verbose_sessions()
     session: Any = load_session(bundle, build, batch=batch)
     assert isinstance(session, CudaOrtSession)

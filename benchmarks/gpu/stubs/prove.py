@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.stubs import libraries, provider
-from benchmarks.gpu.variants import SYMBOLIC, variant_model
+from benchmarks.gpu.shapes import variant_model
+from benchmarks.gpu.variants import SHIPPED, SYMBOLIC
 from exporter.bundle.staging import write_model
 from exporter.bundle.weights_file import link_weights
+from exporter.decoder.trace import trace
 from exporter.export import export
 from exporter.options import ExportOptions
 from exporter.quantization.make_recipe import stored_recipe
@@ -66,10 +68,11 @@ def main() -> int:
     bundles = cache / "bundles"
     shutil.rmtree(bundles, ignore_errors=True)
     opened = list(matrix(bundles, stubbed))
-    before, after = deep_launches(bundles, stubbed)
     (cache / "report.json").write_text(json.dumps([*map(as_json, opened)], indent=2) + "\n")
-    print(f"\n{DEEP} layers, one row, fp16, a window: {before} launches per token with a ring of "
-          f"symbolic size, none captured; now {after} in one CUDA graph, launched as a whole.")  # fmt: skip
+    print(f"\nLaunches per token, {DEEP} layers, fp16, one row:")
+    for windows, form, count, captured in deep_launches(bundles, stubbed):
+        how = "one CUDA graph" if captured else "one by one"
+        print(f"{windows:10} {form:10} {count:5} {how}", flush=True)
     failed = [one for one in opened if one.faults]
     print(f"{len(opened) - len(failed)} of {len(opened)} bundles are on CUDA alone and captured.")
     return 1 if failed else 0
@@ -124,10 +127,13 @@ def export_bundle(checkpoint: Path, bundle: Path, precision: str) -> Path:
     return bundle
 
 
-def look(bundle: Path, batch: int, stubbed: Mapping[str, str]) -> dict[str, Any]:
+def look(
+    bundle: Path, batch: int, stubbed: Mapping[str, str], variant: str = SHIPPED
+) -> dict[str, Any]:
     """Run `placement.py` on a bundle; raises MistralcError with its last words if it fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.stubs.placement", bundle, "--batch", str(batch)],
+        [sys.executable, "-m", "benchmarks.gpu.stubs.placement", bundle, "--batch", str(batch),
+         "--variant", variant],
         env=stubbed, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False,
     )  # fmt: skip
     if done.returncode:
@@ -176,20 +182,25 @@ def launches(found: Mapping[str, Any]) -> int:
     return int(recorded or last["kernels"] + last["products"])
 
 
-def deep_launches(directory: Path, stubbed: Mapping[str, str]) -> tuple[int, int]:
-    """Launches per token of a deep model, as bundles were before and as they are now."""
-    checkpoint = write_checkpoint(directory / "deep checkpoint", small_spec((WINDOW,) * DEEP))
-    bundle = export_bundle(checkpoint, directory / "deep", "fp16")
-    after = launches(look(bundle, 1, stubbed))
-    rewrite(bundle, SYMBOLIC)
-    return launches(look(bundle, 1, stubbed)), after
+def deep_launches(
+    directory: Path, stubbed: Mapping[str, str]
+) -> Iterator[tuple[str, str, int, bool]]:
+    """Launches per token of a deep model by window and variant, and whether they are captured."""
+    for windows, size in (("window", WINDOW), ("no window", None)):
+        checkpoint = write_checkpoint(directory / f"deep {windows}", small_spec((size,) * DEEP))
+        bundle = export_bundle(checkpoint, directory / f"deep, {windows}", "fp16")
+        for variant in (SYMBOLIC, SHIPPED):
+            rewrite(bundle, variant)
+            found = look(bundle, 1, stubbed, variant)
+            yield windows, variant, launches(found), found["captured"]
 
 
 def rewrite(bundle: Path, variant: str) -> None:
     """Replace the graph of a bundle by one of its variants, on the same weights."""
     manifest = read_manifest(bundle)
     recipe = stored_recipe(manifest.build, manifest.quantization)
-    model = variant_model(manifest.build, recipe, variant)
+    build = manifest.build
+    model = variant_model(trace(build.spec, build.activation), build, recipe, variant)
     link_weights(model, recipe, bundle)
     write_model(model, bundle)
 
