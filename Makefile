@@ -39,7 +39,7 @@ CHOSEN      := $(filter-out file,$(foreach name,CHECKPOINT TARGET PRECISION BUND
 .PHONY: help setup plan doctor calibrate export generate chat serve triton sign inspect verify eval report diff bench \
         bench-positions bench-load bench-operators bench-prompt-lookup bench-flat bench-serve bench-sampling \
         bench-precisions bench-peers bench-modelopt bench-export bench-gpu \
-        test lint type format docs reliability clean
+        prove-cuda rehearse-gpu pack-gpu polygraphy test lint type format docs reliability clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -162,6 +162,20 @@ bench-export: $(READY) ## Time, memory and disk of exporting CHECKPOINT into FOL
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)
+
+##@ GPUs: see benchmarks/gpu/README.md
+
+prove-cuda: $(READY) ## Open every cuda bundle over stub libraries, without a GPU; downloads 255 MB
+	$(BIN)/python -m benchmarks.gpu.stubs.prove $(ARGS)
+
+rehearse-gpu: $(READY) ## Run the first session on a GPU over stub libraries, in a clean environment
+	$(BIN)/python -m benchmarks.gpu.rehearse $(ARGS)
+
+pack-gpu: $(READY) ## Pack build/gpu, 62 MB, for a host with a GPU and without a package index
+	$(BIN)/python -m benchmarks.gpu.pack build/gpu $(ARGS)
+
+polygraphy: $(BUNDLE)/manifest.json ## On a GPU: compare the engine of BUNDLE with its graph; ARGS=--layers
+	$(BIN)/python -m benchmarks.gpu.compare_engine $(BUNDLE) --against $(CHECKPOINT) $(ARGS)
 
 ##@ Development
 

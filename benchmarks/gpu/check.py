@@ -10,34 +10,38 @@ machine, the versions and all figures as JSON, and a Markdown table, and writes 
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run as a script
 
+from benchmarks.gpu.machine import machine
 from benchmarks.gpu.measure import POSITIONS, MemoryPeak, measure
 from graphs.errors import MistralcError
-from graphs.targets import TARGETS, backend_distributions
+from graphs.manifest import read_manifest
+from graphs.targets import TARGETS
 from runtime.system import host
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU_TARGETS = tuple(name for name, target in TARGETS.items() if target.on_gpu)
-LIBRARIES = (*backend_distributions(), "cuda-bindings", "torch")
-COLUMNS = ("target", "precision", "batch", "verified", "tokens_per_s", "of_datasheet", "of_copy",
-           *(f"ms_at_{p // 1024}k" for p in POSITIONS), "ttft_s", "gpu_gb")  # fmt: skip
+COLUMNS = ("target", "precision", "batch", "verified", "captured", "tokens_per_s", "of_datasheet",
+           "of_copy", *(f"ms_at_{p // 1024}k" for p in POSITIONS), "ttft_s", "gpu_gb")  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check and measure mistralc on this GPU.")
     parser.add_argument("--layers", type=int, help="number of layers (default: Mistral-7B's 32)")
     parser.add_argument("--target", nargs="+", choices=GPU_TARGETS, default=list(GPU_TARGETS))
+    parser.add_argument(
+        "--window",
+        type=int,
+        help="window of every layer (default: 4096); a small one is verified far beyond it",
+    )
     parser.add_argument("--precision", nargs="+", default=["fp16", "bf16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
@@ -46,7 +50,8 @@ def main() -> int:
     args = parser.parse_args()
     try:
         if args.measure is not None:
-            print(json.dumps(measure(args.measure, args.batch)))
+            build = read_manifest(args.measure).build
+            print(json.dumps(measure(args.measure, build, args.batch)))
             return 0
         return check(args)
     except MistralcError as error:
@@ -105,7 +110,11 @@ def run_target(
     mistralc = [sys.executable, ROOT / "mistralc.py"]
     export = [*mistralc, "export", checkpoint, "-o", bundle, "--target", target, "--precision",
               precision, "--max-batch", str(max(args.batch)), "--force", "--json"]  # fmt: skip
-    verify = [*mistralc, "verify", bundle, "--against", checkpoint, "--short", "--json"]
+    verify = [*mistralc, "verify", bundle, "--against", checkpoint, "--device", "cuda", "--json"]
+    if args.window:
+        export += ["--window", str(args.window)]
+    else:
+        verify += ["--short"]  # the reference's scores of 8,195 tokens have 8.6 GB a layer
     bench = [sys.executable, __file__, "--measure", bundle, "--batch", *map(str, args.batch)]
     with MemoryPeak() as memory:
         for name, command in (("export", export), ("verification", verify), ("bench", bench)):
@@ -119,6 +128,10 @@ def run_target(
                 if name == "export":
                     break
             run[f"{name}_s"] = round(perf_counter() - began, 1)
+            # At once, so that a session that is cut off keeps what it found.
+            print(json.dumps({"step": name, "target": target, "precision": precision,
+                              "s": run[f"{name}_s"], "result": run.get(name),
+                              "error": run.get("error")}), flush=True)  # fmt: skip
             run[f"{name}_gpu_bytes"] = memory.peak or None
     run.pop("export", None)  # the bundle has the manifest
     return run
@@ -148,23 +161,6 @@ def step(
         words = done.stderr.strip().splitlines()[-1:] or ["no error output"]
         raise MistralcError(f"{how}: {words[0][:600]}")
     return found
-
-
-def machine(found: host.Cuda) -> dict[str, Any]:
-    """The GPU, driver, CUDA and library versions of this host."""
-    device, versions = found.devices[0], {}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {
-        "gpu": device.name,
-        "compute_capability": device.compute_capability,
-        "memory_bytes": device.memory_bytes,
-        "driver": found.driver,
-        "cuda": ".".join(map(str, found.version or ())),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def table(report: dict[str, Any]) -> str:
@@ -210,9 +206,14 @@ def row(run: dict[str, Any], found: dict[str, Any]) -> list[str]:
         run["target"],
         run["precision"],
         str(found["batch"]),
-        {True: "yes", False: "NO", None: "–"}[verified],
+        _yes_or_no(verified),
+        _yes_or_no(found.get("captured")),
         *("–" if value is None else form.format(value * scale) for value, form, scale in numbers),
     ]
+
+
+def _yes_or_no(fact: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "–"}[fact]
 
 
 def say(text: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from benchmarks.gpu.fill import fill
 from benchmarks.gpu.variants import SHIPPED, VARIANTS, variant_build
 from exporter.checks import golden, verify
+from exporter.checks.reference_pass import Logits, case_texts
 from exporter.checks.texts import Case
 from exporter.decoder.devices import DEVICES, reference_device
 from exporter.decoder.model import Decoder, logits_at
@@ -73,8 +74,9 @@ def check(bundle: Path, variant: str, device: torch.device) -> dict[str, Any]:
             opened.enter_context(session)
             rows[str(count)] = _of_rows(session, build, reference, cases, texts)
     passed = first.captured and all(row["passed"] for row in rows.values())
+    known = sum(len(text["expected"]) for text in texts)
     return {"passed": passed, "captured": first.captured, "load_s": round(loaded, 2),
-            "golden_tokens": sum(len(text["expected"]) for text in texts), "rows": rows}  # fmt: skip
+            "golden_tokens": known, "rows": rows}  # fmt: skip
 
 
 def _of_rows(
@@ -100,11 +102,9 @@ def _of_rows(
     }  # fmt: skip
 
 
-def expected_logits(
-    reference: Decoder, build: Build, cases: list[Case]
-) -> Iterator[verify.Logits]:
+def expected_logits(reference: Decoder, build: Build, cases: list[Case]) -> Iterator[Logits]:
     """The decoder's logits [T, V] for each case, one case at a time."""
-    for ids, rows in verify.case_texts(build, cases):
+    for ids, rows in case_texts(build, cases):
         yield logits_at(reference, ids[0], rows).numpy()
 
 
@@ -128,7 +128,7 @@ def golden_texts(reference: Decoder, build: Build) -> list[Mapping[str, Any]]:
     """A short random text, and the tokens that the decoder clearly prefers in it."""
     ids = np.random.default_rng(1).integers(0, build.spec.vocab_size, GOLDEN)
     logits = logits_at(reference, torch.from_numpy(ids)[None], torch.arange(GOLDEN))
-    lead = golden.margin(build.activation, rounded=build.storage.rounds_inputs)
+    lead = golden.margin(build.activation, rounded=build.rounds_inputs)
     return list(golden.golden([ids.tolist()], logits, lead))
 
 

@@ -96,10 +96,12 @@ def _numbers(part: Part, stored: torch.dtype, draw: torch.Generator) -> Iterator
 
 def _scaled(uniform: Tensor, part: Part) -> Tensor:
     """Turn numbers from 0 to 1 into weights, gains or scales."""
+    result: Tensor
     if part.kind == "gain":
-        return 1 + (uniform - 0.5) * GAIN_SPREAD
-    if part.kind == "weight":  # the variance of a unit interval is 1/12
-        return (uniform - 0.5) * math.sqrt(12 / part.inputs)
-    assert part.scheme is not None
-    deviation = 2**part.scheme.bits / math.sqrt(12)  # of uniform codes
-    return (0.5 + uniform) / deviation / math.sqrt(part.inputs)
+        result = 1 + (uniform - 0.5) * GAIN_SPREAD
+    elif part.scheme is None:  # the variance of a unit interval is 1/12
+        result = (uniform - 0.5) * math.sqrt(12 / part.inputs)
+    else:
+        deviation = 2**part.scheme.bits / math.sqrt(12)  # of uniform codes
+        result = (0.5 + uniform) / deviation / math.sqrt(part.inputs)
+    return result

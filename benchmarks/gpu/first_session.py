@@ -39,7 +39,7 @@ class Step:
     @property
     def name(self) -> str:
         """How the step is called in its line."""
-        return " ".join(filter(None, (self.module, self.bundle, self.variant if self.bundle else "")))
+        return f"{self.module} {self.bundle} {self.variant}" if self.bundle else self.module
 
 
 MACHINE = Step(module="machine", seconds=10)
@@ -78,10 +78,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--shapes", type=Path, required=True, help="bundles without weights")
-    parser.add_argument("--weights", type=Path, required=True,
-                        help="an empty folder for weights: 5 GB for correctness, 16 GB for speed")
-    parser.add_argument("--device", choices=DEVICES, default="cuda",
-                        help="where weights are drawn and the reference is computed")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        help="an empty folder for weights: 5 GB for correctness, 16 GB for speed",
+    )
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cuda",
+        help="where weights are drawn and the reference is computed",
+    )
     given = parser.parse_args()  # fmt: skip
     steps, _ = PHASES[given.phase]
     failed = 0

@@ -1,6 +1,6 @@
 """Print this host's GPU, driver and versions, and its copy bandwidth, as one line of JSON.
 
-    python -m benchmarks.gpu.machine
+python -m benchmarks.gpu.machine
 """
 
 import json

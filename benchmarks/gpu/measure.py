@@ -28,7 +28,7 @@ POSITIONS = (4096, 8192, 16_384, 32_768, 65_536)
 STEPS = 64  # per position; the median is reported
 PROMPT = 2048  # tokens
 PROMPTS = 6  # the first is a warm-up
-COPY_BYTES, COPIES = 1 << 29, 20
+COPY_BYTES, COPIES = 1 << 28, 10
 
 
 def measure(bundle: Path, build: Build, batches: Sequence[int]) -> dict[str, Any]:

@@ -41,11 +41,19 @@ DICTIONARY = 1 << 28  # bytes back that repetitions are looked for
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--architecture", type=int, default=H100,
-                        help="of the GPU, such as 90 for compute capability 9.0")
+    parser.add_argument(
+        "--architecture",
+        type=int,
+        default=H100,
+        help="of the GPU, such as 90 for compute capability 9.0",
+    )
     parser.add_argument("--python", default=PYTHON, help="of the host, such as 3.12")
-    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "stubs",
-                        help="where downloads and the packed ONNX Runtime are kept")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / "build" / "stubs",
+        help="where downloads and the packed ONNX Runtime are kept",
+    )
     given = parser.parse_args()  # fmt: skip
     try:
         size = pack(given.out, given.cache, given.architecture, given.python, [*small(), *large()])
@@ -133,10 +141,8 @@ def files_below(path: Path) -> list[Path]:
             if each.is_file() and "__pycache__" not in each.parts]  # fmt: skip
 
 
-def write_archive(
-    path: Path, files: Iterable[tuple[str, bytes]], preset: int = SMALLEST
-) -> None:
-    """Write files, by their names in the archive, as .tar.xz; the same files give the same bytes."""
+def write_archive(path: Path, files: Iterable[tuple[str, bytes]], preset: int = SMALLEST) -> None:
+    """Write files, by name in the archive, as .tar.xz; the same files give the same bytes."""
     compress: dict[str, int] = {"id": lzma.FILTER_LZMA2, "preset": preset}
     if preset == SMALLEST:
         compress["dict_size"] = DICTIONARY

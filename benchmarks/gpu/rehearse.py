@@ -37,22 +37,26 @@ FAST = 0  # xz's preset for a rehearsal: 20 MB larger, and 2 minutes faster
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "stubs")
-    parser.add_argument("--python", type=Path, default=Path(sys.executable),
-                        help="an interpreter of the version that the host has")
+    parser.add_argument(
+        "--python",
+        type=Path,
+        default=Path(sys.executable),
+        help="an interpreter of the version that the host has",
+    )
     parser.add_argument("--whole", action="store_true", help="pack what a GPU's host would get")
     given = parser.parse_args()  # fmt: skip
     cache: Path = given.cache.resolve()
     version = python_version(given.python)
     environment = clean_environment(cache, given.python, version)
     folder, work = cache / "packed", cache / "session"
-    shapes = [*small(), *large()] if given.whole else [*small(tiny(2)), *large(tiny(2))]
+    narrow = [*small(tiny(2)), *large(tiny(2))]
+    shapes = [*small(), *large()] if given.whole else narrow
     size = pack.pack(folder, cache, pack.H100, version, shapes,
                      preset=pack.SMALLEST if given.whole else FAST)  # fmt: skip
     print(f"packed folder: {size / 1e6:.1f} MB", flush=True)
     if given.whole:  # a CPU has no use for a 7B: the steps run on tiny models either way
-        pack.write_archive(folder / "shapes.tar.xz",
-                           pack.written_shapes([*small(tiny(2)), *large(tiny(2))], cache / "shapes"),
-                           FAST)  # fmt: skip
+        files = pack.written_shapes(narrow, cache / "shapes")
+        pack.write_archive(folder / "shapes.tar.xz", files, FAST)
     stubs = cache / "libraries"
     libraries.build(provider.unpacked(cache, version) / provider.CUDA_LIBRARY, stubs)
     shutil.rmtree(work, ignore_errors=True)

@@ -174,9 +174,7 @@ def to_markdown(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def bundle_reference(
-    bundle: Path, manifest: Manifest, device: torch.device = CPU
-) -> Decoder:
+def bundle_reference(bundle: Path, manifest: Manifest, device: torch.device = CPU) -> Decoder:
     """Build the reference on a bundle's own `weights.safetensors`, codes and all."""
     if not (bundle / FILE_NAME).exists():
         raise MistralcError(

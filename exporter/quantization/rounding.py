@@ -31,11 +31,13 @@ class Quantized:
 
     def to(self, device: torch.device) -> "Quantized":
         """Return the same weight with its tensors on `device`."""
-        parts = (self.codes, self.scale, self.zero_point, self.minimum)
-        codes, scale, zero_point, minimum = (
-            None if part is None else part.to(device) for part in parts
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scale=self.scale.to(device),
+            zero_point=None if self.zero_point is None else self.zero_point.to(device),
+            minimum=None if self.minimum is None else self.minimum.to(device),
         )
-        return replace(self, codes=codes, scale=scale, zero_point=zero_point, minimum=minimum)
 
     def dequantized(self) -> Tensor:
         """Return the dequantized weight [N, K], in float32."""

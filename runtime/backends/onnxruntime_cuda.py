@@ -81,9 +81,7 @@ class CudaOrtSession:
 
     def with_rows(self, batch: int) -> "CudaOrtSession":
         """A session with a ring of `batch` rows of its own that shares this one's weights."""
-        return CudaOrtSession(
-            self._model, self.contract, self._target, batch=batch, shared=self
-        )
+        return CudaOrtSession(self._model, self.contract, self._target, batch=batch, shared=self)
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Check the capacities, by window: this ring is full from the start and never resized."""

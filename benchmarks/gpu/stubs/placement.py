@@ -127,8 +127,13 @@ def steps(session: CudaOrtSession, build: Build, batch: int) -> dict[str, Any]:
     for _ in range(WARM):
         take("single", 1)
     while sequence.position < last and (room is None or sequence.position + WARM < room):
-        count = next(sequence.ring.pieces(build.ring.chunk if room is None else
-                                          min(build.ring.chunk, room - sequence.position)))
+        count = next(
+            sequence.ring.pieces(
+                build.ring.chunk
+                if room is None
+                else min(build.ring.chunk, room - sequence.position)
+            )
+        )
         take("chunk" if count > 1 else "after", count)  # fmt: skip
         if room is None or sequence.position < room:
             take("after", 1)
@@ -164,7 +169,9 @@ def shared_memory(session: CudaOrtSession) -> list[str]:
     """Pairs of bound tensors that share memory, apart from a cache's past and present."""
     buffers = session._buffers
     sizes = session.contract.sizes(batch=session.batch, tokens=1, wanted=1)
-    tensors = {t.name: t.sized(sizes) for t in (*session.contract.inputs, *session.contract.outputs)}
+    tensors = {
+        t.name: t.sized(sizes) for t in (*session.contract.inputs, *session.contract.outputs)
+    }
     spans = {}
     for name, shape in tensors.items():
         begin = buffers.addresses.get(name, buffers.logits(1).device)

@@ -85,6 +85,6 @@ class StubRuntime(ModuleType):
 
 
 with suppress(ImportError, OSError):  # no cuda-bindings, or no stubs: nothing to replace
-    import cuda.bindings.runtime
+    import cuda.bindings.runtime  # type: ignore[import-untyped]
 
     cuda.bindings.runtime = sys.modules[NAME] = StubRuntime(cuda.bindings.runtime)
