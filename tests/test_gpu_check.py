@@ -85,8 +85,8 @@ def test_a_device_is_found_in_the_catalogue_by_capability_memory_and_name(
 
 def test_the_table_has_a_row_per_batch_and_notes_on_missing_runs():
     bench = {
-        "batch": 1, "tokens_per_s": 61.25, "of_datasheet": 0.8, "of_copy": None, "ttft_s": 0.5,
-        "decode_s_at": {4096: 0.0163, 65_536: 0.0164},
+        "batch": 1, "captured": True, "tokens_per_s": 61.25, "of_datasheet": 0.8,
+        "of_copy": None, "ttft_s": 0.5, "decode_s_at": {4096: 0.0163, 65_536: 0.0164},
     }  # fmt: skip
     runs = [
         {"target": "rtx", "precision": "fp16", "verification": {"passed": True},
@@ -98,8 +98,8 @@ def test_the_table_has_a_row_per_batch_and_notes_on_missing_runs():
     text = check.table(report)
     assert "NVIDIA X" in text
     assert "driver 580.1" in text
-    wanted = "| rtx | fp16 | 1 | yes | 61.2 | 80% | – | 16.30 | – | – | – | 16.40 | 0.500 | 15.50 |"
-    assert wanted in text.splitlines()
+    figures = "61.2 | 80% | – | 16.30 | – | – | – | 16.40 | 0.500 | 15.50 |"
+    assert f"| rtx | fp16 | 1 | yes | yes | {figures}" in text.splitlines()
     assert "- tensorrt fp16 skipped: tensorrt is not installed" in text
     assert "- cuda fp16 error: bench: signal 11" in text
 
@@ -123,7 +123,7 @@ def test_a_bundle_is_measured_at_every_position(tmp_path: Path):
         patch.setattr(measure, "load_session", load)
         patch.setattr(measure, "PROMPT", 20)
         patch.setattr(measure, "COPY_BYTES", 1 << 16)
-        found = json.loads(json.dumps(measure.measure(tmp_path, [1])))
+        found = json.loads(json.dumps(measure.measure(tmp_path, manifest.build, [1])))
         assert not fake.cudart.live
     (batch,) = found["by_batch"]
     assert list(batch["decode_s_at"]) == [str(position) for position in measure.POSITIONS]
@@ -132,4 +132,6 @@ def test_a_bundle_is_measured_at_every_position(tmp_path: Path):
     assert batch["read_bytes_per_step"] > 0
     assert found["datasheet_bytes_per_s"] == 300 * 10**9
     run = {"target": "rtx", "precision": "fp16", "bench": found}
-    assert "| rtx | fp16 | 1 | – |" in check.table({"machine": MACHINE, "layers": 2, "runs": [run]})
+    assert "| rtx | fp16 | 1 | – | yes |" in check.table(
+        {"machine": MACHINE, "layers": 2, "runs": [run]}
+    )

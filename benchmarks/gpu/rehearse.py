@@ -58,7 +58,8 @@ def main() -> int:
         files = pack.written_shapes(narrow, cache / "shapes")
         pack.write_archive(folder / "shapes.tar.xz", files, FAST)
     stubs = cache / "libraries"
-    libraries.build(provider.unpacked(cache, version) / provider.CUDA_LIBRARY, stubs)
+    package = provider.unpacked(cache, version)
+    libraries.build([package / provider.CUDA_LIBRARY, *cuda_users(environment)], stubs)
     shutil.rmtree(work, ignore_errors=True)
     faults = [
         *session("correctness", CORRECTNESS, folder, work, environment, stubs),
@@ -117,6 +118,14 @@ def faults_of(line: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name}: captured is {one['captured']} with {one['batch']} rows"
             if not one["decode_s_at"] or one["ttft_s"] is None:
                 yield f"{name}: nothing was measured with {one['batch']} rows"
+
+
+def cuda_users(python: Path) -> Iterator[Path]:
+    """Libraries of the environment that would find the stubs: those of a PyTorch with CUDA."""
+    packages = next((python.parents[1] / "lib").glob("python*/site-packages"))
+    if any((packages / "torch" / "lib").glob("libtorch_cuda*.so")):
+        for folder in ("torch/lib", "nvidia", "cusparselt"):
+            yield from (packages / folder).rglob("*.so*")
 
 
 def host_environment(stubs: Path) -> dict[str, str]:

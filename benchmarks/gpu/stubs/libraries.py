@@ -10,7 +10,7 @@ copied and launched, and whether a CUDA graph is captured, is decided as on a GP
 
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
@@ -26,14 +26,19 @@ LIBRARIES: Mapping[str, str] = {
 DRIVER_PREFIX = "cu"  # symbols of libcuda.so.1 have no version
 
 
-def build(provider: Path, directory: Path) -> None:
-    """Compile every library of LIBRARIES into `directory`, with all symbols that `provider` needs.
+def build(importers: Iterable[Path], directory: Path) -> None:
+    """Compile every library of LIBRARIES into `directory`, with all that `importers` need.
 
-    `provider` is `libonnxruntime_providers_cuda.so`. Needs `cc` and `readelf`. Raises
+    One of these is `libonnxruntime_providers_cuda.so`; others are libraries that a process loads
+    beside it, such as those of a PyTorch with CUDA. Needs `cc` and `readelf`. Raises
     CalledProcessError with the compiler's message if a source does not compile.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    imported = imports(provider)
+    imported: dict[str, list[str]] = {}
+    for importer in importers:
+        for file, symbols in imports(importer).items():
+            known = imported.setdefault(file, [])
+            known += [symbol for symbol in symbols if symbol not in known]
     for name, file in LIBRARIES.items():
         source = SOURCES / f"{name}.c"
         written = source.read_text() if source.exists() else ""

@@ -82,7 +82,7 @@ def environment(cache: Path) -> dict[str, str]:
     """Environment variables with which a Python process sees the stubs and onnxruntime-gpu."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     package = provider.unpacked(cache, python)
-    libraries.build(package / provider.CUDA_LIBRARY, cache / "libraries")
+    libraries.build([package / provider.CUDA_LIBRARY], cache / "libraries")
     return stub_environment(cache / "libraries", package)
 
 
