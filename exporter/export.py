@@ -232,7 +232,7 @@ def _compile(
     with stage(host.COMPILE, request.work) as advance:
         built = build_engine(request, advance)
     weights = WeightsLayout.of(source.recipe).weight_bytes
-    found = audit.audit(built, model.graph, build.contract, weights)
+    found = audit.audit(built, model.graph, build, weights)
     audit.require(found, allow=options.allow_faults)
     shutil.rmtree(directory / "graph")
     return {**found.to_json(), "gpus": list(options.engine.gpus)}

@@ -75,12 +75,13 @@ class GroupQueryAttention:
         The last position [B], the number of positions, cosines, sines, and positions [B, S].
         """
         positions = next(value for value in graph.inputs if value.name == "position_ids")
+        angles = self._angles(graph, spec)
         end = constant(graph, ir.tensor(-1, ir.DataType.INT64, "last_position"))
         last = ir.node("Gather", [positions, end], {"axis": 1})
         narrow = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
         total, nodes = _total(graph, narrow.outputs[0], self.total)
         graph.insert_before(graph[0], [last, narrow, *nodes])
-        return narrow.outputs[0], total, *self._angles(graph, spec), positions
+        return narrow.outputs[0], total, *angles, positions
 
     def _angles(self, graph: ir.Graph, spec: ModelSpec) -> list[ir.Value]:
         """Cosines and sines, [positions, D/2] each."""

@@ -15,7 +15,7 @@ import pytest
 
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
-from graphs.spec import RingSpec
+from graphs.spec import ModelSpec, RingSpec
 from graphs.targets import AttentionForm
 from runtime.backends import onnxruntime_cuda
 from runtime.backends.onnxruntime_cuda import CudaOrtSession
@@ -101,23 +101,27 @@ def test_the_scheduler_serves_requests_on_the_rows_of_a_batch(fake: FakeCudart, 
 # Rows of prompts
 
 
+def check_rows(session: CudaOrtSession, tolerance: float) -> None:
+    """Assert the PyTorch decoder's logits for another text in each row, in chunks and alone."""
+    texts = [tiny.tokens(MIXED, 40, seed=row) for row in range(session.batch)]
+    expected = np.stack([tiny.at_once(tiny.decoder(MIXED), text) for text in texts])
+    found, here = [], 0
+    for count in (3, 3, 3, 1, 2, *[3] * 4, 1, 1, 1, *[3] * 4, 1):
+        ids = np.stack([text[here : here + count] for text in texts])
+        steps = np.tile(np.arange(count), (session.batch, 1))
+        found.append(session.step(ids, steps + here, steps).copy())
+        here += count
+    got = np.concatenate(found, axis=1)
+    assert np.abs(got - expected[:, :here]).max() <= tolerance * np.abs(expected).max()
+
+
 def test_a_prompt_runs_row_by_row_where_the_operator_takes_one_row(
     fake: FakeCudart, mixed_model: Path
 ):
     """`GroupQueryAttention` refuses several tokens after others in more than one row."""
-    rows = 3
-    texts = [tiny.tokens(MIXED, 40, seed=row) for row in range(rows)]
-    expected = np.stack([tiny.at_once(tiny.decoder(MIXED), text) for text in texts])
-    with open_cuda(mixed_model, spec=MIXED, ring=MIXED_RING, batch=rows) as session:
-        assert len(session._prefill) == rows
-        got, here = [], 0
-        for count in (3, 3, 3, 1, 2, *[3] * 4, 1, 1, 1, *[3] * 4, 1):
-            ids = np.stack([text[here : here + count] for text in texts])
-            steps = np.tile(np.arange(count), (rows, 1))
-            got.append(session.step(ids, steps + here, steps).copy())
-            here += count
-    largest = np.abs(expected).max()
-    assert np.abs(np.concatenate(got, axis=1) - expected[:, :here]).max() <= FLOAT32 * largest
+    with open_cuda(mixed_model, spec=MIXED, ring=MIXED_RING, batch=3) as session:
+        assert len(session._prefill) == 3
+        check_rows(session, FLOAT32)
 
 
 def test_the_scheduler_serves_requests_whose_prompts_run_row_by_row(
@@ -289,15 +293,14 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`models(activation)` writes a tiny model for the provider, once."""
-    made: dict[Dtype, Path] = {}
+    """`models(activation)` writes a tiny model for the provider, once for each spec and ring."""
+    made: dict[tuple[Dtype, ModelSpec], Path] = {}
 
-    def build(activation: Dtype) -> Path:
-        if activation not in made:
-            made[activation] = tmp_path_factory.mktemp("model") / "model.onnx"
-            lowered = tiny.lowered(SPEC, "cuda", activation, RING)
-            ir.save(tiny.fill(lowered, SPEC), made[activation])
-        return made[activation]
+    def build(activation: Dtype, spec: ModelSpec = SPEC, ring: RingSpec = RING) -> Path:
+        if (activation, spec) not in made:
+            path = made[activation, spec] = tmp_path_factory.mktemp("model") / "model.onnx"
+            ir.save(tiny.fill(tiny.lowered(spec, "cuda", activation, ring), spec), path)
+        return made[activation, spec]
 
     return build
 
@@ -340,3 +343,16 @@ def test_on_a_gpu_a_long_text_allocates_no_memory(models: Any, activation: Dtype
 def test_on_a_gpu_decoding_is_captured(models: Any, activation: Dtype):
     with open_cuda(models(activation), activation=activation) as session:
         assert session.captured
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 3])
+def test_on_a_gpu_layers_without_a_window_agree_in_every_row(
+    models: Any, activation: Dtype, batch: int
+):
+    model = models(activation, MIXED, MIXED_RING)
+    with open_cuda(
+        model, spec=MIXED, ring=MIXED_RING, activation=activation, batch=batch
+    ) as session:
+        assert session.captured
+        check_rows(session, HALF[activation])
