@@ -105,7 +105,7 @@ def _storage(
     if facts.calibrated is None:
         schemes = dict(layer_schemes(spec, target, precision, options))
         if target.keeps_gguf_blocks:
-            copied = _take_blocks(spec, schemes, options, facts)
+            copied = _take_blocks(spec, target, schemes, options, facts)
     else:
         schemes = dict(facts.calibrated)
     head = output_scheme(spec, target, precision, options)
@@ -119,20 +119,22 @@ def _storage(
 
 
 def _take_blocks(
-    spec: ModelSpec, schemes: dict[str, Scheme], options: QuantizeOptions, facts: WeightFacts
-) -> list[str]:
+    spec: ModelSpec, target: Target, schemes: dict[str, Scheme], options: QuantizeOptions,
+    facts: WeightFacts,
+) -> list[str]:  # fmt: skip
     """Keep a GGUF file's blocks where they match what was asked for; returns those weights.
 
-    `schemes` is changed: the file's own scheme may have minimums.
+    `schemes` is changed: the file's own scheme may have minimums, where the target has offsets.
     """
     copied = []
+    symmetric = options.symmetric or not target.zero_points
     for group in groups(spec):
         found = {facts.blocks.get(name) for name in group.readers}
         scheme = found.pop()
         asked = schemes[group.readers[0]]
         if found or scheme is None or (scheme.codes, scheme.block) != (asked.codes, asked.block):
             continue
-        if options.symmetric and scheme.offset != "none":
+        if symmetric and scheme.offset != "none":
             continue
         for name in group.readers:
             schemes[name] = scheme

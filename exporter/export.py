@@ -47,7 +47,6 @@ from exporter.quantization.reference import simulate
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer
 from graphs.build import Build
 from graphs.manifest import Manifest
-from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.pipeline import lower
 from graphs.targets import TARGETS, backend_distributions
 from runtime.backends import tensorrt_library
@@ -207,8 +206,6 @@ def _write_graph(source: Source, directory: Path, stage: Stage) -> Graph:
             fingerprint = pool.submit(stream)
             try:
                 model = trace(build.spec, build.activation)
-                if build.target.holds_plan:
-                    fix_dimensions(model, build.contract.capacities)
                 passes = lower(model, build, quantization(recipe))
             except BaseException:
                 stopped.set()

@@ -3,13 +3,16 @@
 All forms give the same result from the same ring; they differ in what is read and copied for it.
 
 `masked`    the operator of the portable graph: q [B, H, S, D], keys [B, K, C, D], a mask [S, C].
+`unfused`   the same graph; ONNX Runtime CUDA is told to take its unfused kernel, which repeats no
+            key (`runtime/backends/onnxruntime_cuda.py`). No target takes it: it is to be measured.
 `grouped`   ONNX Runtime's GroupQueryAttention, which writes the ring and reads its filled part; it
             takes positions for slots, so only a layer whose ring never wraps can have it.
 `folded`    the query heads that share a key head are rows of one matrix, so no key is repeated.
 `in_place`  `masked`, and for prompts the chunk's own keys once more behind the ring, masked out.
             TensorRT then reads the ring where it lies when it decodes; see `trt/in_place.py`.
 
-To change a choice after measuring, change the target's facts (`graphs/targets.py`).
+To change a choice after measuring, change the target's facts (`graphs/targets.py`): for `cuda`,
+`windowed_attention="unfused"` instead of "folded".
 """
 
 from collections.abc import Mapping

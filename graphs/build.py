@@ -31,15 +31,6 @@ class Storage:
     layouts: Mapping[str, CodeLayout] = field(default_factory=dict)
     copied: tuple[str, ...] = ()
 
-    @property
-    def rounds_inputs(self) -> bool:
-        """Whether some linear rounds its input to 8 bits while it computes.
-
-        `MatMulNBits` does so on ONNX Runtime CPU, even where only weights are quantized.
-        """
-        rounds = any(scheme.activation is not None for scheme in self.schemes.values())
-        return rounds or "nbits" in self.layouts.values()
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
@@ -70,6 +61,16 @@ class Build:
     def activation(self) -> Dtype:
         """The type that the graph computes in."""
         return self.contract.activation
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether some linear rounds its input to 8 bits while it computes.
+
+        `MatMulNBits` does so on ONNX Runtime CPU, even where only weights are quantized.
+        """
+        storage = self.storage
+        rounds = any(scheme.activation is not None for scheme in storage.schemes.values())
+        return rounds or (self.target.rounds_blocks and "nbits" in storage.layouts.values())
 
     @property
     def attention(self) -> Mapping[int | None, AttentionForm]:

@@ -17,7 +17,7 @@ from graphs.precisions import PRECISIONS
 CodeLayout = Literal["onnx", "transposed", "nbits"]
 """How a quantized weight's codes lie in the file: see `graphs.quant_scheme.stored_parts`."""
 
-AttentionForm = Literal["masked", "grouped", "folded", "in_place"]
+AttentionForm = Literal["masked", "grouped", "folded", "unfused", "in_place"]
 """How the attention of a layer is computed: see `graphs.attention_form`."""
 
 GRAPH_FILES = ("model.onnx", "weights.safetensors")
@@ -62,7 +62,7 @@ class Target:
     max_in_place_slots: int = 0  # of a ring that the form `in_place` can read
 
     # The ring.
-    ring_grows: bool = False
+    ring_grows: bool = False  # else it is full from the start, and its capacity fixed in the graph
     min_chunk: int = 1
     largest_default_chunk: int = 512
 
@@ -71,6 +71,7 @@ class Target:
     rounded_integer_layout: CodeLayout = "onnx"
     default_block: int | None = None  # input features that share a scale, blockwise precisions
     always_blockwise: bool = False  # one scale per row is not supported for weights alone
+    rounds_blocks: bool = False  # `MatMulNBits` rounds blocks of its input to int8
     zero_points: bool = False
     partial_blocks: bool = False  # the block need not divide the input features
     quantizes_tied_embedding: bool = False
@@ -117,6 +118,10 @@ def _quantized(activation: Dtype) -> dict[str, Dtype]:
     return {name: activation for name, one in PRECISIONS.items() if one.quantized}
 
 
+def _weight_only(activation: Dtype) -> dict[str, Dtype]:
+    return {name: activation for name, one in PRECISIONS.items() if one.weight_only}
+
+
 _HALF: dict[str, Dtype] = {"fp16": "float16", "bf16": "bfloat16"}
 
 TARGETS: Mapping[str, Target] = {
@@ -139,6 +144,7 @@ TARGETS: Mapping[str, Target] = {
             rounded_integer_layout="transposed",
             default_block=32,
             always_blockwise=True,
+            rounds_blocks=True,
             zero_points=True,
             partial_blocks=True,
             quantizes_tied_embedding=True,
@@ -149,12 +155,20 @@ TARGETS: Mapping[str, Target] = {
         Target(
             name="cuda",
             title="ONNX Runtime CUDA",
-            activations=_HALF,
+            activations={**_HALF, **_weight_only("float16")},
             backend_module="onnxruntime",
             distributions=("onnxruntime-gpu", "onnxruntime"),
             min_backend_version=(1, 31),
             execution_provider="CUDAExecutionProvider",
             loaded_files=GRAPH_FILES,
+            full_attention="grouped",
+            windowed_attention="folded",
+            weight_only_layout="nbits",
+            # ONNX Runtime's fastest kernels: blocks of 32 without zero points.
+            default_block=32,
+            always_blockwise=True,
+            quantizes_tied_embedding=True,
+            keeps_gguf_blocks=True,
         ),
         Target(
             name="rtx",

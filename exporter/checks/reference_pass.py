@@ -49,7 +49,7 @@ def ask(
     found = logits_in_one_pass(reference, [*texts, *case_texts(build, cases)])
     clear = []
     if known:
-        lead = golden.margin(build.activation, rounded=build.storage.rounds_inputs)
+        lead = golden.margin(build.activation, rounded=build.rounds_inputs)
         clear = golden.golden(known, found.pop(0), lead)
     return Answers(golden=clear, logits=[logits[0].numpy() for logits in found])
 

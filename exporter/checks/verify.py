@@ -267,7 +267,7 @@ def _compare(case: Case, got: Logits, expected: Logits, build: Build) -> Agreeme
         kl=float(kl.mean()),
         top1=float((got.argmax(-1) == expected.argmax(-1)).mean()),
         tolerance=TOLERANCE[build.activation],
-        tolerance_kl=ROUNDED_KL if build.storage.rounds_inputs else None,
+        tolerance_kl=ROUNDED_KL if build.rounds_inputs else None,
     )
 
 

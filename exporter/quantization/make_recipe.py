@@ -59,6 +59,7 @@ def make_recipe(build: Build, checkpoint: Checkpoint, table: CalibrationTable | 
         activation=build.activation,
         schemes=build.storage.schemes,
         layouts=build.storage.layouts,
+        rounds_blocks=build.target.rounds_blocks,
         tensors={} if table is None else table.tensors,
         repacked={name: read_blocks(checkpoint, name) for name in build.storage.copied},
     )
@@ -68,7 +69,10 @@ def quantization(recipe: Recipe) -> Quantization:
     """What the graph passes need to know of a recipe."""
     rounded = (n for n, scheme in recipe.schemes.items() if scheme.activation is not None)
     scales = {name: recipe.input_scale(name) for name in rounded}
-    return Quantization(schemes=recipe.schemes, input_scales=scales, layouts=recipe.layouts)
+    return Quantization(
+        schemes=recipe.schemes, input_scales=scales, layouts=recipe.layouts,
+        rounds_blocks=recipe.rounds_blocks,
+    )  # fmt: skip
 
 
 def describe(
@@ -99,6 +103,7 @@ def stored_recipe(build: Build, record: Mapping[str, Any] | None) -> Recipe:
         activation=build.activation,
         schemes=build.storage.schemes,
         layouts=build.storage.layouts,
+        rounds_blocks=build.target.rounds_blocks,
         tensors={
             group.name + INPUT_SCALE: torch.tensor(scales[group.readers[0]])
             for group in groups(build.spec)

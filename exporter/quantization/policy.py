@@ -37,7 +37,10 @@ class WeightFacts:
 
 
 def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayout]:
-    """How the target's backend wants codes to lie, by weight, where that is not `onnx`."""
+    """How the target's backend wants codes to lie, by weight, where that is not `onnx`.
+
+    Raises UsageError for a scheme with an offset if only `MatMulNBits` could compute it.
+    """
     found: dict[str, CodeLayout] = {}
     for name, scheme in schemes.items():
         layout: CodeLayout = "onnx"
@@ -45,6 +48,11 @@ def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayo
             layout = target.weight_only_layout
         elif ELEMENT_TYPES[scheme.codes].is_integer:
             layout = target.rounded_integer_layout
+        if layout != "nbits" and scheme.offset != "none":
+            raise UsageError(
+                f"{name} was calibrated with zero points, which {target.title} does not compute. "
+                "Calibrate without --zero-points."
+            )
         if layout != "onnx":
             found[name] = layout
     return found
@@ -115,17 +123,18 @@ def fitting(
             # The closest to one scale per row that the backend supports.
             scheme = replace(scheme, block=target.default_block)
         if not target.partial_blocks and scheme.block is not None and columns % scheme.block:
-            scheme = _smaller(scheme, name, columns, decided=decided(name))
+            scheme = _smaller(scheme, name, columns, target, decided=decided(name))
         found[name] = scheme
     return found
 
 
-def _smaller(scheme: Scheme, name: str, columns: int, *, decided: bool) -> Scheme:
+def _smaller(scheme: Scheme, name: str, columns: int, target: Target, *, decided: bool) -> Scheme:
     fits = [size for size in BLOCKS if scheme.block and size < scheme.block and not columns % size]
     if not fits or decided:
+        other = target.default_precision if target.always_blockwise else "int8wo"
         raise UsageError(
             f"{name} has {columns} columns, which blocks of {scheme.block} do not divide, as "
-            f"TensorRT requires. {'Calibrate' if decided else 'Export'} with a --block that does, "
-            "or choose int8wo."
+            f"{target.title} requires. {'Calibrate' if decided else 'Export'} with a --block that "
+            f"does, or choose {other}."
         )
     return replace(scheme, block=max(fits))

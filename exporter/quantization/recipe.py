@@ -78,14 +78,16 @@ def quantized(
 class Recipe:
     """How every weight of a model is stored: as floats of type `activation`, or by its scheme.
 
-    `layouts` has the layouts of codes that are not `onnx`. `repacked` reads the weights whose codes
-    the checkpoint already has, so that nothing is rounded a second time.
+    `layouts` has the layouts of codes that are not `onnx`. With `rounds_blocks`, products with
+    `nbits` codes round blocks of their input to int8. `repacked` reads the weights whose codes the
+    checkpoint already has, so that nothing is rounded a second time.
     """
 
     spec: ModelSpec
     activation: Dtype
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     layouts: Mapping[str, CodeLayout] = field(default_factory=dict)
+    rounds_blocks: bool = False
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     repacked: Mapping[str, Callable[[], Quantized]] = field(default_factory=dict)
 

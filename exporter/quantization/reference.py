@@ -34,7 +34,7 @@ class QuantizedLinear(nn.Module):
         scheme = self.recipe.schemes[self.name]
         if scheme.activation is not None:
             x = round_activation(x, scheme, self.recipe.input_scale(self.name))
-        if self.recipe.layout(self.name) != "nbits":
+        if self.recipe.layout(self.name) != "nbits" or not self.recipe.rounds_blocks:
             return torch.cat([F.linear(x, dequantized(rows)) for rows in self.blocks()], dim=-1)
         rounded = round_blocks(x, scheme)
         return torch.cat([_nbits(x, rounded, rows) for rows in self.blocks()], dim=-1)

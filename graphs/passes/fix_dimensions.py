@@ -1,7 +1,8 @@
 """Replace symbolic dimensions with fixed sizes.
 
-TensorRT updates a cache in place only if its capacity is fixed. Replacing the ring's letter with
-its capacity lets everything computed from it be folded into constants.
+TensorRT updates a cache in place only if its capacity is fixed. ONNX Runtime CUDA computes what
+depends on a dynamic capacity on the CPU, and captures no graph that has a node there. Replacing the
+ring's letter with its capacity lets everything computed from it be folded into constants.
 """
 
 from collections.abc import Mapping

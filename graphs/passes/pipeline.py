@@ -8,6 +8,7 @@ import onnx_ir as ir
 from graphs.build import Build
 from graphs.contract import PADDED
 from graphs.passes.dead_code import DEAD_CODE
+from graphs.passes.fix_dimensions import fix_dimensions
 from graphs.passes.fold_constants import FOLD_CONSTANTS
 from graphs.passes.fold_query_groups import FoldQueryGroups
 from graphs.passes.merge_linears import MERGE_GATE_UP, MERGE_QKV
@@ -35,7 +36,7 @@ PASSES: Mapping[str, tuple[Pass | Literal["attention"], ...]] = {
     "cpu": (
         *PORTABLE, MERGE_QKV, MERGE_GATE_UP, SKIP_NORM, ATTENTION, DEAD_CODE, FOLD_ATTENTION_SCALE,
     ),
-    "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, ATTENTION, DEAD_CODE),
+    "cuda": (*PORTABLE, MERGE_QKV, MERGE_GATE_UP, SKIP_NORM, ATTENTION, DEAD_CODE),
     "rtx": (*PORTABLE, ATTENTION, KEEP_GATE_UP_APART),
     "tensorrt": (*PORTABLE, ATTENTION, KEEP_GATE_UP_APART),
 }  # fmt: skip
@@ -45,7 +46,7 @@ require_entry_per_target(PASSES, "graphs.passes.pipeline.PASSES")
 BATCH_INVARIANT: Mapping[str, tuple[Pass, ...]] = {"cpu": (PAD_QUERY,)}
 """Added if logits must have the same bits for any batch and step size."""
 
-LAST: Mapping[str, tuple[Pass, ...]] = {"cpu": (FUSE_TRANSPOSE, DEAD_CODE)}
+LAST: Mapping[str, tuple[Pass, ...]] = dict.fromkeys(("cpu", "cuda"), (FUSE_TRANSPOSE, DEAD_CODE))
 """Run after the quantized linears are written, for the linears that are left."""
 
 
@@ -56,7 +57,10 @@ def passes_of(build: Build, quantization: Quantization | None = None) -> tuple[P
     the build's own, without the scales of rounded inputs, which only a calibration table knows.
     """
     if quantization is None:
-        quantization = Quantization(schemes=build.storage.schemes, layouts=build.storage.layouts)
+        quantization = Quantization(
+            schemes=build.storage.schemes, layouts=build.storage.layouts,
+            rounds_blocks=build.target.rounds_blocks,
+        )  # fmt: skip
     name = build.target.name
     steps: list[Pass] = []
     for step in PASSES[name]:
@@ -74,9 +78,12 @@ def lower(
 ) -> dict[str, int]:
     """Run the passes of a build on `model` in place; returns how often each fired.
 
-    With `batch_invariant`, logits have the same bits for any batch and step size. Raises PassError
-    if a pass that must fire does not.
+    Unless the target's ring grows, its capacity becomes a constant first. With `batch_invariant`,
+    logits have the same bits for any batch and step size. Raises PassError if a pass that must fire
+    does not.
     """
+    if not build.target.ring_grows:
+        fix_dimensions(model, build.contract.capacities)
     return run(model, build.spec, passes_of(build, quantization))
 
 
@@ -91,15 +98,26 @@ def run(model: ir.Model, spec: ModelSpec, passes: Iterable[Pass]) -> dict[str, i
 
 
 def _attention(build: Build) -> Iterator[Pass]:
-    """The passes that give every layer its form; a `masked` layer stays as it is."""
+    """The passes that give every layer its form; `masked` and `unfused` ones stay as they are."""
 
     def windows(form: AttentionForm) -> tuple[int | None, ...]:
         return tuple(size for size, taken in build.attention.items() if taken == form)
 
     if windows("grouped"):
-        padding = PADDED if build.batch_invariant else 0
-        yield GroupQueryAttention(positions=build.ring.context + padding)
+        yield _grouped(build)
     if windows("folded"):
         yield FoldQueryGroups(windows=windows("folded"))
     if windows("in_place"):
         yield InPlace(windows=windows("in_place"))
+
+
+def _grouped(build: Build) -> GroupQueryAttention:
+    folds_scale = FOLD_ATTENTION_SCALE in PASSES[build.target.name]
+    if build.target.ring_grows:
+        padding = PADDED if build.batch_invariant else 0
+        count, total = build.ring.context + padding, None
+    else:
+        count = total = build.ring.capacity(None)
+    return GroupQueryAttention(
+        positions=count, total=total, activation=build.activation, folds_scale=folds_scale
+    )

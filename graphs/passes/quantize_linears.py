@@ -51,7 +51,8 @@ class QuantizeLinears:
             scheme = schemes[parts[0]]
             layout = self.quantization.layouts.get(parts[0], "onnx")
             if layout == "nbits":
-                write_matmul_nbits(graph, linear, scheme, self.activation)
+                rounds = self.quantization.rounds_blocks
+                write_matmul_nbits(graph, linear, scheme, self.activation, rounds_blocks=rounds)
             else:
                 widths = [shapes[part][0] for part in parts]
                 weight = _dequantized(graph, linear, scheme, self.activation, layout, widths)

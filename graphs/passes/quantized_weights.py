@@ -17,12 +17,14 @@ class Quantization:
     """Which linears of a model are quantized and how, by canonical weight name.
 
     `input_scales` has the static scale of every rounded input, by the weight that reads it.
-    `layouts` has the layout of codes that is not `onnx`; `nbits` is for `MatMulNBits`.
+    `layouts` has the layout of codes that is not `onnx`; `nbits` is for `MatMulNBits`, which with
+    `rounds_blocks` rounds blocks of its input to int8.
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     input_scales: Mapping[str, float] = field(default_factory=dict)
     layouts: Mapping[str, CodeLayout] = field(default_factory=dict)
+    rounds_blocks: bool = False
 
 
 def weight_parts(

@@ -76,10 +76,16 @@ class StepBuffers:
             self._many = self._logits_buffer(self._contract.ring.chunk)
         return self._many
 
-    def copy_out(self, wanted: int) -> None:
-        """Enqueue the copy of `wanted` rows of logits to pinned memory."""
-        buffer = self.logits(wanted)
-        self._gpu.copy_out(buffer.host[: self._logits_bytes(wanted)], buffer.device)
+    def copy_out(self, wanted: int, row: int | None = None) -> None:
+        """Enqueue the copy of `wanted` logits of each sequence to pinned memory.
+
+        With `row`, the device's buffer holds the logits of that sequence alone, from its start on.
+        """
+        buffer, nbytes = self.logits(wanted), self._logits_bytes(wanted)
+        host = buffer.host[:nbytes]
+        if row is not None:
+            host = host.reshape(self._batch, -1)[row]
+        self._gpu.copy_out(host, buffer.device)
 
     def result(self, wanted: int) -> Logits:
         """The copied logits [B, T, V] as float32, valid until the next step."""
@@ -94,6 +100,10 @@ class StepBuffers:
         for name, address in self.addresses.items():
             if name.startswith("past_"):
                 self._gpu.clear(address, self._cache_bytes(name))
+
+    def row_address(self, name: str, row: int) -> int:
+        """The address of one row of a cache."""
+        return self.addresses[name] + row * self._cache_bytes(name) // self._batch
 
     def read_row(self, row: int, slots: Slots) -> Caches:
         """Copy these slots of one row out of the ring; half precision comes as uint16 bits."""

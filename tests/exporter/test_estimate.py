@@ -81,7 +81,7 @@ def test_a_quantized_model_is_as_large_as_its_codes_and_scales() -> None:
     assert on_cpu.kv_bytes_per_token == 2 * 131_072
 
 
-@pytest.mark.parametrize("target", ["cpu", "rtx"])
+@pytest.mark.parametrize("target", ["cpu", "cuda", "rtx"])
 @pytest.mark.parametrize("precision", ["int8wo", "int4wo"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_estimate_is_what_the_export_writes(

@@ -218,6 +218,9 @@ def test_a_layer_without_attention_over_its_ring_stops_the_export(
     [
         ("cpu", {}, 100, {"window": "masked", "full": "grouped"}),
         ("cpu", {"head_dim": 24}, 100, {"window": "masked", "full": "masked"}),
+        ("cuda", {}, 100, {"window": "folded", "full": "grouped"}),
+        ("cuda", {"head_dim": 24}, 100, {"window": "folded", "full": "folded"}),
+        ("cuda", {"num_key_value_heads": 4}, 100, {"window": "masked", "full": "grouped"}),
         ("rtx", {}, 24_000, {"window": "in_place", "full": "in_place"}),
         ("rtx", {}, 24_001, {"window": "folded", "full": "folded"}),
         ("rtx", {"num_key_value_heads": 4}, 24_001, {"window": "masked", "full": "masked"}),

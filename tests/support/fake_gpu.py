@@ -320,5 +320,5 @@ def fake_provider() -> Iterator[FakeCudart]:
     with fake_cuda() as cudart, pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnxruntime_cuda, "PROVIDER", name)
         patch.setattr(onnxruntime_cuda, "DEVICE", "cpu")
-        patch.setattr(onnxruntime_cuda, "providers", lambda graphs: [(name, {})])
+        patch.setattr(onnxruntime_cuda, "providers", lambda forms, graphs: [(name, {})])
         yield cudart

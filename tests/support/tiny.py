@@ -87,13 +87,18 @@ def build(
     )  # fmt: skip
 
 
-def lowered(spec: ModelSpec, target: str, activation: Dtype = "float32") -> ir.Model:
-    """The graph after the passes of `target`, or after the `portable` ones, with references."""
+def lowered(
+    spec: ModelSpec, target: str, activation: Dtype = "float32", ring: RingSpec | None = None
+) -> ir.Model:
+    """The graph after the passes of `target`, or after the `portable` ones, with references.
+
+    `ring` counts where the graph has its capacity; by default it holds the longest trained text.
+    """
     model = traced(spec, activation)
     if target == "portable":
         run(model, spec, PORTABLE)
     else:
-        lower(model, build(spec, target, activation=activation))
+        lower(model, build(spec, target, activation=activation, ring=ring))
     return model
 
 
@@ -103,21 +108,21 @@ def fill(model: ir.Model, spec: ModelSpec, seed: int = 0) -> ir.Model:
 
 
 def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
-    """Replace weight references by the float32 weights that `read(name)` returns, in place."""
+    """Replace weight references by what `read(name)` returns of each part, in place."""
     for value in model.graph.initializers.values():
         weight = weight_of(value)
         if weight is not None:
             numbers = torch.cat([read(part) for part in weight.parts]).numpy()
-            dtype = weight.dtype
+            numbers, dtype = numbers.reshape(weight.sizes), weight.dtype
             value.const_value = ir.Tensor(
                 numbers.astype(dtype.numpy()), dtype=dtype, name=weight.name
             )
     return model
 
 
-def model_bytes(spec: ModelSpec, target: str, seed: int = 0) -> bytes:
+def model_bytes(spec: ModelSpec, target: str, seed: int = 0, ring: RingSpec | None = None) -> bytes:
     """The float32 `model.onnx` of `target` with weights inside."""
-    model = fill(lowered(spec, target), spec, seed)
+    model = fill(lowered(spec, target, ring=ring), spec, seed)
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return data
 

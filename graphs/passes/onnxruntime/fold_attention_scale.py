@@ -9,7 +9,7 @@ and sines does both, with two small products for all layers:
     (of q, and of k)         Attention   →   (of q, and of k)             Attention(scale=1)
 
 The keys in the cache are then scaled too, which only the attention sees. `GroupQueryAttention` has
-its angles as constants and scales those.
+its angles as constants and scales those (`folds_scale`).
 """
 
 from collections.abc import Iterator

@@ -14,10 +14,13 @@ from graphs.passes.rule import CONTRIB, PassError, constant
 from graphs.passes.weight_ref import WeightRef, weight_of
 from graphs.quant_scheme import Scheme
 
-ACCURACY_LEVEL = 4  # round blocks of the input to int8: the only level with a fast 8-bit kernel
+ROUND_BLOCKS = {"accuracy_level": 4}
+"""Rounds blocks of the input to int8: on the CPU the only level with a fast 8-bit kernel."""
 
 
-def write_matmul_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype) -> None:
+def write_matmul_nbits(
+    graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, *, rounds_blocks: bool
+) -> None:
     """Replace the product by `MatMulNBits`, and a product with the minimums if there are any."""
     matmul, weight = linear
     value, output = matmul.inputs[0], matmul.outputs[0]
@@ -27,7 +30,7 @@ def write_matmul_nbits(graph: ir.Graph, linear: Linear, scheme: Scheme, activati
     product = ir.node(
         "MatMulNBits", [value, *parts],
         {"K": columns, "N": rows, "bits": scheme.bits, "block_size": scheme.block or columns,
-         "accuracy_level": ACCURACY_LEVEL},
+         **(ROUND_BLOCKS if rounds_blocks else {})},
         domain=CONTRIB,
     )  # fmt: skip
     nodes, result = [product], product.outputs[0]

@@ -12,12 +12,12 @@ from exporter.decoder.model import logits_at
 from exporter.export import ExportOptions, export
 from exporter.options import BuildOptions, QuantizeOptions
 from exporter.quantization.make_recipe import weight_facts
-from exporter.quantization.policy import output_scheme
+from exporter.quantization.policy import WeightFacts, output_scheme
 from exporter.quantization.recipe import Recipe, smoothed
 from exporter.quantization.reference import simulate
 from graphs.errors import MistralcError, UsageError
 from graphs.precisions import PRECISIONS
-from graphs.quant_scheme import groups
+from graphs.quant_scheme import Offset, Scheme, default_scheme, groups
 from graphs.targets import TARGETS
 from tests.exporter.quantization.tables import SPEC
 from tests.support import tiny
@@ -78,6 +78,51 @@ def test_an_engine_gets_the_largest_block_that_divides_a_weight(
     path = write_checkpoint(tmp_path / "odd", odd)
     with pytest.raises(UsageError, match="has 80 columns, which blocks of 128 do not divide"):
         decide(odd, rtx, options, weight_facts(open_checkpoint(path)))
+    with pytest.raises(UsageError, match=r"blocks of 32 do not divide.*ONNX Runtime CUDA.*fp16"):
+        decide(odd, TARGETS["cuda"], options, weight_facts(open_checkpoint(path)))
+
+
+def with_zero_points() -> WeightFacts:
+    scheme = default_scheme("int4wo", block=32, offset="zero_point")
+    return WeightFacts(calibrated={n: scheme for group in groups(SPEC) for n in group.readers})
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_zero_points_of_a_table_are_refused_for_engines(target: str) -> None:
+    options, facts = BuildOptions(precision="int4wo"), with_zero_points()
+    with pytest.raises(UsageError, match=r"was calibrated with zero points.*without --zero-points"):
+        decide(SPEC, TARGETS[target], options, facts)
+
+
+def test_cuda_takes_zero_points_of_a_table_and_makes_none_itself() -> None:
+    options, facts = BuildOptions(precision="int4wo"), with_zero_points()
+    assert facts.calibrated is not None
+    given = decide(SPEC, TARGETS["cuda"], options, facts).storage.schemes
+    own = decide(SPEC, TARGETS["cuda"], options).storage.schemes
+    assert given.items() >= facts.calibrated.items()
+    assert {own[name].offset for name in facts.calibrated} == {"none"}
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "copied"),
+    [
+        ("cpu", QuantizeOptions(), True), ("cpu", QuantizeOptions(symmetric=True), False),
+        ("cuda", QuantizeOptions(), False), ("rtx", QuantizeOptions(), False),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("offset", ["none", "minimum"])
+def test_a_gguf_files_blocks_are_kept_where_the_target_computes_them(
+    target: str, options: QuantizeOptions, copied: bool, offset: Offset
+) -> None:
+    linears = [name for group in groups(SPEC) for name in group.readers]
+    blocks = dict.fromkeys(linears, Scheme(codes="int4", block=32, offset=offset))
+    chosen = BuildOptions(precision="int4wo", quantize=options)
+    storage = decide(SPEC, TARGETS[target], chosen, WeightFacts(blocks=blocks)).storage
+    symmetric = offset == "none" and target != "rtx"  # whose blocks are of another size
+    assert set(storage.copied) == (set(linears) if copied or symmetric else set())
+    if target == "cuda":
+        assert {storage.schemes[name].offset for name in linears} == {"none"}
 
 
 def test_an_unsupported_block_is_refused() -> None:

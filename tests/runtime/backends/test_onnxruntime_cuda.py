@@ -15,6 +15,8 @@ import pytest
 
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
+from graphs.spec import ModelSpec, RingSpec
+from graphs.targets import AttentionForm
 from runtime.backends import onnxruntime_cuda
 from runtime.backends.onnxruntime_cuda import CudaOrtSession
 from tests.support import tiny
@@ -32,18 +34,29 @@ from tests.support.device_session import (
     open_cuda,
     requires_gpu,
 )
+from tests.support.make_checkpoint import tiny_spec
 
 pytest.importorskip("cuda.bindings", reason="not installed: pip install 'mistralc[cuda]'")
 
 from tests.support.fake_gpu import FakeCudart, fake_cuda, fake_provider
 
 CPU = "CPUExecutionProvider"
+MIXED = tiny_spec(vocab_size=64, layer_windows=(8, None))  # shares its trace with other tests
+MIXED_RING = RingSpec(chunk=3, context=60)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cuda") / "model.onnx"
-    path.write_bytes(tiny.model_bytes(SPEC, "cpu"))
+    path.write_bytes(tiny.model_bytes(SPEC, "cuda", ring=RING))
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A layer with a window and one without, which has `GroupQueryAttention`."""
+    path = tmp_path_factory.mktemp("mixed") / "model.onnx"
+    path.write_bytes(tiny.model_bytes(MIXED, "cuda", ring=MIXED_RING))
     return path
 
 
@@ -83,6 +96,46 @@ def test_the_generator_gives_the_same_tokens_as_on_the_cpu(session: CudaOrtSessi
 def test_the_scheduler_serves_requests_on_the_rows_of_a_batch(fake: FakeCudart, model: Path):
     with open_cuda(model, batch=3) as rows:
         check_scheduler(rows, SPEC, RING)
+
+
+# Rows of prompts
+
+
+def check_rows(session: CudaOrtSession, tolerance: float) -> None:
+    """Assert the PyTorch decoder's logits for another text in each row, in chunks and alone."""
+    texts = [tiny.tokens(MIXED, 40, seed=row) for row in range(session.batch)]
+    expected = np.stack([tiny.at_once(tiny.decoder(MIXED), text) for text in texts])
+    found, here = [], 0
+    for count in (3, 3, 3, 1, 2, *[3] * 4, 1, 1, 1, *[3] * 4, 1):
+        ids = np.stack([text[here : here + count] for text in texts])
+        steps = np.tile(np.arange(count), (session.batch, 1))
+        found.append(session.step(ids, steps + here, steps).copy())
+        here += count
+    got = np.concatenate(found, axis=1)
+    assert np.abs(got - expected[:, :here]).max() <= tolerance * np.abs(expected).max()
+
+
+def test_a_prompt_runs_row_by_row_where_the_operator_takes_one_row(
+    fake: FakeCudart, mixed_model: Path
+):
+    """`GroupQueryAttention` refuses several tokens after others in more than one row."""
+    with open_cuda(mixed_model, spec=MIXED, ring=MIXED_RING, batch=3) as session:
+        assert len(session._prefill) == 3
+        check_rows(session, FLOAT32)
+
+
+def test_the_scheduler_serves_requests_whose_prompts_run_row_by_row(
+    fake: FakeCudart, mixed_model: Path
+):
+    with open_cuda(mixed_model, spec=MIXED, ring=MIXED_RING, batch=3) as rows:
+        check_scheduler(rows, MIXED, MIXED_RING, count=25)
+
+
+def test_a_model_without_that_operator_reads_prompts_in_all_rows_at_once(
+    fake: FakeCudart, model: Path
+):
+    with open_cuda(model, batch=3) as session:
+        assert len(session._prefill) == 1
 
 
 # Memory
@@ -152,17 +205,47 @@ def test_only_the_decode_step_runs_as_a_graph(session: CudaOrtSession):
     assert seen == [(True, "1"), (False, "-1")]
 
 
+def test_the_decode_step_is_bound_once(session: CudaOrtSession, monkeypatch: pytest.MonkeyPatch):
+    bound: list[str] = []
+    plain = session._bind
+    monkeypatch.setattr(session, "_bind", lambda bind, tensor, *given: (
+        bound.append(tensor.name), plain(bind, tensor, *given)
+    ))  # fmt: skip
+    step(session, 0)
+    step(session, 1)
+    assert bound == [], "addresses and shapes of a captured step may not change"
+    step(session, 2, 2)
+    assert set(bound) == {"input_ids", "position_ids", "logits_indices", "logits"}
+
+
+@pytest.mark.parametrize(
+    ("forms", "kernel"),
+    [
+        ({"folded"}, None), ({"grouped", "folded"}, None), ({"masked"}, None),
+        ({"unfused"}, "16"), ({"unfused", "grouped"}, "17"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_unfused_kernel_is_asked_for_by_the_form_of_attention(
+    forms: set[AttentionForm], kernel: str | None
+):
+    ((name, options),) = onnxruntime_cuda.providers(forms, graphs=True)
+    assert name == "CUDAExecutionProvider"
+    assert options["enable_cuda_graph"] == "1"
+    assert options.get("sdpa_kernel") == kernel
+
+
 def test_a_model_that_cannot_be_captured_runs_without_a_graph(
     fake: FakeCudart, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = onnxruntime_cuda.providers
     attempts = []
 
-    def providers(*, graphs: bool) -> Any:
+    def providers(forms: set[AttentionForm], *, graphs: bool) -> Any:
         attempts.append(graphs)
         if graphs:
             raise RuntimeError("This session cannot use the graph capture feature as requested")
-        return plain(graphs=graphs)
+        return plain(forms, graphs=graphs)
 
     monkeypatch.setattr(onnxruntime_cuda, "providers", providers)
     with open_cuda(model) as session:
@@ -210,14 +293,14 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`models(activation)` writes a tiny model for the provider, once."""
-    made: dict[Dtype, Path] = {}
+    """`models(activation)` writes a tiny model for the provider, once for each spec and ring."""
+    made: dict[tuple[Dtype, ModelSpec], Path] = {}
 
-    def build(activation: Dtype) -> Path:
-        if activation not in made:
-            made[activation] = tmp_path_factory.mktemp("model") / "model.onnx"
-            ir.save(tiny.fill(tiny.lowered(SPEC, "cuda", activation), SPEC), made[activation])
-        return made[activation]
+    def build(activation: Dtype, spec: ModelSpec = SPEC, ring: RingSpec = RING) -> Path:
+        if (activation, spec) not in made:
+            path = made[activation, spec] = tmp_path_factory.mktemp("model") / "model.onnx"
+            ir.save(tiny.fill(tiny.lowered(spec, "cuda", activation, ring), spec), path)
+        return made[activation, spec]
 
     return build
 
@@ -260,3 +343,16 @@ def test_on_a_gpu_a_long_text_allocates_no_memory(models: Any, activation: Dtype
 def test_on_a_gpu_decoding_is_captured(models: Any, activation: Dtype):
     with open_cuda(models(activation), activation=activation) as session:
         assert session.captured
+
+
+@on_gpu
+@pytest.mark.parametrize("batch", [1, 3])
+def test_on_a_gpu_layers_without_a_window_agree_in_every_row(
+    models: Any, activation: Dtype, batch: int
+):
+    model = models(activation, MIXED, MIXED_RING)
+    with open_cuda(
+        model, spec=MIXED, ring=MIXED_RING, activation=activation, batch=batch
+    ) as session:
+        assert session.captured
+        check_rows(session, HALF[activation])
