@@ -23,6 +23,7 @@ from graphs.targets import AttentionForm, Target
 
 SUMMARIES: Final[Mapping[AttentionForm, str]] = {
     "masked": "over the whole ring, with a mask",
+    "unfused": "over the whole ring, with a mask, in the unfused kernel",
     "grouped": "GroupQueryAttention, over the filled part of the ring",
     "folded": "query heads folded into rows, over the whole ring",
     "in_place": "the ring read in place for single tokens; prompts in a profile of their own",
