@@ -38,7 +38,7 @@ CHOSEN      := $(filter-out file,$(foreach name,CHECKPOINT TARGET PRECISION BUND
 .NOTPARALLEL:
 .PHONY: help setup plan doctor calibrate export generate chat serve triton sign inspect verify eval report diff bench \
         bench-positions bench-load bench-operators bench-prompt-lookup bench-flat bench-serve bench-sampling \
-        bench-precisions bench-peers bench-modelopt bench-export bench-gpu \
+        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-gpu \
         prove-cuda rehearse-gpu pack-gpu polygraphy test lint type format docs reliability clean
 
 help: ## List the targets
@@ -159,6 +159,9 @@ bench-modelopt: $(READY) ## Beside NVIDIA's modelopt, that of OTHER_PYTHON
 
 bench-export: $(READY) ## Time, memory and disk of exporting CHECKPOINT into FOLDER, beside what plan says
 	$(BIN)/python -m benchmarks.export $(FOLDER) --checkpoint $(CHECKPOINT) $(if $(CHOSEN),--build $(TARGET):$(PRECISION)) $(ARGS)
+
+bench-engines: $(READY) ## Bytes of a decoded token by engines of Mistral-7B's width; ARGS=--write writes docs/
+	$(BIN)/python -m benchmarks.engines $(ARGS)
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)

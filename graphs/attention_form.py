@@ -16,9 +16,18 @@ To change a choice after measuring, change the target's facts (`graphs/targets.p
 """
 
 from collections.abc import Mapping
+from typing import Final
 
 from graphs.contract import GraphContract
 from graphs.targets import AttentionForm, Target
+
+SUMMARIES: Final[Mapping[AttentionForm, str]] = {
+    "masked": "over the whole ring, with a mask",
+    "unfused": "over the whole ring, with a mask, in the unfused kernel",
+    "grouped": "GroupQueryAttention, over the filled part of the ring",
+    "folded": "query heads folded into rows, over the whole ring",
+    "in_place": "the ring read in place for single tokens; prompts in a profile of their own",
+}
 
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates heads only if their size is a multiple of this
 
@@ -26,6 +35,17 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention rotates heads only if their size is a 
 def attention_forms(target: Target, contract: GraphContract) -> Mapping[int | None, AttentionForm]:
     """The form for each window of the model; None is a layer without one."""
     return {size: _form(target, contract, size) for size in contract.spec.windows}
+
+
+def summarize(forms: Mapping[int | None, AttentionForm]) -> str:
+    """Say in words which form each window has."""
+    if len(set(forms.values())) == 1:
+        form = next(iter(forms.values()))
+        return f"{form}: {SUMMARIES[form]}"
+    return "; ".join(
+        f"{'without a window' if size is None else f'window {size:,}'} {form} ({SUMMARIES[form]})"
+        for size, form in forms.items()
+    )
 
 
 def _form(target: Target, contract: GraphContract, window: int | None) -> AttentionForm:

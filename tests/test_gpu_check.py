@@ -129,7 +129,7 @@ def test_a_bundle_is_measured_at_every_position(tmp_path: Path):
     assert list(batch["decode_s_at"]) == [str(position) for position in measure.POSITIONS]
     assert all(seconds > 0 for seconds in batch["decode_s_at"].values())
     assert batch["captured"]
-    assert batch["read_bytes_per_step"] > 0
+    assert batch["step_bytes"] > 0
     assert found["datasheet_bytes_per_s"] == 300 * 10**9
     run = {"target": "rtx", "precision": "fp16", "bench": found}
     assert "| rtx | fp16 | 1 | – | yes |" in check.table(

@@ -79,7 +79,7 @@ def measure_batch(
     latency = {p: s for p in POSITIONS if (s := step_seconds(session, build, batch, p))}
     ring = replace(build.ring, max_batch=batch)
     batched = replace(build, contract=replace(build.contract, ring=ring))
-    read = estimate(batched).read_bytes_per_step
+    read = estimate(batched).step_bytes
     first, last = (latency[end(latency)] for end in (min, max)) if latency else (None, None)
     return {
         "batch": batch,
@@ -89,7 +89,7 @@ def measure_batch(
         "decode_s_at": latency,
         "flatness": last / first if first and last else None,
         "tokens_per_s": batch / first if first else None,
-        "read_bytes_per_step": read,
+        "step_bytes": read,
         "of_copy": read / first / copy if first else None,
         "of_datasheet": read / first / gpu.bandwidth_bytes_per_s if first and gpu else None,
     }

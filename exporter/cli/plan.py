@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from exporter.options import BuildOptions
+from graphs.attention_form import summarize
 from graphs.errors import UsageError
 from graphs.gpu_catalogue import GPUS, Gpu, find_gpu
 from graphs.targets import TARGETS, Target, target_for_gpu, target_named
@@ -97,7 +98,8 @@ def to_json(needed: "Estimate") -> dict[str, Any]:
         "activation_parts": dict(needed.activation_parts),
         "activation_bytes": needed.activation_bytes,
         "run_bytes": needed.run_bytes,
-        "read_bytes_per_step": needed.read_bytes_per_step,
+        "step_parts": dict(needed.step_parts),
+        "step_bytes": needed.step_bytes,
         "runtime_reserve_bytes": RUNTIME_RESERVE,
         "host": asdict(needed.host)
         | {
@@ -152,6 +154,7 @@ def _rows(checkpoint: str, needed: "Estimate") -> dict[str, str]:
         "parameters": f"{needed.parameters:,} ({needed.parameters / 1e9:,.2f} B)",
         "weights": f"{_size(needed.weight_bytes)}{_policy(needed)}",
         "window": f"{windows}; ring of {slots} slots, chunk {ring.chunk:,}",
+        "attention": summarize(build.attention),
         "KV cache": f"{needed.kv_bytes_per_token:,} bytes a token, "
         f"{rows}ring {_size(needed.ring_bytes)} in all",
         "  without GQA": f"{times * needed.kv_bytes_per_token:,} bytes a token, "
@@ -223,9 +226,10 @@ def _how(needed: "Estimate") -> str:
     from exporter.estimate.model import RUNTIME_RESERVE
 
     rows = needed.build.ring.max_batch
+    parts = ", ".join(f"{name} {_size(size)}" for name, size in needed.step_parts.items())
     return (
         f"{_size(RUNTIME_RESERVE)} are kept free for CUDA's context and kernels (assumed); a step "
-        f"reads {_size(needed.read_bytes_per_step)}, weights and full ring, for "
+        f"reads and writes {_size(needed.step_bytes)} ({parts}) for "
         f"{rows} token{'s' if rows > 1 else ''}"
     )
 

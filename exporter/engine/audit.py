@@ -125,7 +125,7 @@ def audit(plan: EnginePlan, graph: ir.Graph, build: Build, weights: int) -> Audi
     ]
     return Audit(
         layers=dict(sorted(Counter(layer.kind for layer in layers).items())),
-        attention=len(attention),
+        attention=contract.spec.num_hidden_layers,
         attention_fused=len(set.intersection(*fused)),
         caches=len(caches),
         caches_in_place=len(set.intersection(*in_place)),
@@ -133,7 +133,9 @@ def audit(plan: EnginePlan, graph: ir.Graph, build: Build, weights: int) -> Audi
         caches_repeated=len(_repeated(layers)),
         rings_stay=build.decodes_apart,
         dequantized=sum(
-            one.count * item_size(contract.activation) for layer in decode for one in dequantized(layer)
+            one.count * item_size(contract.activation)
+            for layer in decode
+            for one in dequantized(layer)
         ),
         stored_twice=_stored_twice(profiles),
         interface=_interface(plan, contract),
@@ -188,15 +190,15 @@ def to_markdown(record: Mapping[str, Any]) -> str:
 
 def _step_row(step: Mapping[str, Any]) -> str:
     tokens = f"{step['tokens']} token{'s' if step['tokens'] > 1 else ''}"
-    parts = (step[name] for name in ("kernels", "weights", "cache", "activations", "moved", "total"))
+    parts = (
+        step[name] for name in ("kernels", "weights", "cache", "activations", "moved", "total")
+    )
     return f"| {tokens} | {' | '.join(f'{part:,}' for part in parts)} |"
 
 
 def _repeated(layers: Sequence[LayerInfo]) -> set[str]:
     """Names of the rings that a kernel writes out several times."""
-    return {
-        name for layer in layers if REPEAT in layer.operations for name in copied_caches(layer)
-    }
+    return {name for layer in layers if REPEAT in layer.operations for name in copied_caches(layer)}
 
 
 def _stored_twice(profiles: Sequence[Sequence[LayerInfo]]) -> int:

@@ -44,6 +44,7 @@ def build_here(request: BuildRequest, progress: Progress | None = None) -> Engin
         _add_profiles(builder, config, request)
         config.progress_monitor = monitor = make_monitor(trt, meter)
         writer = _make_writer(trt, file, meter)
+        fix_heap()  # again: the builder copies the tensors of each further profile
         with _timings(config, target, str(trt.__version__)):
             built = builder.build_serialized_network_to_stream(network, config, writer)
         if not built:

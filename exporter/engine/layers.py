@@ -21,7 +21,9 @@ BITS = {
 
 _NAME = re.compile(r"Name: (.+?), LayerType: (\w*)")
 _PROFILE = re.compile(r"_myl(\d+)_\d+$")
-_SECTION = re.compile(r"(Inputs|Constants|Outputs): \[(.*?)\](?=, (?:Constants|Outputs|TacticName):)")
+_SECTION = re.compile(
+    r"(Inputs|Constants|Outputs): \[(.*?)\](?=, (?:Constants|Outputs|TacticName):)"
+)
 _TENSOR = re.compile(r"\{ Name: ([^,]+), Dimensions: \[([^\]]*)\]([^{}]*)\}")
 _STRIDES, _DTYPE = re.compile(r"Strides: \[([^\]]*)\]"), re.compile(r"Datatype: (\w+)")
 _PROFILE_NAME = re.compile(r" \[profile \d+\]")

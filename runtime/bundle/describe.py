@@ -2,10 +2,13 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from graphs.attention_form import summarize
 from graphs.build import Build
+from graphs.gpu_catalogue import GPUS
+from graphs.manifest import Manifest
 from graphs.quant_scheme import Scheme
 from runtime.bundle.open import Bundle
 from runtime.bundle.signature import read_signature
@@ -24,6 +27,7 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "ring_bytes": manifest.contract.ring_bytes,
         "bundle_bytes": manifest.file_bytes,
         "endless": model.slides,
+        "tokens_per_s_at_most": token_bounds(manifest),
     }
     return {"path": str(bundle.path), "manifest": json.loads(manifest.to_text()),
             "signed_by": bundle.signed_by, **derived}  # fmt: skip
@@ -41,7 +45,7 @@ def describe(bundle: Bundle) -> str:
         ("size", f"{manifest.file_bytes / 1e6:,.1f} MB in {len(manifest.files)} intact files"),
         ("verified", _verdict(bundle)),
         ("signed", _signer(bundle)),
-        *_audit(manifest.engine),
+        *_audit(manifest),
         ("made with", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
     ]
     width = max(len(name) for name, _ in rows)
@@ -72,6 +76,7 @@ def _build(build: Build) -> Iterator[tuple[str, str]]:
         f"{slots} slots, chunk {ring.chunk:,}, {contract.ring_bytes / 1e6:,.1f} MB when full, "
         f"{contract.token_bytes:,} bytes a token",
     )
+    yield "attention", summarize(build.attention)
     if ring.max_batch > 1:
         yield "batch", f"up to {ring.max_batch} sequences"
 
@@ -115,8 +120,25 @@ def _signer(bundle: Bundle) -> str:
     return "yes, but not checked: no --require-signature was given"
 
 
-def _audit(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
+def token_bounds(manifest: Manifest) -> dict[str, float]:
+    """Tokens per second that a GPU's bandwidth allows a plan for one row, by the GPU's name.
+
+    Only GPUs that the target supports. Empty without an audit that counted bytes.
+    """
+    decode = (manifest.engine or {}).get("decode")
+    if decode is None:
+        return {}
+    target = manifest.build.target
+    return {
+        gpu.name: gpu.bandwidth_bytes_per_s / decode["total"]
+        for gpu in GPUS.values()
+        if target.supports(gpu.compute_capability)
+    }
+
+
+def _audit(manifest: Manifest) -> Iterator[tuple[str, str]]:
     """The audit of a plan in a few words; nothing for a bundle that holds a graph."""
+    record = manifest.engine
     if record is None:
         return
     ratio = record["plan_bytes"] / record["weight_bytes"]
@@ -129,6 +151,17 @@ def _audit(record: Mapping[str, Any] | None) -> Iterator[tuple[str, str]]:
         f"plan {ratio:.3f} times the weights, built by TensorRT {version} for {gpus}",
     )
     yield "faults", "; ".join(record["faults"]) or "none"
+    decode = record.get("decode")
+    if decode is None:  # an older bundle, whose audit counted no bytes
+        return
+    parts = ", ".join(f"{name} {decode[name] / 1e6:,.1f} MB"
+                      for name in ("weights", "cache", "activations", "moved"))  # fmt: skip
+    yield (
+        "a token",
+        f"{decode['kernels']} kernels read and write {decode['total'] / 1e6:,.1f} MB: {parts}",
+    )
+    bounds = ", ".join(f"{name} {bound:,.0f}" for name, bound in token_bounds(manifest).items())
+    yield "at most", f"{bounds} tokens/s: bandwidth / bytes, one row"
 
 
 def _verdict(bundle: Bundle) -> str:

@@ -103,7 +103,9 @@ def test_rows_multiply_the_ring_and_not_the_weights() -> None:
     assert eight.ring_bytes == 8 * one.ring_bytes
     assert eight.kv_bytes_unwindowed == 8 * one.kv_bytes_unwindowed
     assert eight.weight_bytes == one.weight_bytes
-    assert eight.read_bytes_per_step - one.read_bytes_per_step == 7 * one.ring_bytes
+    assert eight.step_parts["weights"] == one.step_parts["weights"]
+    for part in ("ring", "activations"):
+        assert eight.step_parts[part] == 8 * one.step_parts[part]
 
 
 def test_activations_are_the_largest_of_logits_mlp_and_attention() -> None:
@@ -132,7 +134,17 @@ def test_a_tied_embedding_is_counted_once_and_read_whole() -> None:
     tied = plan(tiny_spec(tie_word_embeddings=True), RING, "rtx", "fp16")
     untied = plan(tiny_spec(), RING, "rtx", "fp16")
     assert untied.weight_bytes - tied.weight_bytes == 320 * 64 * 2
-    assert untied.read_bytes_per_step == tied.read_bytes_per_step
+    assert untied.step_bytes == tied.step_bytes
+
+
+def test_a_ring_that_cannot_be_read_in_place_is_copied_at_every_token() -> None:
+    spec = replace(MISTRAL_7B, layer_windows=(None,) * 32)
+    short, long = (
+        plan(spec, RingSpec(chunk=512, context=slots), "rtx", "fp16") for slots in (23_552, 24_064)
+    )
+    assert short.step_parts["moved"] == 0
+    assert long.step_parts["moved"] == 2 * long.ring_bytes
+    assert plan(spec, long.build.ring, "cuda", "fp16").step_parts["moved"] == 0
 
 
 @pytest.mark.parametrize(
@@ -171,13 +183,16 @@ def test_plan_and_export_accept_and_refuse_the_same_pairs(
 
 
 def test_the_roofline_is_bandwidth_over_the_bytes_of_a_step() -> None:
-    step = 14_483_464_192 - 2 * EMBEDDING + 603_979_776  # the embedding: one row of it is read
+    # One row of the embedding is read, the ring once, one slot is written.
+    step = 14_483_464_192 - 2 * EMBEDDING + 603_979_776 + 131_072
+    step += 2 * (32_000 + 32 * (18 * 4096 + 10 * 14_336))  # activations
     one = fit(of_7b(), GPUS["rtx4090"])
     assert one.tokens_per_s == pytest.approx(1008e9 / step, rel=1e-12)  # the same division
     assert round(one.tokens_per_s) == 68
     rows = fit(of_7b(ring=RingSpec(chunk=512, context=4096, max_batch=4)), GPUS["rtx4090"])
-    both = 4 * 1008e9 / (step + 3 * 603_979_776)
-    assert rows.tokens_per_s == pytest.approx(both, rel=1e-12)
+    weights = 14_483_464_192 - 2 * EMBEDDING
+    four = 4 * 1008e9 / (weights + 4 * (step - weights))
+    assert rows.tokens_per_s == pytest.approx(four, rel=1e-12)
 
 
 def test_what_is_left_on_a_gpu_is_its_memory_less_model_and_reserve() -> None:
