@@ -178,7 +178,7 @@ pack-gpu: $(READY) ## Pack build/gpu, 62 MB, for a host with a GPU and without a
 	$(BIN)/python -m benchmarks.gpu.pack build/gpu $(ARGS)
 
 polygraphy: $(BUNDLE)/manifest.json ## On a GPU: compare the engine of BUNDLE with its graph; ARGS=--layers
-	$(BIN)/python -m benchmarks.gpu.compare_engine $(BUNDLE) --against $(CHECKPOINT) $(ARGS)
+	$(BIN)/python -m benchmarks.gpu.engines.compare $(BUNDLE) --against $(CHECKPOINT) $(ARGS)
 
 ##@ Development
 

@@ -132,7 +132,10 @@ def host_environment(stubs: Path) -> dict[str, str]:
     """Environment variables of a host that sees the stubs and has no project around it."""
     kept = {name: value for name, value in os.environ.items()
             if name in ("PATH", "HOME", "LANG", "TMPDIR")}  # fmt: skip
-    return {**kept, "LD_LIBRARY_PATH": str(stubs), "PYTHONPATH": str(libraries.SOURCES / "site")}
+    # A PyTorch with CUDA names the folder of its own libraries: what is loaded already comes first.
+    loaded = [str(path) for path in sorted(stubs.glob("*.so.*"))]
+    return {**kept, "LD_LIBRARY_PATH": str(stubs), "LD_PRELOAD": ":".join(loaded),
+            "PYTHONPATH": str(libraries.SOURCES / "site")}  # fmt: skip
 
 
 def clean_environment(cache: Path, python: Path, version: str) -> Path:

@@ -1,8 +1,6 @@
 """Write graphs of true shapes without weights, to be filled on the host of a GPU.
 
-    python -m benchmarks.gpu.shapes OUT
-
-A bundle without weights is not a bundle, so this is a command of the benchmark and not an option of
+A bundle without weights is not a bundle, so this is a part of the benchmark and not an option of
 `mistralc export`. It makes the same decisions and runs the same passes. Of a 7B only about 300 kB
 of graph and manifest remain; `fill.py` makes the weights in place.
 
@@ -10,7 +8,6 @@ of graph and manifest remain; `fill.py` makes the weights in place.
     OUT/NAME/VARIANT.onnx     for each variant, see variants.py
 """
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,16 +122,3 @@ def large(spec: ModelSpec = MISTRAL_7B) -> list[Shapes]:
                options=replace(options, precision="fp16")),
         Shapes(name="7b-full-int4wo", spec=full, options=replace(whole, precision="int4wo")),
     ]  # fmt: skip
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path)
-    out: Path = parser.parse_args().out
-    for shapes in (*small(), *large()):
-        write_shapes(shapes, out / shapes.name)
-        print(out / shapes.name, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.gpu import compare_engine, polygraphy_inputs
+from benchmarks.gpu.engines import compare, inputs
 from exporter.checkpoint.open import open_checkpoint
 from exporter.decide import decide
 from exporter.options import BuildOptions
@@ -36,8 +36,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Manife
 
 def test_both_runs_get_the_same_numbers(bundle: tuple[Path, Path, Manifest]) -> None:
     build = bundle[2].build
-    graph = list(polygraphy_inputs.feeds(build, np.dtype(np.float32)))
-    engine = list(polygraphy_inputs.feeds(build, np.dtype(np.float16)))
+    graph = list(inputs.feeds(build, np.dtype(np.float32)))
+    engine = list(inputs.feeds(build, np.dtype(np.float16)))
     assert [feed["input_ids"].shape[1] for feed in graph] == [64, 1, 64]
     for one, other in zip(graph, engine, strict=True):
         assert one.keys() == {tensor.name for tensor in build.contract.inputs}
@@ -53,12 +53,12 @@ def test_polygraphy_runs_the_graph_on_these_inputs(
     bundle: tuple[Path, Path, Manifest], tmp_path: Path
 ) -> None:
     folder, checkpoint, manifest = bundle
-    compare_engine.write_float32_graph(manifest, str(checkpoint), tmp_path)
-    (first, dtype), (second, plan_dtype) = compare_engine.commands(
+    compare.write_float32_graph(manifest, str(checkpoint), tmp_path)
+    (first, dtype), (second, plan_dtype) = compare.commands(
         folder, manifest, tmp_path, layers=False
     )
     environment = {**os.environ, "MISTRALC_BUNDLE": str(folder), "MISTRALC_DTYPE": dtype,
-                   "PYTHONPATH": str(compare_engine.ROOT)}  # fmt: skip
+                   "PYTHONPATH": str(compare.ROOT)}  # fmt: skip
     done = subprocess.run(first, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "present_value.1" in done.stdout
@@ -72,4 +72,4 @@ def test_a_bundle_without_an_engine_is_refused(
 ) -> None:
     manifest = replace(bundle[2], target="cuda")
     with pytest.raises(UsageError, match=r"for cuda in fp16; expected an engine"):
-        compare_engine.write_float32_graph(manifest, str(bundle[1]), tmp_path)
+        compare.write_float32_graph(manifest, str(bundle[1]), tmp_path)

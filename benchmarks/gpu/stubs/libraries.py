@@ -20,9 +20,11 @@ LIBRARIES: Mapping[str, str] = {
     "cublasLt": "libcublasLt.so.13",
     "curand": "libcurand.so.10",
     "cuda": "libcuda.so.1",
+    "cudnn": "libcudnn.so.9",
 }
 """The file name of each library; it is also the version of the symbols in it."""
 
+OPTIONAL = "cudnn"  # the provider does without it; a PyTorch with CUDA does not
 DRIVER_PREFIX = "cu"  # symbols of libcuda.so.1 have no version
 
 
@@ -40,6 +42,8 @@ def build(importers: Iterable[Path], directory: Path) -> None:
             known = imported.setdefault(file, [])
             known += [symbol for symbol in symbols if symbol not in known]
     for name, file in LIBRARIES.items():
+        if name == OPTIONAL and not imported.get(file):
+            continue
         source = SOURCES / f"{name}.c"
         written = source.read_text() if source.exists() else ""
         compile_library(

@@ -1,6 +1,6 @@
 """Run a bundle's engine and its graph on the same inputs with Polygraphy, and compare.
 
-    python -m benchmarks.gpu.compare_engine BUNDLE --against CHECKPOINT [--layers] [--out DIR]
+    python -m benchmarks.gpu.engines.compare BUNDLE --against CHECKPOINT [--layers] [--out DIR]
 
 Needs a GPU, and an engine in fp16 or bf16. The graph is the one that the engine was compiled from,
 in float32 on ONNX Runtime CPU. With --layers, Polygraphy compiles that graph once more with the
@@ -24,8 +24,8 @@ from graphs.errors import MistralcError, UsageError
 from graphs.manifest import Manifest, read_manifest
 from graphs.passes.pipeline import lower
 
-ROOT = Path(__file__).resolve().parents[2]
-INPUTS = Path(__file__).with_name("polygraphy_inputs.py")
+ROOT = Path(__file__).resolve().parents[3]
+INPUTS = Path(__file__).with_name("inputs.py")
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
             if code:
                 return code
     except MistralcError as error:
-        print(f"compare_engine: {error}", file=sys.stderr)
+        print(f"compare: {error}", file=sys.stderr)
         return 1
     return 0
 
