@@ -221,15 +221,14 @@ def test_the_decode_step_is_bound_once(session: CudaOrtSession, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("forms", "kernel"),
     [
-        ({"folded"}, None), ({"grouped", "folded"}, None), ({"masked"}, None),
-        ({"unfused"}, "16"), ({"unfused", "grouped"}, "17"),
+        (("folded",), None), (("grouped", "folded"), None), (("masked",), None),
+        (("unfused",), "16"), (("unfused", "grouped"), "17"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_the_unfused_kernel_is_asked_for_by_the_form_of_attention(
-    forms: set[AttentionForm], kernel: str | None
+    forms: tuple[AttentionForm, ...], kernel: str | None
 ):
-    ((name, options),) = onnxruntime_cuda.providers(forms, graphs=True)
+    ((name, options),) = onnxruntime_cuda.providers(set(forms), graphs=True)
     assert name == "CUDAExecutionProvider"
     assert options["enable_cuda_graph"] == "1"
     assert options.get("sdpa_kernel") == kernel
