@@ -47,9 +47,9 @@ PLAN_COPIES, PLAN_PROCESS = 1.14, 200_000_000
 a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.71 GB for one of 7.39 GB (int8wo)."""
 UNPACKED = 0.55
 """Bytes more for each 4-bit weight: 1.57 GB for a plan of 0.85 GB, 8.63 GB for one of 4.01 GB."""
-UNPACKED_APART = 1.15
+UNPACKED_APART = 1.0
 """And for each weight that is quantized alone, if single tokens have a profile of their own: 1.00 GB
-for 0.87 billion weights in 8 bits and 1.18 GB in 4; other precisions need nothing more."""
+for 0.87 billion weights in 8 bits, 7.04 GB for 6.98 billion in 4; others need nothing more."""
 SESSION_COPIES, SESSION_COPIES_FLOAT = 1.0, 1.12
 """ONNX Runtime CPU's bytes per weight byte: 5.1 GB for Mistral-7B's 5.14 GB in int4wo; in float32
 1.09 GB more for 0.97 GB more weights (8 and 24 layers of width 1024)."""
@@ -68,8 +68,9 @@ SESSION_RATE = 105e9  # operations/s and core of ONNX Runtime CPU, 122 and 511 t
 LOAD_RATE = 0.95e9  # bytes/s: ONNX Runtime CPU reads and packs the weights of a 7B in 6 to 8 s
 HASH_RATE = 1.1e9  # bytes/s and core
 COMPILE_SECONDS = 6.0
-PLAN_RATE = 0.34e9  # bytes/s of a plan: a 7B in bf16 takes 49 s
-NARROW_RATE = 0.086e9  # 4-bit weights/s, which take longer: a 7B in int4wo takes 99 s
+PLAN_RATE, PLAN_RATE_APART = 0.34e9, 0.21e9
+"""Bytes/s of a plan, with one profile and with two: a 7B in bf16 takes 49 and 82 s."""
+NARROW_RATE = 0.086e9  # 4-bit weights/s and profile: a 7B in int4wo takes 99 and 187 s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,10 +180,11 @@ def _compile(build: Build, weights: int) -> HostStep:
     shapes, schemes = build.spec.weight_shapes(), build.storage.schemes
     narrow = sum(prod(shapes[name]) for name, scheme in schemes.items() if scheme.codes == "int4")
     alone = sum(prod(shapes[name]) for name, scheme in schemes.items() if scheme.activation is None)
+    profiles, rate = (2, PLAN_RATE_APART) if build.decodes_apart else (1, PLAN_RATE)
     apart = UNPACKED_APART * alone if build.decodes_apart else 0
     return HostStep(
         name=COMPILE,
-        seconds=COMPILE_SECONDS + weights / PLAN_RATE + narrow / NARROW_RATE,
+        seconds=profiles * (COMPILE_SECONDS + narrow / NARROW_RATE) + weights / rate,
         memory_bytes=round(PLAN_COPIES * weights + UNPACKED * narrow + apart) + PLAN_PROCESS,
         in_child=True,
     )

@@ -20,7 +20,10 @@ from graphs.passes.fold_query_groups import FoldQueryGroups
 from graphs.passes.rule import Pass
 from graphs.passes.trt.in_place import InPlace
 from graphs.passes.trt.keep_gate_up_apart import KEEP_GATE_UP_APART
+from graphs.spec import RingSpec
+from tests.support import tiny
 from tests.support.engines import BUILD, RING, SPEC, compile_graph, write_graph
+from tests.support.make_checkpoint import tiny_spec
 
 if importlib.util.find_spec("tensorrt_rtx") is None:
     pytest.skip("tensorrt_rtx is not installed: pip install 'mistralc[rtx]'",
@@ -141,6 +144,31 @@ def test_a_wrong_engine_is_refused_in_its_own_words(
     with pytest.raises(MistralcError, match=words):
         auditing.require(found, allow=False)
     auditing.require(found, allow=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "kv_heads", "slots", "form"),
+    [
+        (128, 4, 1, 24_000, "in_place"), (256, 4, 2, 24_000, "in_place"),
+        (80, 4, 4, 512, "in_place"), (128, 4, 1, 24_064, "folded"), (64, 4, 4, 24_064, "masked"),
+    ],
+)  # fmt: skip
+def test_every_head_size_decodes_in_place_up_to_the_longest_ring(
+    head_dim: int, heads: int, kv_heads: int, slots: int, form: str, tmp_path: Path
+) -> None:
+    spec = tiny_spec(
+        vocab_size=512, num_hidden_layers=1, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=32_768,
+        layer_windows=(None,),
+    )  # fmt: skip
+    build = tiny.build(spec, "rtx", ring=RingSpec(chunk=64, context=slots), activation="float16")
+    assert set(build.attention.values()) == {form}
+    model = write_graph(tmp_path, build)
+    plan = compile_graph(tmp_path, build)
+    found = auditing.audit(plan, model.graph, build, 2 * spec.num_parameters)
+    assert found.attention_fused == found.attention == 1
+    assert found.caches_copied == (0 if form == "in_place" else 2)
+    assert found.rings_stay == (form == "in_place")
 
 
 STEP = Traffic(tokens=1, kernels=1, weights=100, cache=10, activations=1, moved=0, movers={})
