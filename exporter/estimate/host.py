@@ -48,7 +48,7 @@ a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.71 GB for one of 7.39 
 UNPACKED = 0.55
 """Bytes more for each 4-bit weight: 1.57 GB for a plan of 0.85 GB, 8.63 GB for one of 4.01 GB."""
 UNPACKED_APART = 1.0
-"""And for each weight that is quantized alone, if single tokens have a profile of their own: 1.00 GB
+"""And for each weight that is quantized alone, if single tokens have a profile of their own: 1.0 GB
 for 0.87 billion weights in 8 bits, 7.04 GB for 6.98 billion in 4; others need nothing more."""
 SESSION_COPIES, SESSION_COPIES_FLOAT = 1.0, 1.12
 """ONNX Runtime CPU's bytes per weight byte: 5.1 GB for Mistral-7B's 5.14 GB in int4wo; in float32

@@ -150,7 +150,7 @@ def test_a_wrong_engine_is_refused_in_its_own_words(
     ("head_dim", "heads", "kv_heads", "slots", "form"),
     [
         (128, 4, 1, 24_000, "in_place"), (256, 4, 2, 24_000, "in_place"),
-        (80, 4, 4, 512, "in_place"), (128, 4, 1, 24_064, "folded"), (64, 4, 4, 24_064, "masked"),
+        (80, 4, 4, 512, "in_place"), (128, 4, 2, 24_064, "folded"), (64, 4, 4, 24_064, "masked"),
     ],
 )  # fmt: skip
 def test_every_head_size_decodes_in_place_up_to_the_longest_ring(
