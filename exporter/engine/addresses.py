@@ -35,7 +35,8 @@ def fix_addresses(command: tuple[str, ...]) -> None:
     if current == -1 or current & ADDR_NO_RANDOMIZE:
         return
     with suppress(OSError):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[os.getpid() % len(cores)]})  # builds at once: several cores
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     if personality(current | ADDR_NO_RANDOMIZE) != -1:
         os.execv(command[0], command)  # noqa: S606

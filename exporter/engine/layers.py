@@ -46,9 +46,14 @@ class EngineTensor:
         return prod(abs(size) for size in self.shape)
 
     @property
+    def bits(self) -> int:
+        """Bits of an element; 8 for a type that is not in `BITS`."""
+        return BITS.get(self.dtype, 8)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of `count` elements."""
-        return -(-self.count * BITS[self.dtype] // 8)
+        return -(-self.count * self.bits // 8)
 
     @property
     def layout(self) -> tuple[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from exporter.engine.layers import BITS, EngineTensor, LayerInfo
+from exporter.engine.layers import EngineTensor, LayerInfo
 from graphs.contract import GraphContract
 
 ATTENTION = ("mha", "flash")  # in the names of fused attention kernels
@@ -50,7 +50,7 @@ class Step:
                 shape[axis] = self.slots if self.tokens > 1 else 1
             else:
                 shape[axis] = self.tokens
-        return -(-prod(shape) * BITS.get(tensor.dtype, 8) // 8)
+        return -(-prod(shape) * tensor.bits // 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +131,10 @@ def copied_caches(layer: LayerInfo) -> set[str]:
 
 def dequantized(layer: LayerInfo) -> list[EngineTensor]:
     """The quantized weights that a layer writes out whole in a wider type."""
-    wide = {tensor.count for tensor in layer.outputs if BITS.get(tensor.dtype, 0) >= 16}
+    wide = {tensor.count for tensor in layer.outputs if tensor.bits >= 16}
     return [
         tensor for tensor in layer.constants
-        if BITS.get(tensor.dtype, 0) <= 8 and len(tensor.layout[1]) > 1 and tensor.count in wide
+        if tensor.bits <= 8 and len(tensor.layout[1]) > 1 and tensor.count in wide
     ]  # fmt: skip
 
 
