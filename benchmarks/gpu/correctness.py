@@ -7,7 +7,6 @@ decoding is captured, the largest difference of the logits over four turns of ev
 in single steps, and mixed), and whether golden tokens are the same with one row and with two.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,12 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.gpu.fill import fill
-from benchmarks.gpu.variants import SHIPPED, VARIANTS, variant_build
+from benchmarks.gpu.fill import filled
+from benchmarks.gpu.variants import variant_build
 from exporter.checks import golden, verify
 from exporter.checks.reference_pass import Logits, case_texts
 from exporter.checks.texts import Case
-from exporter.decoder.devices import DEVICES, reference_device
 from exporter.decoder.model import Decoder, logits_at
 from graphs.build import Build
 from graphs.errors import MistralcError
@@ -40,19 +38,9 @@ GOLDEN = 12  # tokens of a golden text
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("shapes", type=Path)
-    parser.add_argument("--variant", choices=VARIANTS, default=SHIPPED)
-    parser.add_argument("--weights", type=Path, required=True, help="where to make the bundle")
-    parser.add_argument("--device", choices=DEVICES, default="cuda")
-    given = parser.parse_args()
-    device = reference_device(given.device)
-    began = perf_counter()
-    bundle = fill(given.shapes, given.variant, given.weights / given.shapes.name, device)
-    filled = perf_counter() - began
-    found = check(bundle, given.variant, device)
-    print(json.dumps({"bundle": given.shapes.name, "variant": given.variant,
-                      "fill_s": round(filled, 2), **found}))  # fmt: skip
+    made = filled(str(__doc__).splitlines()[0])
+    found = check(made.bundle, made.variant, made.device)
+    print(json.dumps({**made.record, **found}))
     return 0 if found["passed"] else 1
 
 
@@ -89,14 +77,14 @@ def _of_rows(
 ) -> dict[str, Any]:
     """The agreement of a session over all cases, and of its golden tokens."""
     agreements = verify.compare(session, build, cases, expected)
-    same, words = True, None
+    same: bool | str = True  # or how the tokens differ
     try:
         replay(session, make_ring(build), texts, build.target.name)
     except MistralcError as error:
-        same, words = False, str(error)
+        same = str(error)
     return {
-        "passed": same and all(one.passed for one in agreements),
-        "golden": same if words is None else words,
+        "passed": same is True and all(one.passed for one in agreements),
+        "golden": same,
         "cases": {one.case: {name: value for name, value in asdict(one).items()
                              if name in ("tokens", "max_rel", "kl", "top1")}
                   for one in agreements},

@@ -5,17 +5,21 @@ Random numbers are drawn on the GPU, so a 7B exists in seconds. Linear weights h
 scales to the same effect.
 """
 
+import argparse
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.variants import SHIPPED, VARIANTS
 from exporter.bundle.weights_file import FILE_NAME as WEIGHTS
 from exporter.bundle.weights_file import WeightsLayout
+from exporter.decoder.devices import DEVICES, reference_device
 from exporter.quantization.make_recipe import stored_recipe
 from exporter.quantization.recipe import Recipe
 from graphs.manifest import FILE_NAME, read_manifest
@@ -34,6 +38,35 @@ class Part(NamedTuple):
     kind: str  # `gain`, `weight`, `codes` or `scale`
     inputs: int  # of the linear
     scheme: Scheme | None
+
+
+class Filled(NamedTuple):
+    """A bundle that a step was asked for, with its weights, and the seconds that they took."""
+
+    bundle: Path
+    name: str
+    variant: str
+    device: torch.device
+    seconds: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a step's line of JSON begins with."""
+        return {"bundle": self.name, "variant": self.variant, "fill_s": round(self.seconds, 2)}
+
+
+def filled(description: str) -> Filled:
+    """Make the bundle that this process's command line asks for: SHAPES and options."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("shapes", type=Path)
+    parser.add_argument("--variant", choices=VARIANTS, default=SHIPPED)
+    parser.add_argument("--weights", type=Path, required=True, help="where to make the bundle")
+    parser.add_argument("--device", choices=DEVICES, default="cuda")
+    given = parser.parse_args()
+    device, name = reference_device(given.device), given.shapes.name
+    began = perf_counter()
+    bundle = fill(given.shapes, given.variant, given.weights / name, device)
+    return Filled(bundle, name, given.variant, device, perf_counter() - began)
 
 
 def fill(shapes: Path, variant: str, directory: Path, device: torch.device) -> Path:

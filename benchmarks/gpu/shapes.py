@@ -30,12 +30,9 @@ from graphs.passes.merge_linears import MERGE_GATE_UP, MERGE_QKV
 from graphs.passes.pipeline import PORTABLE, lower, run
 from graphs.spec import ModelSpec
 from graphs.targets import TARGETS
+from tests.support.make_checkpoint import PRESETS
 
-MISTRAL_7B = ModelSpec(
-    vocab_size=32_000, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=32_768,
-    rms_norm_eps=1e-5, rope_theta=10_000.0, layer_windows=(4096,) * 32,
-)  # fmt: skip
+MISTRAL_7B = PRESETS["mistral-7b-v0.1"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -122,7 +122,7 @@ def stream_weights(
         try:
             _write(file, 0, layout.header)
             for name in recipe.spec.weight_shapes():
-                for count in _write_weight(checkpoint, read, recipe, name, layout, file):
+                for count in _write_weight(checkpoint, read(name), recipe, name, layout, file):
                     if progress is not None:
                         progress(count)
                 digests[name] = hasher.submit(checkpoint.digest, name)
@@ -150,11 +150,10 @@ def link_weights(model: ir.Model, recipe: Recipe, directory: Path) -> None:
 
 
 def _write_weight(
-    checkpoint: Checkpoint, read: Callable[[str], torch.Tensor], recipe: Recipe, name: str,
-    layout: WeightsLayout, file: BinaryIO,
+    checkpoint: Checkpoint, stored: torch.Tensor, recipe: Recipe, name: str, layout: WeightsLayout,
+    file: BinaryIO,
 ) -> Iterator[int]:  # fmt: skip
     """Write all parts of one weight; yields the number of bytes written, block by block."""
-    stored = read(name)
     check_finite(name, stored)
     at = [layout.ranges[part.name][0] for part in layout.parts[name]]
     calibrated = recipe.calibrated(name)

@@ -8,7 +8,6 @@ gate of Mistral-7B took on 2 cores with 24 GiB, about 90.
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
 
 import torch
 
@@ -26,23 +25,24 @@ class ReadAhead:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._order = {name: i for i, name in enumerate(checkpoint.spec.weight_shapes())}
+        self._names = list(checkpoint.spec.weight_shapes())
+        self._places = {name: i for i, name in enumerate(self._names)}
         self._reader = ThreadPoolExecutor(1)
-        self._asked = 0  # the first weight that was not asked for yet
+        self._asked = 0  # weights up to this place were asked for in this pass
         self._buffer = bytearray(STEP)
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the weight, and have the ones after it read into the page cache."""
-        at = self._order[name]
+        at = self._places[name]
         if at == 0:  # the embedding: a new pass begins
             self._asked = 0
         left = AHEAD
-        for other in islice(self._checkpoint.spec.weight_shapes(), at + 1, None):
+        for place, other in enumerate(self._names[at + 1 :], at + 1):
             left -= self._checkpoint.stored[other].where.length
             if left < 0:
                 break
-            if self._order[other] >= self._asked:
-                self._asked = self._order[other] + 1
+            if place > self._asked:
+                self._asked = place
                 self._reader.submit(self._read, other)
         return self._checkpoint.tensor(name)
 

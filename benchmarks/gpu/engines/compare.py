@@ -97,7 +97,8 @@ def commands(
 
 def library(manifest: Manifest) -> dict[str, str]:
     """What makes Polygraphy import the library that the engine is for."""
-    return {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if manifest.target == "rtx" else {}
+    module = manifest.build.target.backend_module
+    return {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if module == "tensorrt_rtx" else {}
 
 
 if __name__ == "__main__":
