@@ -27,7 +27,7 @@ from calib.methods.decide import GroupTask, decide_group
 from calib.methods.observation import Observer
 from calib.options import CalibrationOptions
 from exporter.checkpoint.open import Checkpoint
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.recipe import SMOOTHING, Recipe
 from graphs.errors import UsageError

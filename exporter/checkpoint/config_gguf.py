@@ -13,7 +13,8 @@ import numpy as np
 from exporter.checkpoint.config_hf import DEFAULT_THETA, USE_ANOTHER, head_size, layer_count
 from exporter.checkpoint.fields import Fields
 from graphs.errors import MistralcError
-from graphs.spec import ModelSpec, RopeScaling
+from graphs.rope import RopeScaling
+from graphs.spec import ModelSpec
 
 _TOKENS = "tokenizer.ggml.tokens"
 _READ = frozenset(

@@ -12,7 +12,8 @@ from typing import Any
 
 from exporter.checkpoint.fields import Fields
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import ModelSpec, RopeScaling
+from graphs.rope import RopeScaling
+from graphs.spec import ModelSpec
 
 Window = int | None
 

@@ -83,7 +83,7 @@ def to_json(needed: "Estimate") -> dict[str, Any]:
         "target": build.target.name,
         "precision": build.precision.name,
         "activation": build.activation,
-        "spec": asdict(build.spec),
+        "spec": build.spec.to_json(),
         "ring": asdict(build.ring),
         "attention": {str(size): form for size, form in build.attention.items()},
         "passes": [step.name for step in passes_of(build)],

@@ -11,14 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.decoder.model import (
-    CPU,
-    Decoder,
-    RMSNorm,
-    StoredEmbedding,
-    StoredLinear,
-    load_decoder,
-)
+from exporter.decoder.load import StoredEmbedding, StoredLinear, load_decoder
+from exporter.decoder.model import CPU, Decoder, RMSNorm
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.rounding import Quantized, blocked, round_activation
 from graphs.quant_scheme import Scheme

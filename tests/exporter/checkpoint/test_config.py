@@ -12,7 +12,8 @@ from exporter.checkpoint.config_gguf import spec_from_gguf
 from exporter.checkpoint.config_hf import override_window, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import ModelSpec, RopeScaling
+from graphs.rope import RopeScaling
+from graphs.spec import ModelSpec
 from tests.support.make_checkpoint import PRESETS, hf_config, mistral_params, tiny_spec
 
 LLAMA3 = RopeScaling(
