@@ -24,11 +24,11 @@ import onnx_ir as ir
 import torch
 
 from exporter.checkpoint.open import Checkpoint, check_finite
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange
 from exporter.quantization.packing import pack
 from exporter.quantization.recipe import Recipe
-from exporter.quantization.rounding import Quantized
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
 from graphs.passes.weight_ref import weight_of

@@ -38,7 +38,7 @@ class ReadAhead:
             self._asked = 0
         left = AHEAD
         for place, other in enumerate(self._names[at + 1 :], at + 1):
-            left -= self._checkpoint.stored[other].where.length
+            left -= self._checkpoint.stored[other].nbytes
             if left < 0:
                 break
             if place > self._asked:
@@ -48,8 +48,9 @@ class ReadAhead:
 
     def _read(self, name: str) -> None:
         """Read a weight's bytes once, and leave them to the page cache."""
-        where = self._checkpoint.stored[name].where
-        with suppress(OSError), where.path.open("rb", buffering=0) as file:  # `tensor` reports it
-            for offset in range(where.offset, where.offset + where.length, STEP):
-                count = min(STEP, where.offset + where.length - offset)
-                os.preadv(file.fileno(), [memoryview(self._buffer)[:count]], offset)
+        with suppress(OSError):  # `tensor` reports it
+            for where in self._checkpoint.stored[name].ranges:
+                with where.path.open("rb", buffering=0) as file:
+                    for offset in range(where.offset, where.offset + where.length, STEP):
+                        count = min(STEP, where.offset + where.length - offset)
+                        os.preadv(file.fileno(), [memoryview(self._buffer)[:count]], offset)

@@ -248,11 +248,10 @@ class Decoder(nn.Module):
             keys = window.slot_position(last.view(-1, 1, 1, 1), slots, capacity)  # [B, 1, 1, C]
             masks[size] = window.visible(queries, keys, size)  # [B, 1, S, C]
             write_indices[size] = first % capacity  # [B]
-        cos, sin = _scaled(angles.cos(), factor), _scaled(angles.sin(), factor)  # [B, S, R/2]
-        scaled = (
-            query_scale(self.spec, position_ids).to(dtype) if self.spec.rope.query_scale else None
-        )
-        return Step(cos.to(dtype), sin.to(dtype), write_indices, masks, scaled)
+        cos = _scaled(angles.cos(), factor).to(dtype)  # [B, S, R/2]
+        sin = _scaled(angles.sin(), factor).to(dtype)  # [B, S, R/2]
+        scale = query_scale(self.spec, position_ids).to(dtype) if self.spec.rope.query_scale else None
+        return Step(cos, sin, write_indices, masks, scale)
 
 
 def _scaled(x: Tensor, multiplier: float) -> Tensor:

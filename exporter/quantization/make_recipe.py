@@ -4,15 +4,15 @@ The decisions are those of `graphs.build.Storage`; here they meet the checkpoint
 numbers of a calibration table.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from exporter.checkpoint.open import Checkpoint
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.options import QuantizeOptions
 from exporter.quantization.calibration_table import CalibrationTable
-from exporter.quantization.gguf_blocks import block_scheme, read_blocks
 from exporter.quantization.policy import WeightFacts
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, Recipe, touched
 from graphs.build import Build
@@ -26,10 +26,9 @@ from graphs.spec import ModelSpec
 def weight_facts(checkpoint: Checkpoint, table: CalibrationTable | None = None) -> WeightFacts:
     """What a checkpoint and a calibration table tell before a build is decided."""
     names = checkpoint.spec.weight_shapes()
-    blocks = {name: block_scheme(dtype) for name, dtype in checkpoint.dtypes.items()}
     return WeightFacts(
         types=frozenset(checkpoint.dtypes.values()),
-        blocks={name: scheme for name, scheme in blocks.items() if scheme is not None},
+        blocks={n: one.scheme for n, one in checkpoint.stored.items() if one.scheme is not None},
         calibrated=None if table is None else table.schemes,
         settled=frozenset() if table is None else frozenset(
             name for name in names if touched(name, checkpoint.spec, table.tensors)
@@ -61,8 +60,16 @@ def make_recipe(build: Build, checkpoint: Checkpoint, table: CalibrationTable | 
         layouts=build.storage.layouts,
         rounds_blocks=build.target.rounds_blocks,
         tensors={} if table is None else table.tensors,
-        repacked={name: read_blocks(checkpoint, name) for name in build.storage.copied},
+        repacked=carried_codes(checkpoint, build.storage.copied),
     )
+
+
+def carried_codes(
+    checkpoint: Checkpoint, names: Iterable[str]
+) -> dict[str, Callable[[], Quantized]]:
+    """Return functions that read the codes of these weights as the checkpoint has them."""
+    found = {name: checkpoint.stored[name].quantized for name in names}
+    return {name: one[1] for name, one in found.items() if one is not None}
 
 
 def quantization(recipe: Recipe) -> Quantization:
