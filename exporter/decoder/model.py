@@ -20,6 +20,7 @@ Letters: B batch, S tokens, T logits wanted, C capacity, H query heads, K key/va
 D head size, E hidden, F feed-forward, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -38,11 +39,13 @@ from exporter.decoder.operators import (
 )
 from exporter.decoder.rotary import inverse_frequencies, query_scale
 from graphs import window
-from graphs.spec import ModelSpec
+from graphs.spec import Activation, ModelSpec
 
 Caches = list[Tensor]  # past_key.0, past_value.0, past_key.1, … each [B, K, C, D]
 CPU = torch.device("cpu")
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -250,7 +253,9 @@ class Decoder(nn.Module):
             write_indices[size] = first % capacity  # [B]
         cos = _scaled(angles.cos(), factor).to(dtype)  # [B, S, R/2]
         sin = _scaled(angles.sin(), factor).to(dtype)  # [B, S, R/2]
-        scale = query_scale(self.spec, position_ids).to(dtype) if self.spec.rope.query_scale else None
+        scale = None
+        if self.spec.rope.query_scale:
+            scale = query_scale(self.spec, position_ids).to(dtype)  # [B, 1, S, 1]
         return Step(cos, sin, write_indices, masks, scale)
 
 
