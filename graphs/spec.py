@@ -166,6 +166,11 @@ class ModelSpec:
         """Whether a layer rotates queries and keys."""
         return layer not in self.rope.layers_without
 
+    def only_rotates(self, layer: int) -> bool:
+        """Whether a layer rotates whole heads, and does nothing else to queries and keys."""
+        whole = self.rotates(layer) and self.rotated_features == self.head_dim
+        return whole and not (self.attention.query_key_norms or self.rope.query_scale)
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The distinct windows in order of first use; layers with equal windows share a mask."""
