@@ -125,6 +125,7 @@ def export(
                 "name": Path(opened.checkpoint.source).name,
                 "format": opened.checkpoint.format,
                 "fingerprint": graph.fingerprint,
+                **_left_out(opened.checkpoint),
             },
             versions=versions(),
             passes=graph.passes,
@@ -152,6 +153,11 @@ def record(manifest: Manifest, directory: Path) -> Manifest:
     if manifest.engine is not None:
         parts.append(audit.to_markdown(manifest.engine))
     return staging.write_record(manifest, "\n".join(parts), directory)
+
+
+def _left_out(checkpoint: Checkpoint) -> dict[str, str]:
+    """What of the checkpoint is not in the bundle, such as a vision tower; usually nothing."""
+    return {"left_out": ", ".join(checkpoint.left_out)} if checkpoint.left_out else {}
 
 
 def versions() -> dict[str, str]:

@@ -66,6 +66,16 @@ class RopeScaling:
         """The divisors of `longrope` that apply, one for each rotated pair."""
         return self.long_factor if self.is_long else self.short_factor
 
+    @property
+    def note(self) -> str | None:
+        """What a user should know about `longrope` factors, if there are two sets of them."""
+        if not self.long_factor:
+            return None
+        length = f"{self.original_max_position_embeddings:,}"
+        if self.is_long:
+            return f"factors for texts of more than {length} tokens, used for shorter ones too"
+        return f"factors for texts of up to {length} tokens; a larger --context uses the others"
+
     def for_context(self, context: int | None) -> Self:
         """Return the scaling for texts of up to `context` tokens; None means of any length."""
         longer = context is None or context > self.original_max_position_embeddings

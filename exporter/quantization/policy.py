@@ -27,13 +27,14 @@ class WeightFacts:
     `types` are the types that they are stored in, empty if unknown. `blocks` has the schemes that
     store the blocks of a GGUF file exactly, by weight. `calibrated` has the schemes that a
     calibration table decided, None without a table; `settled` are the weights whose numbers it
-    decided too.
+    decided too. `left_out` names the parts of the checkpoint that are not of the text model.
     """
 
     types: frozenset[str] = frozenset()
     blocks: Mapping[str, Scheme] = field(default_factory=dict)
     calibrated: Mapping[str, Scheme] | None = None
     settled: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
 
 def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayout]:
