@@ -6,8 +6,8 @@ architecture that is not listed here, nor among those of its family, is an error
 value that changes nothing: such a key exists to change the arithmetic.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exporter.families.catalogue import BY_GGUF_NAME
@@ -61,10 +61,12 @@ def spec_from_gguf(
     tied: bool,
     origin: str = "the GGUF metadata",
     numbers: Numbers = _NO_NUMBERS,
+    tensors: Collection[str] = (),
 ) -> ModelSpec:
     """Read GGUF metadata, plain Python values by key. Errors name the file as `origin`.
 
-    `tied` says that the file has no `output.weight`, because GGUF has no key for that. Raises
+    GGUF has no keys that say whether the embedding is `tied`, that is, whether the file lacks
+    `output.weight`, nor which linears have biases: that follows from the names `tensors`. Raises
     MistralcError naming the first setting that is missing, of the wrong type, or not one that the
     decoder computes.
     """
@@ -95,7 +97,9 @@ def spec_from_gguf(
         layer_windows=(window,) * layers,
         rope=_rope(own, family, head_dim),
     )
-    return spec if family.read_gguf is None else family.read_gguf(fields, spec)
+    return _with_biases(
+        spec if family.read_gguf is None else family.read_gguf(fields, spec), tensors
+    )
 
 
 def gguf_family(fields: Fields) -> Family:
@@ -170,6 +174,16 @@ def _check_supported(own: _Architecture, family: Family) -> None:
 def _is_neutral(name: str, value: object) -> bool:
     values = value if isinstance(value, list) else [value]
     return all(one in _NEUTRAL.get(name, ()) for one in values)
+
+
+def _with_biases(spec: ModelSpec, tensors: Collection[str]) -> ModelSpec:
+    """Add the biases that the first layer has; a file that lacks others is refused later."""
+    attention = replace(
+        spec.attention,
+        bias="blk.0.attn_q.bias" in tensors,
+        output_bias="blk.0.attn_output.bias" in tensors,
+    )
+    return replace(spec, attention=attention, mlp_bias="blk.0.ffn_down.bias" in tensors)
 
 
 def _vocab_size(own: _Architecture) -> int:

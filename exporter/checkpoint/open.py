@@ -189,7 +189,9 @@ def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
     tied = "output.weight" not in file.tensors
     names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
     numbers = {name: _numbers(file.tensors.pop(name)) for name in names}
-    spec = spec_from_gguf(file.metadata, tied=tied, origin=str(path), numbers=numbers)
+    spec = spec_from_gguf(
+        file.metadata, tied=tied, origin=str(path), numbers=numbers, tensors=file.tensors
+    )
     return family, spec, file.tensors
 
 

@@ -29,17 +29,12 @@ def upper_windows(fields: Fields) -> tuple[Window, ...]:
     Without `use_sliding_window` there is none.
     """
     if not fields.flag("use_sliding_window", default=False):
-        return (None,) * read_layers(fields)
+        return windows_of(fields, None)
     first = fields.values.get("max_window_layers", _MAX_WINDOW_LAYERS)
     if type(first) is not int or first < 0:
         raise fields.invalid("max_window_layers", "a whole number of layers")
     slides = range(first, read_layers(fields))
     return windows_of(fields, window_of(fields, _WINDOW), slides)
-
-
-def add_biases(_: Fields, spec: ModelSpec) -> ModelSpec:
-    """Add the biases; GGUF has no window for these models."""
-    return replace(spec, attention=AttentionSpec(bias=True))
 
 
 def read_qwen3(fields: Fields) -> ModelSpec:
@@ -68,7 +63,6 @@ QWEN2 = Family(
     read_config=read_qwen2,
     tensors=named_half_split,
     gguf_names=("qwen2",),
-    read_gguf=add_biases,
 )
 QWEN3 = Family(
     name="qwen3",

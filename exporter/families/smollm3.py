@@ -55,7 +55,7 @@ def _layers_without_rotation(fields: Fields) -> tuple[int, ...]:
 def _windows(fields: Fields, without: tuple[int, ...]) -> tuple[Window, ...]:
     """Return the window of the layers that do not rotate, if it is used."""
     if not fields.flag("use_sliding_window", default=False):
-        return (None,) * read_layers(fields)
+        return windows_of(fields, None)
     return windows_of(fields, window_of(fields), without)
 
 
