@@ -163,6 +163,9 @@ bench-export: $(READY) ## Time, memory and disk of exporting CHECKPOINT into FOL
 bench-engines: $(READY) ## Bytes of a decoded token by engines of Mistral-7B's width; ARGS=--write writes docs/
 	$(BIN)/python -m benchmarks.engines $(ARGS)
 
+bench-families: $(READY) ## Every family of models against transformers, and as a bundle for each target
+	$(BIN)/python -m benchmarks.families $(ARGS)
+
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)
 

@@ -3,11 +3,11 @@
     python -m benchmarks.families [--targets cpu cuda rtx] [--only NAME …]
 
 Checkpoints of two layers with random weights, written by transformers, as the tests use them
-(`tests/support/families.py`). The first columns are the largest differences of logits, as a share of
-the largest logit: of the PyTorch decoder from transformers in float32 and eager, over texts of up to
-five windows, and of the finished bundle from the decoder. Engines are built, which needs no GPU, and
-audited; the column says what was found, or why the target is refused. Prints the table, and what it
-ran on.
+(`tests/support/families.py`). The first columns are the largest differences of logits, as a share
+of the largest logit: of the PyTorch decoder from transformers in float32 and eager, over texts of
+up to five windows, and of the finished bundle from the decoder. Engines are built, which needs no
+GPU, and audited; the column says what was found, or why the target is refused. Prints the table,
+and what it ran on.
 """
 
 import argparse
