@@ -25,6 +25,7 @@ from exporter.checkpoint.fields import read_json
 from exporter.checkpoint.gguf_file import is_readable, read_gguf
 from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.gguf_blocks import block_source
+from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes
 from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
@@ -34,7 +35,10 @@ from graphs.spec import ModelSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old versions of transformers saved the rotary frequencies, which follow from the configuration.
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+_INVERSE_FREQUENCIES = r"(.+\.)?rotary_emb\.inv_freq"
+# Scales of a quantized KV cache; ours is in floats.
+_CACHE_SCALES = r".+\.(self_attn|attention)\.(\w_proj\.)?[kqv]_(scale|zero_point)"
+_IGNORED = re.compile(f"{_INVERSE_FREQUENCIES}|{_CACHE_SCALES}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,8 @@ class Checkpoint:
     """An opened checkpoint. It holds no file open, so there is nothing to close.
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
-    `stored` maps canonical names to where the weights come from, rows in canonical order.
+    `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
+    is how the weights of a directory are quantized, None if they are not.
     """
 
     spec: ModelSpec
@@ -50,6 +55,7 @@ class Checkpoint:
     path: Path
     format: Format
     stored: Mapping[str, WeightSource]
+    method: str | None = None
 
     @property
     def dtypes(self) -> Mapping[str, str]:
@@ -104,14 +110,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path, label = locate(source)
     with _reading(path):
         kind = format_of(path)
+        quantization = None
         if kind == "gguf":
             spec, found = _read_gguf(path)
         else:
-            spec, weights = _configured(path, kind), find_weight_file(path, kind)
+            (spec, quantization), weights = _configured(path, kind), find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        sources = {name: _source(tensor, kind) for name, tensor in found.items()}
+        sources = _sources(found, kind, quantization)
         stored = _canonical(spec, kind, path, sources)
-    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored)
+    method = None if quantization is None else quantization.method
+    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored, method=method)
 
 
 def read_spec(source: str | Path) -> ModelSpec:
@@ -119,7 +127,7 @@ def read_spec(source: str | Path) -> ModelSpec:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)
+        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)[0]
 
 
 def has_weights(source: str | Path) -> bool:
@@ -172,12 +180,11 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, dict[str, StoredTensor]]:
     return spec_from_gguf(file.metadata, tied=tied, origin=str(path)), file.tensors
 
 
-def _configured(directory: Path, kind: Format) -> ModelSpec:
-    if kind == "mistral":
-        params = read_json(directory / "params.json")
-        return spec_from_params(params.values, params.origin)
-    config = read_json(directory / "config.json")
-    return spec_from_hf(config.values, config.origin)
+def _configured(directory: Path, kind: Format) -> tuple[ModelSpec, Quantization | None]:
+    """Read the spec, and how the weights are quantized."""
+    config = read_json(directory / ("params.json" if kind == "mistral" else "config.json"))
+    read = spec_from_params if kind == "mistral" else spec_from_hf
+    return read(config.values, config.origin), quantization_of(directory, config)
 
 
 def _canonical(
@@ -195,13 +202,33 @@ def _canonical(
         stored[name] = source if heads is None else source.half_split(heads)
     head = found.get(_stored_name(_HEAD, kind))
     for stray in found.values():
-        if stray.name in names.values() or _IGNORED.fullmatch(stray.name):
+        if stray.name in names.values() or _IGNORED.fullmatch(stray.name) or _adds_nothing(stray):
             continue
         if spec.tie_word_embeddings and stray is head:
             _check_tied(found[names[_EMBEDDING]], stray)
             continue
         raise _unexpected(stray)
     return stored
+
+
+def _adds_nothing(stray: WeightSource) -> bool:
+    """Whether a tensor is a bias of zeros: AutoGPTQ writes one for every linear."""
+    return stray.name.endswith(".bias") and stray.readable and not stray.read().any()
+
+
+def _sources(
+    found: Mapping[str, StoredTensor], kind: Format, quantization: Quantization | None
+) -> dict[str, WeightSource]:
+    """Return where every weight comes from, by the name that it has in the files as floats."""
+    made = {} if quantization is None else quantization.sources(found)
+    owners = {name.removesuffix("weight") for name in made}
+    result = {}
+    for name, tensor in found.items():
+        parts = [name[: at + 1] for at, letter in enumerate(name) if letter == "."]
+        if any(owner in owners for owner in parts) and not name.endswith(".bias"):
+            continue  # a part of a quantized weight
+        result[name] = _source(tensor, kind)
+    return result | made
 
 
 def _source(tensor: StoredTensor, kind: Format) -> WeightSource:

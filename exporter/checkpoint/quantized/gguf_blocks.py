@@ -36,6 +36,7 @@ def block_source(stored: StoredTensor) -> WeightSource:
         ranges=(stored.where,),
         read_rows=lambda start, stop: dequantize(stored, start, stop),
         by_rows=True,
+        scales="float16" if scheme is not None and scheme.offset == "none" else "float32",
         scheme=scheme,
         read_codes=None if scheme is None else lambda a, b: _read(stored, scheme, a, b),
     )
