@@ -141,7 +141,8 @@ def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[st
         if name in copied:
             kept[one.label, _kept_as(one, schemes[name], build)] += 1
         else:
-            stored_as = f"stored as {build.activation}"
+            exact = build.activation == "float32"
+            stored_as = f"{'stored as' if exact else 'rounded to'} {build.activation}"
             if name in schemes:
                 stored_as = f"rounded to {schemes[name].codes}"
             lost[one.label, stored_as, _why_not(name, one, build)] += 1
