@@ -115,7 +115,7 @@ def _storage(
         if facts.blocks.get(name) == scheme:
             copied.append(name)
     fitted = fitting(spec, target, schemes, decided=facts.settled.__contains__)
-    return Storage(schemes=fitted, layouts=layouts(target, fitted), copied=tuple(copied))
+    return Storage(schemes=fitted, layouts=layouts(spec, target, fitted), copied=tuple(copied))
 
 
 def _take_blocks(

@@ -187,6 +187,7 @@ TARGETS: Mapping[str, Target] = {
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
+            weight_only_layout="transposed",
             default_block=128,
         ),
         Target(
@@ -202,6 +203,7 @@ TARGETS: Mapping[str, Target] = {
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,
+            weight_only_layout="transposed",
             default_block=128,
         ),
     )

@@ -156,22 +156,18 @@ def _write_weight(
     """Write all parts of one weight; yields the number of bytes written, block by block."""
     check_finite(name, stored)
     at = [layout.ranges[part.name][0] for part in layout.parts[name]]
-    calibrated = recipe.calibrated(name)
     source = checkpoint.bytes_of(name)
-    unchanged = name not in recipe.schemes and not calibrated
+    unchanged = name not in recipe.schemes and not recipe.calibrated(name)
     if unchanged and source is not None and TORCH_FLOATS[source.dtype] == recipe.stored:
         yield from _copy(source, stored, file, at[0])
         return
     if recipe.stored is torch.float16:
         _check_range(name, stored)
-    # Calibration decides about a weight as a whole, which is a linear of one layer at most.
-    size = QUANTIZED_BLOCK if name in recipe.schemes else BLOCK
-    rows = len(stored) if calibrated else max(1, size // max(1, stored[0].numel() * 4))
-    exact = recipe.repacked.get(name)
-    blocks = stored.split(rows) if exact is None else [stored]
-    for block in blocks:
+    blocks = _blocks(recipe, name, stored)
+    if recipe.layout(name) == "transposed":
+        blocks = iter([_side_by_side(blocks, layout.parts[name])])
+    for parts in blocks:
         written = 0
-        parts = _converted(recipe, name, block) if exact is None else _packed(recipe, name, exact())
         for i, part in enumerate(parts):
             _write(file, at[i], part.flatten().view(torch.uint8).numpy().data)
             at[i] += part.nbytes
@@ -179,16 +175,43 @@ def _write_weight(
         yield written
 
 
-def _converted(recipe: Recipe, name: str, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Convert some rows of a weight into their parts."""
-    weight = recipe.smoothed(name, weight)
-    if name not in recipe.schemes:
-        return [weight.to(recipe.stored).contiguous()]
-    return _packed(recipe, name, recipe.quantized(name, weight))
+def _blocks(recipe: Recipe, name: str, stored: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Convert a weight into its parts, some rows at a time where no row depends on another."""
+    exact = recipe.repacked.get(name)
+    if exact is not None:
+        yield _packed(recipe, name, exact())
+        return
+    size = QUANTIZED_BLOCK if name in recipe.schemes else BLOCK
+    rows = max(2, size // max(1, stored[0].numel() * 4)) // 2 * 2  # two of 4 bits share a byte
+    if recipe.calibrated(name):
+        # Calibration decides about a weight as a whole, which is a linear of one layer at most.
+        rows = len(stored)
+    for block in stored.split(rows):
+        weight = recipe.smoothed(name, block)
+        if name in recipe.schemes:
+            yield _packed(recipe, name, recipe.quantized(name, weight))
+        else:
+            yield [weight.to(recipe.stored).contiguous()]
 
 
 def _packed(recipe: Recipe, name: str, weight: Quantized) -> list[torch.Tensor]:
     return pack(weight, recipe.stored, recipe.layout(name))
+
+
+def _side_by_side(
+    blocks: Iterator[list[torch.Tensor]], parts: tuple[StoredPart, ...]
+) -> list[torch.Tensor]:
+    """Join blocks of columns; holds the codes of one whole weight."""
+    whole: list[torch.Tensor] = []
+    at = [0] * len(parts)
+    for block in blocks:
+        for i, piece in enumerate(block):
+            if i == len(whole):
+                width = ELEMENT_TYPES[parts[i].element].nbytes(parts[i].shape[-1]) // piece.itemsize
+                whole.append(piece.new_empty(*piece.shape[:-1], width))
+            whole[i][..., at[i] : at[i] + piece.shape[-1]] = piece
+            at[i] += piece.shape[-1]
+    return whole
 
 
 def _check_range(name: str, tensor: torch.Tensor) -> None:
