@@ -124,7 +124,7 @@ def _storage(
             copied.append(name)
     decided = facts.settled | set(copied)
     fitted = fitting(spec, target, schemes, decided=decided.__contains__)
-    return Storage(schemes=fitted, layouts=layouts(target, fitted), copied=tuple(copied))
+    return Storage(schemes=fitted, layouts=layouts(spec, target, fitted), copied=tuple(copied))
 
 
 def _take_codes(

@@ -186,6 +186,7 @@ TARGETS: Mapping[str, Target] = {
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
+            weight_only_layout="transposed",
             default_block=128,
         ),
         Target(
@@ -201,6 +202,7 @@ TARGETS: Mapping[str, Target] = {
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,
+            weight_only_layout="transposed",
             default_block=128,
         ),
     )

@@ -38,11 +38,14 @@ class WeightFacts:
     settled: frozenset[str] = frozenset()
 
 
-def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayout]:
+def layouts(
+    spec: ModelSpec, target: Target, schemes: Mapping[str, Scheme]
+) -> dict[str, CodeLayout]:
     """How the target's backend wants codes to lie, by weight, where that is not `onnx`.
 
     Raises UsageError for a scheme with an offset if only `MatMulNBits` could compute it.
     """
+    shapes = spec.weight_shapes()
     found: dict[str, CodeLayout] = {}
     for name, scheme in schemes.items():
         layout: CodeLayout = "onnx"
@@ -55,6 +58,8 @@ def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayo
                 f"{name} was calibrated with zero points, which {target.title} does not compute. "
                 "Calibrate without --zero-points."
             )
+        if layout == "transposed" and shapes[name][0] * scheme.bits % 8:
+            layout = "onnx"  # an odd number of rows does not fill whole bytes
         if layout != "onnx":
             found[name] = layout
     return found
