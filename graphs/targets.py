@@ -76,6 +76,7 @@ class Target:
     partial_blocks: bool = False  # the block need not divide the input features
     quantizes_tied_embedding: bool = False
     weight_only_float8: bool = False  # float8 weights beside inputs that are not rounded
+    float8_blocks: bool = False  # and their scales may be for blocks, not only for rows
     quantizes_calibrated_head: bool = False  # the output layer, where inputs are rounded
     supports_batch_invariance: bool = False
 
@@ -149,6 +150,7 @@ TARGETS: Mapping[str, Target] = {
             partial_blocks=True,
             quantizes_tied_embedding=True,
             weight_only_float8=True,
+            float8_blocks=True,
             quantizes_calibrated_head=True,
             supports_batch_invariance=True,
         ),
@@ -187,6 +189,7 @@ TARGETS: Mapping[str, Target] = {
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
             weight_only_layout="transposed",
+            weight_only_float8=True,
             default_block=128,
         ),
         Target(
@@ -203,6 +206,7 @@ TARGETS: Mapping[str, Target] = {
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             min_chunk=64,
             weight_only_layout="transposed",
+            weight_only_float8=True,
             default_block=128,
         ),
     )

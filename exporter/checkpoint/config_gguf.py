@@ -74,12 +74,6 @@ def _check_supported(fields: Fields) -> None:
             f"{fields.origin}: the architecture is {architecture[:40]}; expected llama, the name "
             f"of Mistral models in GGUF. {USE_ANOTHER}"
         )
-    if fields.has("split.count") and fields.integer("split.count") > 1:
-        raise MistralcError(
-            f"{fields.origin}: this is one of {fields.integer('split.count')} parts of a model "
-            "(`split.count`); expected a single GGUF file. Merge the parts with llama.cpp's "
-            "`llama-gguf-split --merge`."
-        )
     if fields.values.get("llama.expert_count"):
         raise MistralcError(
             f"{fields.origin}: `llama.expert_count` asks for a mixture of experts; expected 0. "

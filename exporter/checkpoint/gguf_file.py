@@ -70,13 +70,25 @@ def dequantize(stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
 
     A tensor of one dimension is one row of blocks, and is decoded whole.
     """
-    gguf = _package()
-    kind = gguf.GGMLQuantizationType[stored.where.dtype]
     rows = map_bytes(stored.where).view(*stored.shape[:-1], -1)
-    if len(stored.shape) > 1:
-        rows = rows[start:stop]
-    weight = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind))
-    return weight[start:stop] if len(stored.shape) == 1 else weight
+    if len(stored.shape) == 1:
+        return dequantize_rows(rows, stored.where.dtype)[start:stop]
+    return dequantize_rows(rows[start:stop], stored.where.dtype)
+
+
+def dequantize_rows(rows: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Dequantize rows of whole blocks, uint8 [..., bytes], to float32 [..., K]."""
+    gguf = _package()
+    kind = gguf.GGMLQuantizationType[dtype]
+    weight: torch.Tensor = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind))
+    return weight
+
+
+def block_size(dtype: str) -> int:
+    """Return the bytes of one block of this type."""
+    gguf = _package()
+    size: int = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]][1]
+    return size
 
 
 @cache

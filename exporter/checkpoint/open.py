@@ -22,7 +22,8 @@ from exporter.checkpoint.config_gguf import spec_from_gguf
 from exporter.checkpoint.config_hf import spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
 from exporter.checkpoint.fields import read_json
-from exporter.checkpoint.gguf_file import is_readable, read_gguf
+from exporter.checkpoint.gguf_file import is_readable
+from exporter.checkpoint.gguf_model import parts_of, read_model
 from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.quantized.methods import Quantization, quantization_of
@@ -112,6 +113,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         kind = format_of(path)
         quantization = None
         if kind == "gguf":
+            path = parts_of(path)[0]  # which has the metadata, if it is one of several
             spec, found = _read_gguf(path)
         else:
             (spec, quantization), weights = _configured(path, kind), find_weight_file(path, kind)
@@ -127,7 +129,9 @@ def read_spec(source: str | Path) -> ModelSpec:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)[0]
+        if kind == "gguf":
+            return _read_gguf(parts_of(path)[0])[0]
+        return _configured(path, kind)[0]
 
 
 def has_weights(source: str | Path) -> bool:
@@ -135,7 +139,9 @@ def has_weights(source: str | Path) -> bool:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return kind == "gguf" or weights_present(path, kind)
+        if kind == "gguf":
+            return True  # opening it reports what is missing
+        return weights_present(path, kind)
 
 
 def declared_type(source: str | Path) -> Dtype | None:
@@ -175,7 +181,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_gguf(path: Path) -> tuple[ModelSpec, dict[str, StoredTensor]]:
-    file = read_gguf(path)
+    file = read_model(path)
     tied = "output.weight" not in file.tensors
     return spec_from_gguf(file.metadata, tied=tied, origin=str(path)), file.tensors
 

@@ -45,7 +45,8 @@ def held(scheme: Scheme, columns: int, target: Target, precision: Precision) -> 
             return scheme
         scheme = replace(scheme, activation=None)
     if not ELEMENT_TYPES[scheme.codes].is_integer:
-        return scheme if target.weight_only_float8 else None
+        fits = scheme.block is None or target.float8_blocks
+        return scheme if target.weight_only_float8 and fits else None
     if target.weight_only_layout == "nbits":
         return _in_blocks(scheme, columns, NBITS_BLOCKS, partial=target.partial_blocks)
     if scheme.offset != "none":
