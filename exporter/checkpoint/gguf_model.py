@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checkpoint.gguf_file import GgufFile, read_gguf
-from exporter.checkpoint.stored import StoredTensor
+from exporter.checkpoint.stored import FLOAT_NAMES, StoredTensor
 from graphs.errors import MistralcError
 
+_NAMES = {ours: theirs for theirs, ours in FLOAT_NAMES.items()}
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _NO_MODEL = {
     "imatrix": "an importance matrix, which llama.cpp's quantizer reads",
@@ -120,6 +121,6 @@ def describe_file(path: Path) -> str:
         return kind if kind != "clip" else "mmproj"
     sizes: dict[str, int] = {}
     for tensor in file.tensors.values():
-        dtype = tensor.where.dtype
+        dtype = _NAMES.get(tensor.where.dtype, tensor.where.dtype)
         sizes[dtype] = sizes.get(dtype, 0) + tensor.where.length
     return f"mostly {max(sizes, key=lambda name: sizes[name])}" if sizes else "no weights"

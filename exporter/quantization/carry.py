@@ -123,12 +123,14 @@ def own_precision(
         if not one.quantized:
             continue
         schemes = carried_schemes(spec, target, one, stored)
-        own = sum(linears[n] for n, s in schemes.items()
-                  if (s.codes, s.activation) == (one.codes, one.activation_codes))  # fmt: skip
-        same = sum(linears[n] for n, s in schemes.items() if s.codes == one.codes)
-        ranked.append((sum(linears[n] for n in schemes), own, same, one))
-    carried, _, same, best = max(ranked, key=lambda rank: rank[:3], default=(0, 0, 0, None))
-    return best if 2 * carried >= sum(linears.values()) and same else None
+        # By the stored codes: those of a group may have been widened to share a scheme.
+        own = {n: scheme for n in schemes if (scheme := stored[n].scheme) is not None}
+        alike = {n for n, scheme in own.items() if scheme.codes == one.codes}
+        rounded = {n for n in alike if own[n].activation == schemes[n].activation}
+        counts = [sum(linears[n] for n in names) for names in (schemes, rounded, alike)]
+        ranked.append((*counts, one))
+    carried, _, alike_count, best = max(ranked, key=lambda rank: rank[:3], default=(0, 0, 0, None))
+    return best if 2 * carried >= sum(linears.values()) and alike_count else None
 
 
 def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[str]:
@@ -151,6 +153,19 @@ def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[st
              for (label, how), count in kept.items()]  # fmt: skip
     lines += [f"{count} weights of {label}: dequantized exactly and {how}{why}"
               for (label, how, why), count in lost.items()]  # fmt: skip
+    rounded = [n for n in schemes if n not in stored and n not in copied]
+    return lines + _describe_others(rounded, build)
+
+
+def _describe_others(rounded: list[str], build: Build) -> list[str]:
+    """Say which weights are rounded although the checkpoint stores them as floats."""
+    heads = [name for name in rounded if not name.startswith("model.layers.")]
+    lines = [f"the output layer: rounded to {build.storage.schemes[name].codes} "
+             "(--keep lm_head stores it as it is)" for name in heads]  # fmt: skip
+    if len(rounded) > len(heads):
+        codes = sorted({build.storage.schemes[name].codes for name in rounded})
+        count = len(rounded) - len(heads)
+        lines.append(f"{count} weights of floats: rounded to {' and '.join(codes)}")
     return lines
 
 
