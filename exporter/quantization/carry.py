@@ -30,12 +30,14 @@ class StoredCodes:
 
     `label` names the form. `scheme` holds its codes as they are, None if no scheme can, for the
     reason `not_held`. `scales` is the type that holds its scales and minimums without rounding.
+    `rounds_inputs` says that the checkpoint's own runtime rounds inputs with scales of the moment.
     """
 
     label: str
     scheme: Scheme | None = None
     not_held: str = ""
     scales: str = "float32"
+    rounds_inputs: bool = False
 
 
 def held(scheme: Scheme, columns: int, target: Target, precision: Precision) -> Scheme | None:
@@ -117,7 +119,7 @@ def own_precision(
     """Return the precision in which the target carries most codes over, None if less than half."""
     shapes = spec.weight_shapes()
     linears = {name: prod(shapes[name]) for group in groups(spec) for name in group.readers}
-    ranked = []
+    ranked: list[tuple[int, int, int, Precision]] = []
     for name in target.activations:
         one = PRECISIONS[name]
         if not one.quantized:
@@ -127,10 +129,12 @@ def own_precision(
         own = {n: scheme for n in schemes if (scheme := stored[n].scheme) is not None}
         alike = {n for n, scheme in own.items() if scheme.codes == one.codes}
         rounded = {n for n in alike if own[n].activation == schemes[n].activation}
-        counts = [sum(linears[n] for n in names) for names in (schemes, rounded, alike)]
-        ranked.append((*counts, one))
-    carried, _, alike_count, best = max(ranked, key=lambda rank: rank[:3], default=(0, 0, 0, None))
-    return best if 2 * carried >= sum(linears.values()) and alike_count else None
+        sizes = [sum(linears[n] for n in names) for names in (schemes, rounded, alike)]
+        ranked.append((sizes[0], sizes[1], sizes[2], one))
+    if not ranked:
+        return None
+    carried, _, alike_size, best = max(ranked, key=lambda rank: rank[:3])
+    return best if 2 * carried >= sum(linears.values()) and alike_size else None
 
 
 def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[str]:
@@ -142,7 +146,7 @@ def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[st
     lost: Counter[tuple[str, str, str]] = Counter()
     for name, one in stored.items():
         if name in copied:
-            kept[one.label, _kept_as(one, schemes[name], build)] += 1
+            kept[one.label, _kept_as(name, one, build)] += 1
         else:
             exact = build.activation == "float32"
             stored_as = f"{'stored as' if exact else 'rounded to'} {build.activation}"
@@ -169,14 +173,15 @@ def _describe_others(rounded: list[str], build: Build) -> list[str]:
     return lines
 
 
-def _kept_as(one: StoredCodes, scheme: Scheme, build: Build) -> str:
+def _kept_as(name: str, one: StoredCodes, build: Build) -> str:
     parts = []
-    if scheme.activation is not None:
+    static = one.scheme is not None and one.scheme.activation is not None
+    if build.storage.schemes[name].activation is not None:
         parts.append("inputs rounded with the checkpoint's scales")
-    elif one.scheme is not None and one.scheme.activation is not None:
-        parts.append(f"inputs in {build.activation}")
-    elif "dynamic" in one.label:
-        parts.append(f"inputs in {build.activation}, not rounded")
+    elif static or one.rounds_inputs:
+        blocks = build.target.rounds_blocks and build.storage.layouts.get(name) == "nbits"
+        how = "rounded to int8 block by block" if blocks else f"in {build.activation}, not rounded"
+        parts.append(f"inputs {how}")
     if build.activation not in (one.scales, "float32"):
         parts.append(f"scales rounded from {one.scales} to {build.activation}")
     return "".join(f"; {part}" for part in parts)
