@@ -70,18 +70,13 @@ def dequantize(stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
 
     A tensor of one dimension is one row of blocks, and is decoded whole.
     """
-    rows = map_bytes(stored.where).view(*stored.shape[:-1], -1)
-    if len(stored.shape) == 1:
-        return dequantize_rows(rows, stored.where.dtype)[start:stop]
-    return dequantize_rows(rows[start:stop], stored.where.dtype)
-
-
-def dequantize_rows(rows: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Dequantize rows of whole blocks, uint8 [..., bytes], to float32 [..., K]."""
     gguf = _package()
-    kind = gguf.GGMLQuantizationType[dtype]
+    kind = gguf.GGMLQuantizationType[stored.where.dtype]
+    rows = map_bytes(stored.where).view(*stored.shape[:-1], -1)
+    if len(stored.shape) > 1:
+        rows = rows[start:stop]
     weight: torch.Tensor = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind))
-    return weight
+    return weight[start:stop] if len(stored.shape) == 1 else weight
 
 
 def block_size(dtype: str) -> int:
