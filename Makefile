@@ -38,7 +38,7 @@ CHOSEN      := $(filter-out file,$(foreach name,CHECKPOINT TARGET PRECISION BUND
 .NOTPARALLEL:
 .PHONY: help setup plan doctor calibrate export generate chat serve triton sign inspect verify eval report diff bench \
         bench-positions bench-load bench-operators bench-prompt-lookup bench-flat bench-serve bench-sampling \
-        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-gpu \
+        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-families bench-gpu \
         prove-cuda rehearse-gpu pack-gpu polygraphy test lint type format docs reliability clean
 
 help: ## List the targets

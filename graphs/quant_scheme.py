@@ -156,14 +156,17 @@ def stored_parts(
 ) -> Iterator[StoredPart]:
     """Yield the tensors that a weight [N, K] is stored as, codes first.
 
-    Layout `onnx` has codes [N, K] as ONNX stores them. `transposed` has them as [K, N]: ONNX
-    Runtime would otherwise transpose int8 codes one by one at load time, which took 3.4 of 3.6 s
-    for SmolLM2. `nbits` is the form of `MatMulNBits`: unsigned codes in whole blocks [N, J, bytes
-    of a block], the last block padded if the block size does not divide K, and zero points packed
-    alike.
+    Layout `onnx` has codes [N, K] as ONNX stores them. `transposed` has codes [K, N] and scales
+    [J, N], with neighbours along N in one byte: ONNX Runtime would otherwise transpose int8 codes
+    one by one at load time, which took 3.4 of 3.6 s for SmolLM2, and TensorRT-RTX keeps a second,
+    transposed copy of all codes while it builds. `nbits` is the form of `MatMulNBits`: unsigned
+    codes in whole blocks [N, J, bytes of a block], the last block padded if the block size does not
+    divide K, and zero points packed alike.
     """
     n, k = shape
     blocks, bits = scheme.blocks(k), scheme.bits
+    if layout == "transposed" and (scheme.offset != "none" or n * bits % 8):
+        raise ValueError(f"{name}: {n} rows with offset {scheme.offset} cannot be transposed")
     if layout == "nbits":
         if scheme.block is None:
             raise ValueError(f"{name}: MatMulNBits takes blocks, not one scale for each row")
@@ -171,6 +174,8 @@ def stored_parts(
     else:
         yield StoredPart(name, (k, n) if layout == "transposed" else shape, scheme.codes)
     scales = (n,) if scheme.block is None else (n, blocks)
+    if layout == "transposed":
+        scales = scales[::-1]
     yield StoredPart(name + SCALE, scales, activation)
     if scheme.offset == "zero_point":
         yield StoredPart(name + ZERO_POINT, (n, -(-blocks * bits // 8)), "uint8")

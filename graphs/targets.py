@@ -76,7 +76,8 @@ class Target:
     zero_points: bool = False
     partial_blocks: bool = False  # the block need not divide the input features
     quantizes_tied_embedding: bool = False
-    keeps_gguf_blocks: bool = False  # 32 weights to a block, as in Q4_0, Q4_1 and Q8_0
+    weight_only_float8: bool = False  # float8 weights beside inputs that are not rounded
+    float8_blocks: bool = False  # and their scales may be for blocks, not only for rows
     quantizes_calibrated_head: bool = False  # the output layer, where inputs are rounded
     supports_batch_invariance: bool = False
 
@@ -149,7 +150,8 @@ TARGETS: Mapping[str, Target] = {
             zero_points=True,
             partial_blocks=True,
             quantizes_tied_embedding=True,
-            keeps_gguf_blocks=True,
+            weight_only_float8=True,
+            float8_blocks=True,
             quantizes_calibrated_head=True,
             supports_batch_invariance=True,
         ),
@@ -169,7 +171,6 @@ TARGETS: Mapping[str, Target] = {
             default_block=32,
             always_blockwise=True,
             quantizes_tied_embedding=True,
-            keeps_gguf_blocks=True,
         ),
         Target(
             name="rtx",
@@ -189,6 +190,8 @@ TARGETS: Mapping[str, Target] = {
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
+            weight_only_layout="transposed",
+            weight_only_float8=True,
             default_block=128,
         ),
         Target(
@@ -205,6 +208,8 @@ TARGETS: Mapping[str, Target] = {
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
             caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,
+            weight_only_layout="transposed",
+            weight_only_float8=True,
             default_block=128,
         ),
     )

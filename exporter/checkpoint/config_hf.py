@@ -2,6 +2,7 @@
 
 The architecture chooses the family (`exporter/families/`), which reads its own settings. A setting
 that changes what is computed, and that the decoder does not compute, is an error that names it.
+How weights are quantized is read in `quantized/`.
 `config_mistral.py` reads Mistral's `params.json`, `config_gguf.py` GGUF metadata.
 """
 
@@ -31,9 +32,7 @@ def spec_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mode
     that the decoder computes.
     """
     fields = Fields(config, origin)
-    family = family_of(fields)
-    _check_supported(fields)
-    return family.read_config(fields)
+    return family_of(fields).read_config(fields)
 
 
 def family_of(fields: Fields) -> Family:
@@ -58,15 +57,3 @@ def family_of(fields: Fields) -> Family:
             f"{USE_ANOTHER}"
         )
     return family
-
-
-def _check_supported(fields: Fields) -> None:
-    """Raise for settings that say how weights are stored, and that we do not read."""
-    if fields.has("quantization_config"):
-        section = fields.values["quantization_config"]
-        method = section.get("quant_method") if isinstance(section, Mapping) else section
-        raise MistralcError(
-            f"{fields.origin}: `quantization_config` says that the weights are quantized "
-            f"({str(method)[:40]}); expected float32, float16 or bfloat16 weights. Use the "
-            "checkpoint that they were made from, and quantize with --precision."
-        )

@@ -25,7 +25,7 @@ _READ = frozenset(
      "max_position_embeddings", "max_seq_len", "model_type", "activation", "yarn",
      "llama_4_scaling", *LEFT_OUT}
 )  # fmt: skip
-_WITHOUT_EFFECT = frozenset({"max_batch_size"})
+_WITHOUT_EFFECT = frozenset({"max_batch_size", "quantization"})  # the latter: `quantized/`
 _YARN = frozenset({"factor", "original_max_position_embeddings", "beta", "alpha", "apply_scale"})
 _LLAMA_4 = frozenset({"original_max_position_embeddings", "beta"})
 _REFUSED: Mapping[str, str] = {
@@ -33,7 +33,6 @@ _REFUSED: Mapping[str, str] = {
     "lora": "LoRA layers",
     "audio": "an audio encoder",
     "multimodal": "an audio or vision encoder",
-    "quantization": "quantized weights",
     "rope_scaling": "rotary scaling",
     "qk_norm": "normalized queries and keys",
     "use_biases": "biases",

@@ -8,7 +8,6 @@ is missing, unexpected, of another shape or of an unreadable type is an error.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from exporter.checkpoint.canonical import HEAD, canonical, text_model
 from exporter.checkpoint.config_gguf import (
     FACTORS,
     LONG_FACTORS,
@@ -26,22 +26,21 @@ from exporter.checkpoint.config_gguf import (
 )
 from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.gguf_file import is_readable, read_gguf
+from exporter.checkpoint.gguf_file import is_readable
+from exporter.checkpoint.gguf_model import parts_of, read_model
 from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.gguf_blocks import block_source
+from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes
 from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
-from exporter.families.family import Family, Format, StoredAs
+from exporter.families.family import Family, Format
 from exporter.families.mistral import MISTRAL
 from exporter.fields import Fields, read_json
 from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Old versions of transformers saved the rotary frequencies, which follow from the configuration.
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
 _MOST_NUMBERS = 4096  # rotary factors; published models have 64 at most
 
 
@@ -50,8 +49,9 @@ class Checkpoint:
     """An opened checkpoint. It holds no file open, so there is nothing to close.
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
-    `stored` maps canonical names to where the weights come from, rows in canonical order.
-    `left_out` names the parts of the checkpoint that are not of the text model.
+    `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
+    is how the weights of a directory are quantized, None if they are not. `left_out` names the
+    parts of the checkpoint that are not of the text model.
     """
 
     spec: ModelSpec
@@ -60,6 +60,7 @@ class Checkpoint:
     path: Path
     format: Format
     stored: Mapping[str, WeightSource]
+    method: str | None = None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -115,19 +116,22 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path, label = locate(source)
     with _reading(path):
         kind = format_of(path)
+        quantization = None
         if kind == "gguf":
+            path = parts_of(path)[0]  # which has the metadata, if it is one of several
             family, spec, found = _read_gguf(path)
         else:
-            family, spec = _configured(path, kind)
+            family, spec, quantization = _configured(path, kind)
             weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        sources, left_out = _text_model(family, {n: _source(t, kind) for n, t in found.items()})
-        if family.head_may_be_tied and _HEAD not in sources:
+        sources, left_out = text_model(family, _sources(found, kind, quantization))
+        if family.head_may_be_tied and HEAD not in sources:
             spec = replace(spec, tie_word_embeddings=True)
-        stored = _canonical(family, spec, kind, path, sources)
+        stored = canonical(family, spec, kind, path, sources)
+    method = None if quantization is None else quantization.method
     return Checkpoint(
         spec=spec, family=family, source=label, path=path, format=kind, stored=stored,
-        left_out=left_out,
+        method=method, left_out=left_out,
     )  # fmt: skip
 
 
@@ -136,7 +140,9 @@ def read_spec(source: str | Path) -> ModelSpec:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return _read_gguf(path)[1] if kind == "gguf" else _configured(path, kind)[1]
+        if kind == "gguf":
+            return _read_gguf(parts_of(path)[0])[1]
+        return _configured(path, kind)[1]
 
 
 def has_weights(source: str | Path) -> bool:
@@ -144,7 +150,9 @@ def has_weights(source: str | Path) -> bool:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return kind == "gguf" or weights_present(path, kind)
+        if kind == "gguf":
+            return True  # opening it reports what is missing
+        return weights_present(path, kind)
 
 
 def declared_type(source: str | Path) -> Dtype | None:
@@ -184,7 +192,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
-    file = read_gguf(path)
+    file = read_model(path)
     family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
     names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
@@ -206,77 +214,28 @@ def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
     return tuple(source.read().float().tolist())
 
 
-def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec]:
+def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec, Quantization | None]:
+    """Read the family and the spec, and how the weights are quantized."""
+    config = read_json(directory / ("params.json" if kind == "mistral" else "config.json"))
+    quantization = quantization_of(directory, config)
     if kind == "mistral":
-        params = read_json(directory / "params.json")
-        return MISTRAL, spec_from_params(params.values, params.origin)
-    config = read_json(directory / "config.json")
-    return family_of(config), spec_from_hf(config.values, config.origin)
+        return MISTRAL, spec_from_params(config.values, config.origin), quantization
+    return family_of(config), spec_from_hf(config.values, config.origin), quantization
 
 
-def _text_model(
-    family: Family, found: Mapping[str, WeightSource]
-) -> tuple[dict[str, WeightSource], tuple[str, ...]]:
-    """Return the tensors of the text model by the names they have there, and what is left out."""
-    sources, others = {}, set()
-    for name, source in found.items():
-        text_name = family.text_name(name)
-        if text_name is None:
-            others.add(next(one for one in family.left_out if name.startswith(one)).rstrip("."))
-        else:
-            sources[text_name] = source
-    return sources, tuple(sorted(others))
-
-
-def _canonical(
-    family: Family, spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, WeightSource]
+def _sources(
+    found: Mapping[str, StoredTensor], kind: Format, quantization: Quantization | None
 ) -> dict[str, WeightSource]:
-    """Return the weights by canonical name, after checking that they are exactly the spec's."""
-    shapes = spec.weight_shapes()
-    places = {name: family.tensors(spec, kind, name) for name in shapes}
-    names = {name: place.name for name, place in places.items()}
-    whole = _stored_shapes(places, shapes)
-    stored: dict[str, WeightSource] = {}
-    for name, place in places.items():
-        source = found.get(place.name)
-        if source is None:
-            raise _missing(names, found, name, path)
-        _check_source(source, whole[place.name], kind)
-        stored[name] = _part(source, place)
-    head = family.tensors(spec, kind, _HEAD).name
-    for name, stray in found.items():
-        if name in whole or _IGNORED.fullmatch(name):
-            continue
-        if spec.tie_word_embeddings and name == head:
-            _check_tied(found[names[_EMBEDDING]], stray)
-            continue
-        raise _unexpected(stray)
-    return stored
-
-
-def _stored_shapes(
-    places: Mapping[str, StoredAs], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every stored tensor; a fused one ends where its last part does."""
-    whole: dict[str, tuple[int, ...]] = {}
-    for name, place in places.items():
-        rows = shapes[name][0] if place.rows is None else place.rows[1]
-        most = max(rows, whole.get(place.name, (0,))[0])
-        whole[place.name] = (most, *shapes[name][1:])
-    return whole
-
-
-def _part(source: WeightSource, place: StoredAs) -> WeightSource:
-    """Return the source of the canonical weight that a place in a stored tensor holds."""
-    if place.rows is not None:
-        source = source.rows(*place.rows)
-    if place.interleaved_heads is not None:
-        source = source.half_split(place.interleaved_heads)
-    return source.changed(_plus_one) if place.add_one else source
-
-
-def _plus_one(values: torch.Tensor) -> torch.Tensor:
-    return values + 1
+    """Return where every weight comes from, by the name that it has in the files as floats."""
+    made = {} if quantization is None else quantization.sources(found)
+    owners = {name.removesuffix("weight") for name in made}
+    result = {}
+    for name, tensor in found.items():
+        parts = [name[: at + 1] for at, letter in enumerate(name) if letter == "."]
+        if any(owner in owners for owner in parts) and not name.endswith(".bias"):
+            continue  # a part of a quantized weight
+        result[name] = _source(tensor, kind)
+    return result | made
 
 
 def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
@@ -286,62 +245,3 @@ def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
     if kind == "gguf" and is_readable(tensor.where.dtype):
         return block_source(tensor)
     return unreadable_source(tensor)
-
-
-def _missing(
-    names: Mapping[str, str], found: Mapping[str, WeightSource], name: str, path: Path
-) -> MistralcError:
-    count = sum(stored_name not in found for stored_name in names.values())
-    others = f" and {count - 1} more" if count > 1 else ""
-    advice = "Use the configuration and weights of one checkpoint, or download it again."
-    if name == _HEAD:
-        advice = (
-            "If the output layer is the embedding, the configuration has to say so "
-            "(tie_word_embeddings or tied_embeddings: true); otherwise download the checkpoint "
-            "again."
-        )
-    return MistralcError(
-        f"{path} lacks the tensor {names[name]}{others}; expected every weight that the "
-        f"configuration describes. {advice}"
-    )
-
-
-def _unexpected(stray: WeightSource) -> MistralcError:
-    advice = (
-        "Use the configuration and weights of one dense checkpoint without adapters or "
-        "quantization, and with biases only where its configuration says so."
-    )
-    return MistralcError(
-        f"{stray.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
-        f"the weights that the configuration describes. {advice}"
-    )
-
-
-def _check_source(source: WeightSource, shape: tuple[int, ...], kind: Format) -> None:
-    if source.shape != shape:
-        raise MistralcError(
-            f"{source.path}: the tensor {source.name} has shape {list(source.shape)}; "
-            f"expected {list(shape)} from the configuration. Use the configuration and weights of "
-            "one checkpoint."
-        )
-    if source.readable:
-        return
-    quantized = " or a quantization that the gguf package can read" if kind == "gguf" else ""
-    raise MistralcError(
-        f"{source.path}: the tensor {source.name} is of type {source.dtype}; expected one of "
-        f"{', '.join(TORCH_FLOATS)}{quantized}. Use the unquantized checkpoint, and quantize with "
-        "--precision."
-    )
-
-
-def _check_tied(embedding: WeightSource, head: WeightSource) -> None:
-    """Raise unless a stored output layer equals the embedding that it is tied to, byte for byte."""
-    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
-    pairs = zip(embedding.ranges, head.ranges, strict=False)
-    if not same or not all(torch.equal(map_bytes(a), map_bytes(b)) for a, b in pairs):
-        raise MistralcError(
-            f"{head.path}: the tensor {head.name} differs from {embedding.name}, although "
-            f"the configuration says that they are tied; expected the same bytes, or no "
-            f"{head.name}. Set tie_word_embeddings to false if the output layer was trained on its "
-            "own; otherwise remove the tensor."
-        )

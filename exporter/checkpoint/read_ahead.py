@@ -33,6 +33,11 @@ class ReadAhead:
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the weight, and have the ones after it read into the page cache."""
+        self.ahead(name)
+        return self._checkpoint.tensor(name)
+
+    def ahead(self, name: str) -> None:
+        """Have the weights after this one read into the page cache."""
         at = self._places[name]
         if at == 0:  # the embedding: a new pass begins
             self._asked = 0
@@ -44,7 +49,6 @@ class ReadAhead:
             if place > self._asked:
                 self._asked = place
                 self._reader.submit(self._read, other)
-        return self._checkpoint.tensor(name)
 
     def _read(self, name: str) -> None:
         """Read a weight's bytes once, and leave them to the page cache."""

@@ -220,8 +220,8 @@ def checkpoint_reference(
             "Give the one it was made with as --calibration, or leave --against out."
         )
     recipe = stored_recipe(manifest.build, manifest.quantization)
-    exact = carried_codes(checkpoint, facts.get("repacked", ()))
-    tensors = {} if table is None else table.tensors
+    exact = carried_codes(manifest.build, checkpoint)
+    tensors = recipe.tensors if table is None else table.tensors
     recipe = replace(recipe, tensors=tensors, repacked=exact)
     return simulate(recipe, ReadAhead(checkpoint), device=device)
 

@@ -114,9 +114,12 @@ def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
         weight = weight_of(value)
         if weight is not None:
             numbers = torch.cat([read(part) for part in weight.parts]).numpy()
-            numbers, dtype = numbers.reshape(weight.sizes), weight.dtype
+            shape, dtype = weight.sizes, weight.dtype
+            if dtype == ir.DataType.INT4:  # two to a byte
+                value.const_value = ir.PackedTensor(numbers, dtype, shape=shape, name=weight.name)
+                continue
             value.const_value = ir.Tensor(
-                numbers.astype(dtype.numpy()), dtype=dtype, name=weight.name
+                numbers.reshape(shape).astype(dtype.numpy()), dtype=dtype, name=weight.name
             )
     return model
 

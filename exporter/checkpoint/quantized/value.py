@@ -32,6 +32,36 @@ class Quantized:
             minimum=None if self.minimum is None else self.minimum.to(device),
         )
 
+    def held_in(self, scheme: Scheme, stored: torch.dtype) -> "Quantized":
+        """Return the same codes in a scheme that holds them, scales rounded to the type `stored`.
+
+        A block of the scheme divides the own one, its codes are as wide or wider, and its offset
+        can express the own one. So no value changes, apart from the rounding of scales.
+        """
+        blocks = scheme.blocks(self.codes.shape[1])
+        repeat = 1
+        if self.scheme.block is not None and scheme.block is not None:
+            repeat = self.scheme.block // scheme.block
+
+        def spread(values: Tensor) -> Tensor:
+            if self.scheme.block is None:
+                return values.expand(-1, blocks)
+            return values.repeat_interleave(repeat, 1)[:, :blocks]
+
+        zero_point, minimum = self.zero_point, self.minimum
+        if scheme.offset == "zero_point" and zero_point is None:
+            zero_point = torch.zeros(self.scale.shape, dtype=torch.int8)
+        if scheme.offset == "minimum" and minimum is None:
+            points = torch.zeros(()) if zero_point is None else zero_point.float()
+            zero_point, minimum = None, -points * self.scale
+        return replace(
+            self,
+            scheme=scheme,
+            scale=spread(self.scale).to(stored).float(),
+            zero_point=None if zero_point is None else spread(zero_point),
+            minimum=None if minimum is None else spread(minimum).to(stored).float(),
+        )
+
     def rows(self, index: Tensor) -> "Quantized":
         """Return the rows of an index [n], in its order."""
         return replace(
