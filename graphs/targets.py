@@ -75,7 +75,7 @@ class Target:
     zero_points: bool = False
     partial_blocks: bool = False  # the block need not divide the input features
     quantizes_tied_embedding: bool = False
-    keeps_gguf_blocks: bool = False  # 32 weights to a block, as in Q4_0, Q4_1 and Q8_0
+    weight_only_float8: bool = False  # float8 weights beside inputs that are not rounded
     quantizes_calibrated_head: bool = False  # the output layer, where inputs are rounded
     supports_batch_invariance: bool = False
 
@@ -148,7 +148,7 @@ TARGETS: Mapping[str, Target] = {
             zero_points=True,
             partial_blocks=True,
             quantizes_tied_embedding=True,
-            keeps_gguf_blocks=True,
+            weight_only_float8=True,
             quantizes_calibrated_head=True,
             supports_batch_invariance=True,
         ),
@@ -168,7 +168,6 @@ TARGETS: Mapping[str, Target] = {
             default_block=32,
             always_blockwise=True,
             quantizes_tied_embedding=True,
-            keeps_gguf_blocks=True,
         ),
         Target(
             name="rtx",

@@ -2,8 +2,8 @@
 
 Both spellings are read, those of transformers 4 and 5. A setting that this decoder does not
 compute is an error that names it, and never ignored: biases, experts, other activations, other
-rotary scalings, partial rotary embedding, quantized weights. `config_mistral.py` reads Mistral's
-`params.json`, `config_gguf.py` GGUF metadata.
+rotary scalings, partial rotary embedding. How weights are quantized is read in `quantized/`.
+`config_mistral.py` reads Mistral's `params.json`, `config_gguf.py` GGUF metadata.
 """
 
 from collections.abc import Mapping
@@ -118,14 +118,6 @@ def _check_supported(fields: Fields) -> None:
     _refuse(fields, _EXPERTS, "a mixture of experts")
     _refuse(fields, _QK_NORMS, "normalized queries and keys")
     _refuse(fields, ("text_config", "vision_config"), "several models in one")
-    if fields.has("quantization_config"):
-        section = fields.values["quantization_config"]
-        method = section.get("quant_method") if isinstance(section, Mapping) else section
-        raise MistralcError(
-            f"{fields.origin}: `quantization_config` says that the weights are quantized "
-            f"({str(method)[:40]}); expected float32, float16 or bfloat16 weights. Use the "
-            "checkpoint that they were made from, and quantize with --precision."
-        )
     if fields.text("hidden_act", "silu") not in ("silu", "swish"):
         raise MistralcError(
             f"{fields.origin}: `hidden_act` is {fields.text('hidden_act')}; expected the "

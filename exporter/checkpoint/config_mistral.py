@@ -19,14 +19,13 @@ _READ = frozenset(
      "vocab_size", "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings",
      "max_position_embeddings", "max_seq_len", "model_type", "activation"}
 )  # fmt: skip
-_WITHOUT_EFFECT = frozenset({"max_batch_size"})
+_WITHOUT_EFFECT = frozenset({"max_batch_size", "quantization"})  # the latter: `quantized/`
 _REFUSED: Mapping[str, str] = {
     "moe": "a mixture of experts",
     "lora": "LoRA layers",
     "vision_encoder": "a vision encoder",
     "audio": "an audio encoder",
     "multimodal": "an audio or vision encoder",
-    "quantization": "quantized weights",
     "yarn": "YaRN rotary scaling",
     "rope_scaling": "rotary scaling",
     "llama_4_scaling": "attention scaled by position",

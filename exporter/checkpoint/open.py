@@ -22,17 +22,23 @@ from exporter.checkpoint.config_gguf import spec_from_gguf
 from exporter.checkpoint.config_hf import spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
 from exporter.checkpoint.fields import read_json
-from exporter.checkpoint.gguf_file import dequantize, is_readable, read_gguf
+from exporter.checkpoint.gguf_file import is_readable, read_gguf
 from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
+from exporter.checkpoint.quantized.gguf_blocks import block_source
+from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
-from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes, map_tensor
+from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes
+from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
 from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old versions of transformers saved the rotary frequencies, which follow from the configuration.
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+_INVERSE_FREQUENCIES = r"(.+\.)?rotary_emb\.inv_freq"
+# Scales of a quantized KV cache; ours is in floats.
+_CACHE_SCALES = r".+\.(self_attn|attention)\.(\w_proj\.)?[kqv]_(scale|zero_point)"
+_IGNORED = re.compile(f"{_INVERSE_FREQUENCIES}|{_CACHE_SCALES}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,39 +46,39 @@ class Checkpoint:
     """An opened checkpoint. It holds no file open, so there is nothing to close.
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
-    `stored` maps canonical names to the stored tensors, whose rows are in the format's own order.
+    `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
+    is how the weights of a directory are quantized, None if they are not.
     """
 
     spec: ModelSpec
     source: str
     path: Path
     format: Format
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, WeightSource]
+    method: str | None = None
 
     @property
     def dtypes(self) -> Mapping[str, str]:
         """The stored type by canonical name: a float type, or a GGUF block type such as `Q4_1`."""
-        return {name: tensor.where.dtype for name, tensor in self.stored.items()}
+        return {name: source.dtype for name, source in self.stored.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a weight in its stored float type, or dequantized to float32.
 
         Memory-mapped if the stored bytes are in canonical order, otherwise a copy.
         """
-        stored = self.stored[name]
-        weight = map_tensor(stored) if stored.where.dtype in TORCH_FLOATS else dequantize(stored)
-        heads = self.interleaved_heads(name)
-        return weight if heads is None else weight_names.to_half_split(weight, heads)
+        return self.stored[name].read()
 
     def bytes_of(self, name: str) -> ByteRange | None:
         """Return the byte range that holds `tensor(name)` verbatim; None if it is computed."""
-        where = self.stored[name].where
-        verbatim = where.dtype in TORCH_FLOATS and self.interleaved_heads(name) is None
-        return where if verbatim else None
+        return self.stored[name].verbatim
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 of a weight's stored bytes, 64 hexadecimal digits."""
-        return hashlib.sha256(map_bytes(self.stored[name].where).numpy().data).hexdigest()
+        digest = hashlib.sha256()
+        for where in self.stored[name].ranges:
+            digest.update(map_bytes(where).numpy().data)
+        return digest.hexdigest()
 
     def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
         """Return a SHA-256 that identifies the model, 64 hexadecimal digits.
@@ -86,16 +92,12 @@ class Checkpoint:
         if digests is None:
             with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
                 digests = dict(zip(names, pool.map(self.digest, names), strict=True))
-        tensors = [(n, self.stored[n].shape, self.stored[n].where.dtype, digests[n]) for n in names]
+        tensors = [(n, self.stored[n].shape, self.stored[n].dtype, digests[n]) for n in names]
         text = json.dumps(
             {"format": self.format, "spec": self.spec.to_json(), "tensors": tensors},
             sort_keys=True,
         )
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def interleaved_heads(self, name: str) -> int | None:
-        """Return the number of heads if the rows are in interleaved order, otherwise None."""
-        return None if self.format == "huggingface" else weight_names.rotated_heads(self.spec, name)
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -108,13 +110,16 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     path, label = locate(source)
     with _reading(path):
         kind = format_of(path)
+        quantization = None
         if kind == "gguf":
             spec, found = _read_gguf(path)
         else:
-            spec, weights = _configured(path, kind), find_weight_file(path, kind)
+            (spec, quantization), weights = _configured(path, kind), find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        stored = _canonical(spec, kind, path, found)
-    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored)
+        sources = _sources(found, kind, quantization)
+        stored = _canonical(spec, kind, path, sources)
+    method = None if quantization is None else quantization.method
+    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored, method=method)
 
 
 def read_spec(source: str | Path) -> ModelSpec:
@@ -122,7 +127,7 @@ def read_spec(source: str | Path) -> ModelSpec:
     path, _ = locate(source)
     with _reading(path):
         kind = format_of(path)
-        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)
+        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)[0]
 
 
 def has_weights(source: str | Path) -> bool:
@@ -175,35 +180,64 @@ def _read_gguf(path: Path) -> tuple[ModelSpec, dict[str, StoredTensor]]:
     return spec_from_gguf(file.metadata, tied=tied, origin=str(path)), file.tensors
 
 
-def _configured(directory: Path, kind: Format) -> ModelSpec:
-    if kind == "mistral":
-        params = read_json(directory / "params.json")
-        return spec_from_params(params.values, params.origin)
-    config = read_json(directory / "config.json")
-    return spec_from_hf(config.values, config.origin)
+def _configured(directory: Path, kind: Format) -> tuple[ModelSpec, Quantization | None]:
+    """Read the spec, and how the weights are quantized."""
+    config = read_json(directory / ("params.json" if kind == "mistral" else "config.json"))
+    read = spec_from_params if kind == "mistral" else spec_from_hf
+    return read(config.values, config.origin), quantization_of(directory, config)
 
 
 def _canonical(
-    spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Return the tensors by canonical name, after checking that they are exactly the spec's."""
-    stored: dict[str, StoredTensor] = {}
+    spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, WeightSource]
+) -> dict[str, WeightSource]:
+    """Return the weights by canonical name, after checking that they are exactly the spec's."""
+    stored: dict[str, WeightSource] = {}
     names = {name: _stored_name(name, kind) for name in spec.weight_shapes()}
     for name, shape in spec.weight_shapes().items():
-        tensor = found.get(names[name])
-        if tensor is None:
+        source = found.get(names[name])
+        if source is None:
             raise _missing(names, found, name, path)
-        _check_tensor(tensor, shape, kind)
-        stored[name] = tensor
+        _check_source(source, shape, kind)
+        heads = None if kind == "huggingface" else weight_names.rotated_heads(spec, name)
+        stored[name] = source if heads is None else source.half_split(heads)
     head = found.get(_stored_name(_HEAD, kind))
     for stray in found.values():
-        if stray.name in names.values() or _IGNORED.fullmatch(stray.name):
+        if stray.name in names.values() or _IGNORED.fullmatch(stray.name) or _adds_nothing(stray):
             continue
         if spec.tie_word_embeddings and stray is head:
-            _check_tied(stored[_EMBEDDING], stray)
+            _check_tied(found[names[_EMBEDDING]], stray)
             continue
         raise _unexpected(stray)
     return stored
+
+
+def _adds_nothing(stray: WeightSource) -> bool:
+    """Whether a tensor is a bias of zeros: AutoGPTQ writes one for every linear."""
+    return stray.name.endswith(".bias") and stray.readable and not stray.read().any()
+
+
+def _sources(
+    found: Mapping[str, StoredTensor], kind: Format, quantization: Quantization | None
+) -> dict[str, WeightSource]:
+    """Return where every weight comes from, by the name that it has in the files as floats."""
+    made = {} if quantization is None else quantization.sources(found)
+    owners = {name.removesuffix("weight") for name in made}
+    result = {}
+    for name, tensor in found.items():
+        parts = [name[: at + 1] for at, letter in enumerate(name) if letter == "."]
+        if any(owner in owners for owner in parts) and not name.endswith(".bias"):
+            continue  # a part of a quantized weight
+        result[name] = _source(tensor, kind)
+    return result | made
+
+
+def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
+    """Return where one stored tensor comes from; one that holds no weights is not an error yet."""
+    if tensor.where.dtype in TORCH_FLOATS:
+        return float_source(tensor)
+    if kind == "gguf" and is_readable(tensor.where.dtype):
+        return block_source(tensor)
+    return unreadable_source(tensor)
 
 
 def _stored_name(name: str, kind: Format) -> str:
@@ -213,7 +247,7 @@ def _stored_name(name: str, kind: Format) -> str:
 
 
 def _missing(
-    names: Mapping[str, str], found: Mapping[str, StoredTensor], name: str, path: Path
+    names: Mapping[str, str], found: Mapping[str, WeightSource], name: str, path: Path
 ) -> MistralcError:
     count = sum(stored_name not in found for stored_name in names.values())
     others = f" and {count - 1} more" if count > 1 else ""
@@ -230,7 +264,7 @@ def _missing(
     )
 
 
-def _unexpected(stray: StoredTensor) -> MistralcError:
+def _unexpected(stray: WeightSource) -> MistralcError:
     advice = (
         "Use the configuration and weights of one dense checkpoint without biases, adapters or "
         "quantization."
@@ -238,35 +272,35 @@ def _unexpected(stray: StoredTensor) -> MistralcError:
     if stray.name == "rope_freqs.weight":  # Llama 3.1's rotary scaling in GGUF
         advice = "It scales the rotary embedding: use the Hugging Face checkpoint of this model."
     return MistralcError(
-        f"{stray.where.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
+        f"{stray.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
         f"the weights that the configuration describes. {advice}"
     )
 
 
-def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...], kind: Format) -> None:
-    if tensor.shape != shape:
+def _check_source(source: WeightSource, shape: tuple[int, ...], kind: Format) -> None:
+    if source.shape != shape:
         raise MistralcError(
-            f"{tensor.where.path}: the tensor {tensor.name} has shape {list(tensor.shape)}; "
+            f"{source.path}: the tensor {source.name} has shape {list(source.shape)}; "
             f"expected {list(shape)} from the configuration. Use the configuration and weights of "
             "one checkpoint."
         )
-    dtype = tensor.where.dtype
-    if dtype in TORCH_FLOATS or (kind == "gguf" and is_readable(dtype)):
+    if source.readable:
         return
     quantized = " or a quantization that the gguf package can read" if kind == "gguf" else ""
     raise MistralcError(
-        f"{tensor.where.path}: the tensor {tensor.name} is of type {dtype}; expected one of "
+        f"{source.path}: the tensor {source.name} is of type {source.dtype}; expected one of "
         f"{', '.join(TORCH_FLOATS)}{quantized}. Use the unquantized checkpoint, and quantize with "
         "--precision."
     )
 
 
-def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
+def _check_tied(embedding: WeightSource, head: WeightSource) -> None:
     """Raise unless a stored output layer equals the embedding that it is tied to, byte for byte."""
-    same = (embedding.shape, embedding.where.dtype) == (head.shape, head.where.dtype)
-    if not same or not torch.equal(map_bytes(embedding.where), map_bytes(head.where)):
+    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
+    pairs = zip(embedding.ranges, head.ranges, strict=False)
+    if not same or not all(torch.equal(map_bytes(a), map_bytes(b)) for a, b in pairs):
         raise MistralcError(
-            f"{head.where.path}: the tensor {head.name} differs from {embedding.name}, although "
+            f"{head.path}: the tensor {head.name} differs from {embedding.name}, although "
             f"the configuration says that they are tied; expected the same bytes, or no "
             f"{head.name}. Set tie_word_embeddings to false if the output layer was trained on its "
             "own; otherwise remove the tensor."

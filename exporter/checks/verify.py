@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 
 from exporter.bundle.weights_file import FILE_NAME
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks.reference_pass import Logits, case_texts
 from exporter.checks.texts import Case, LeftOut, cases
 from exporter.decoder.model import CPU, Decoder, logits_at
 from exporter.quantization.calibration_table import CalibrationTable
-from exporter.quantization.gguf_blocks import read_blocks
-from exporter.quantization.make_recipe import stored_recipe
+from exporter.quantization.make_recipe import carried_codes, stored_recipe
 from exporter.quantization.packing import unpack
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
-from exporter.quantization.rounding import Quantized
 from graphs.build import Build
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
@@ -221,7 +220,7 @@ def checkpoint_reference(
             "Give the one it was made with as --calibration, or leave --against out."
         )
     recipe = stored_recipe(manifest.build, manifest.quantization)
-    exact = {name: read_blocks(checkpoint, name) for name in facts.get("repacked", ())}
+    exact = carried_codes(manifest.build, checkpoint)
     tensors = {} if table is None else table.tensors
     recipe = replace(recipe, tensors=tensors, repacked=exact)
     return simulate(recipe, ReadAhead(checkpoint), device=device)

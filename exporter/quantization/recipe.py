@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import TORCH_FLOATS
 from exporter.quantization.packing import unpack_int4
-from exporter.quantization.rounding import Quantized, quantize
+from exporter.quantization.rounding import quantize
 from graphs.dtypes import Dtype
 from graphs.quant_scheme import SCALE, ZERO_POINT, Scheme, groups
 from graphs.spec import ModelSpec

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from exporter.checkpoint.quantized.value import Quantized, blocked
 from exporter.decoder.model import (
     CPU,
     Decoder,
@@ -20,7 +21,7 @@ from exporter.decoder.model import (
     load_decoder,
 )
 from exporter.quantization.recipe import Recipe
-from exporter.quantization.rounding import Quantized, blocked, round_activation
+from exporter.quantization.rounding import round_activation
 from graphs.quant_scheme import Scheme
 
 BLOCK = 1 << 22  # numbers multiplied at once: 16 MiB in float32, which the heap keeps
