@@ -9,15 +9,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from exporter.checkpoint import weight_names
+from exporter.checkpoint.adapters.merge import merged, resized
+from exporter.checkpoint.adapters.read import Adapter
 from exporter.checkpoint.config_gguf import spec_from_gguf
 from exporter.checkpoint.config_hf import spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
@@ -47,7 +50,8 @@ class Checkpoint:
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
     `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
-    is how the weights of a directory are quantized, None if they are not.
+    is how the weights of a directory are quantized, None if they are not. `adapters` are merged in
+    `stored`; `text` is where the tokenizer is read from.
     """
 
     spec: ModelSpec
@@ -56,6 +60,8 @@ class Checkpoint:
     format: Format
     stored: Mapping[str, WeightSource]
     method: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    text: Path
 
     @property
     def dtypes(self) -> Mapping[str, str]:
@@ -85,29 +91,36 @@ class Checkpoint:
 
         It covers the spec, the format, and every weight's canonical name, shape, stored type and
         bytes. It does not cover the names and number of files, nor files without weights such as
-        the tokenizer. `digests` are the results of `digest` by name, if they are known; otherwise
-        all weights are read, two at a time, at about 1.5 GB/s per core.
+        the tokenizer. Adapters are covered by their tensors and factors. `digests` are the results
+        of `digest` by name, if they are known; otherwise all weights are read, two at a time, at
+        about 1.5 GB/s per core.
         """
         names = sorted(self.stored)
         if digests is None:
             with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
                 digests = dict(zip(names, pool.map(self.digest, names), strict=True))
         tensors = [(n, self.stored[n].shape, self.stored[n].dtype, digests[n]) for n in names]
-        text = json.dumps(
-            {"format": self.format, "spec": self.spec.to_json(), "tensors": tensors},
-            sort_keys=True,
-        )
+        facts: dict[str, Any] = {
+            "format": self.format,
+            "spec": self.spec.to_json(),
+            "tensors": tensors,
+        }
+        if self.adapters:
+            facts["adapters"] = [adapter.facts for adapter in self.adapters]
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     """Open a Hugging Face or Mistral directory, a `.gguf` file, or the name `smollm2`.
 
-    A directory in both formats is read as Hugging Face's. Reads no weight, with one exception: an
-    `lm_head.weight` stored next to a tied embedding is compared with it. Raises MistralcError
-    naming the file, and the tensor or setting that is wrong.
+    A directory in both formats is read as Hugging Face's. The PEFT adapters `lora` (`ADAPTER` or
+    `ADAPTER=WEIGHT`) are merged into it. Reads no weight, with one exception: an `lm_head.weight`
+    stored next to a tied embedding is compared with it. Raises MistralcError naming the file, and
+    the tensor or setting that is wrong.
     """
-    path, label = locate(source)
+    place = locate(source, lora)
+    path = place.path
     with _reading(path):
         kind = format_of(path)
         quantization = None
@@ -116,23 +129,30 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         else:
             (spec, quantization), weights = _configured(path, kind), find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        sources = _sources(found, kind, quantization)
-        stored = _canonical(spec, kind, path, sources)
+        stored = _canonical(spec, kind, path, _sources(found, kind, quantization))
+        if place.adapters:
+            stored = merged(stored, place.adapters, tied=spec.tie_word_embeddings)
+            spec = resized(spec, place.adapters)
+            _check_shapes(spec, stored)
     method = None if quantization is None else quantization.method
-    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored, method=method)
+    return Checkpoint(
+        spec=spec, source=place.label, path=path, format=kind, stored=stored, method=method,
+        adapters=place.adapters, text=place.text,
+    )  # fmt: skip
 
 
-def read_spec(source: str | Path) -> ModelSpec:
+def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
     """Read the spec of a checkpoint; unlike `open_checkpoint`, the configuration is enough."""
-    path, _ = locate(source)
-    with _reading(path):
-        kind = format_of(path)
-        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)[0]
+    place = locate(source, lora)
+    with _reading(place.path):
+        kind = format_of(place.path)
+        spec = _read_gguf(place.path)[0] if kind == "gguf" else _configured(place.path, kind)[0]
+    return resized(spec, place.adapters)
 
 
 def has_weights(source: str | Path) -> bool:
     """Whether every weight file is present; a directory may have only the configuration."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         kind = format_of(path)
         return kind == "gguf" or weights_present(path, kind)
@@ -140,7 +160,7 @@ def has_weights(source: str | Path) -> bool:
 
 def declared_type(source: str | Path) -> Dtype | None:
     """Read the weights' type from the configuration; None if it gives none that we know."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         if format_of(path) != "huggingface":
             return None
@@ -209,6 +229,17 @@ def _canonical(
             continue
         raise _unexpected(stray)
     return stored
+
+
+def _check_shapes(spec: ModelSpec, stored: Mapping[str, WeightSource]) -> None:
+    """Raise MistralcError if an adapter left weights of shapes that do not belong together."""
+    for name, shape in spec.weight_shapes().items():
+        if stored[name].shape != shape:
+            raise MistralcError(
+                f"With the adapters, {name} has shape {list(stored[name].shape)}; expected "
+                f"{list(shape)}, as the other weights have it. Use the base model that the "
+                "adapter was trained on."
+            )
 
 
 def _adds_nothing(stray: WeightSource) -> bool:

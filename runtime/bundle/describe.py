@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from graphs.attention_form import summarize
@@ -40,7 +40,7 @@ def describe(bundle: Bundle) -> str:
     """
     manifest = bundle.manifest
     rows = [
-        ("checkpoint", f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})"),
+        ("checkpoint", _checkpoint(manifest.checkpoint)),
         *_build(manifest.build),
         ("size", f"{manifest.file_bytes / 1e6:,.1f} MB in {len(manifest.files)} intact files"),
         ("verified", _verdict(bundle)),
@@ -50,6 +50,11 @@ def describe(bundle: Bundle) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _checkpoint(origin: Mapping[str, str]) -> str:
+    merged = origin.get("adapters")
+    return f"{origin['name']} ({origin['format']}){f', with {merged} merged' if merged else ''}"
 
 
 def _build(build: Build) -> Iterator[tuple[str, str]]:
