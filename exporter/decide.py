@@ -5,6 +5,7 @@ the same combinations.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from exporter.checkpoint.config_hf import override_window
 from exporter.checkpoint.open import declared_type, has_weights, open_checkpoint, read_spec
@@ -24,7 +25,7 @@ from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision, quantized_precisions
 from graphs.quant_scheme import Scheme, default_scheme
 from graphs.spec import ModelSpec, RingSpec
-from graphs.targets import Target
+from graphs.targets import TARGETS, Target
 
 LARGEST_CONTEXT = 4096  # tokens of a model without a window, unless the user asks for more
 
@@ -53,7 +54,11 @@ def decide(
     options.check(target)
     if options.window is not None:
         spec = override_window(spec, options.window)
+    _check_model(spec, target)
     ring = decide_ring(spec, target, options)
+    if spec.rope_scaling is not None:
+        context = None if spec.slides else ring.context
+        spec = replace(spec, rope_scaling=spec.rope_scaling.for_context(context))
     precision = decide_precision(spec, target, options, facts)
     return Build(
         target=target,
@@ -63,6 +68,17 @@ def decide(
         window_source="checkpoint" if options.window is None else "user",
         batch_invariant=options.batch_invariant,
     )
+
+
+def _check_model(spec: ModelSpec, target: Target) -> None:
+    """Raise UsageError if the target cannot compute what the model needs."""
+    if spec.attention.softcap is not None and not target.caps_scores:
+        able = " or ".join(name for name, one in TARGETS.items() if one.caps_scores)
+        raise UsageError(
+            f"This model caps its attention scores at {spec.attention.softcap:g}, as Gemma 2 does, "
+            f"and the attention of {target.title} takes no such cap, so --target {target.name} "
+            f"cannot compute it exactly. Choose --target {able}."
+        )
 
 
 def decide_precision(

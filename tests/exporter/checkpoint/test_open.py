@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exporter.checkpoint import locate, weight_names
+from exporter.checkpoint import locate
 from exporter.checkpoint.open import Checkpoint, check_finite, open_checkpoint, read_spec
+from exporter.families import names as weight_names
 from graphs.errors import MistralcError
 from tests.exporter.checkpoint.edits import (
     Q_PROJ,
