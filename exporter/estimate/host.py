@@ -14,7 +14,7 @@ from math import prod
 from exporter.checks.reference_pass import COMPARED
 from exporter.checks.texts import cases, gate_text
 from exporter.decide import NOTHING_KNOWN
-from exporter.decoder.model import KEPT_WEIGHTS
+from exporter.decoder.load import KEPT_WEIGHTS
 from exporter.quantization.policy import WeightFacts
 from graphs.build import Build
 from graphs.dtypes import FLOATS, item_size

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.quantization.rounding import Quantized
+from exporter.checkpoint.quantized.value import Quantized
 from graphs.quant_scheme import Scheme
 from graphs.targets import CodeLayout
 
