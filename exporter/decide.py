@@ -4,6 +4,7 @@ Reads no weights and writes nothing. `plan` and `export` both start here, so the
 the same combinations.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from exporter.checkpoint.config_hf import override_window
@@ -32,15 +33,17 @@ LARGEST_CONTEXT = 4096  # tokens of a model without a window, unless the user as
 NOTHING_KNOWN = WeightFacts()
 
 
-def read_facts(source: str) -> tuple[ModelSpec, WeightFacts]:
+def read_facts(source: str, lora: Sequence[str] = ()) -> tuple[ModelSpec, WeightFacts]:
     """A checkpoint's shape, and what its weight files say; config.json alone is enough.
+
+    `lora` are the adapters that are merged into it.
 
     Raises MistralcError if the configuration, or a weight file that is there, cannot be read.
     """
     if not has_weights(source):
         declared = declared_type(source)
-        return read_spec(source), WeightFacts(types=frozenset([declared] if declared else []))
-    checkpoint = open_checkpoint(source)
+        return read_spec(source, lora), WeightFacts(types=frozenset([declared] if declared else []))
+    checkpoint = open_checkpoint(source, lora)
     return checkpoint.spec, weight_facts(checkpoint)
 
 

@@ -1,32 +1,61 @@
-"""Find every canonical weight among the tensors of a checkpoint, and nothing that is not one.
+"""Find every canonical weight among a checkpoint's stored tensors, and nothing else there.
 
-A family says where each weight is stored (`exporter/families/`). A tensor that is missing,
-unexpected, of another shape or of an unreadable type is an error.
+Canonical weights have Hugging Face's names, its half-split rotary order, and the shapes of
+`ModelSpec.weight_shapes()`. The family says where each is stored.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from exporter.checkpoint.stored import TORCH_FLOATS, map_bytes
-from exporter.checkpoint.weight_source import WeightSource
+from exporter.checkpoint.adapters.merge import merged, resized
+from exporter.checkpoint.adapters.read import Adapter
+from exporter.checkpoint.gguf_file import is_readable
+from exporter.checkpoint.quantized.gguf_blocks import block_source
+from exporter.checkpoint.quantized.methods import Quantization
+from exporter.checkpoint.stored import TORCH_FLOATS, StoredTensor, map_bytes
+from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
 from exporter.families.family import Family, Format, StoredAs
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old versions of transformers saved the rotary frequencies, which follow from the configuration.
 _INVERSE_FREQUENCIES = r"(.+\.)?rotary_emb\.inv_freq"
 # Scales of a quantized KV cache; ours is in floats.
 _CACHE_SCALES = r".+\.(self_attn|attention)\.(\w_proj\.)?[kqv]_(scale|zero_point)"
 _IGNORED = re.compile(f"{_INVERSE_FREQUENCIES}|{_CACHE_SCALES}")
 
+Sources = Mapping[str, WeightSource]
 
-def text_model(
-    family: Family, found: Mapping[str, WeightSource]
-) -> tuple[dict[str, WeightSource], tuple[str, ...]]:
+
+def sources_of(
+    found: Mapping[str, StoredTensor], kind: Format, quantization: Quantization | None
+) -> dict[str, WeightSource]:
+    """Return where every weight comes from, by the name that it has in the files as floats."""
+    made = {} if quantization is None else quantization.sources(found)
+    owners = {name.removesuffix("weight") for name in made}
+    result = {}
+    for name, tensor in found.items():
+        parts = [name[: at + 1] for at, letter in enumerate(name) if letter == "."]
+        if any(owner in owners for owner in parts) and not name.endswith(".bias"):
+            continue  # a part of a quantized weight
+        result[name] = source_of(tensor, kind)
+    return result | made
+
+
+def source_of(tensor: StoredTensor, kind: Format) -> WeightSource:
+    """Return where one stored tensor comes from; one that holds no weights is not an error yet."""
+    if tensor.where.dtype in TORCH_FLOATS:
+        return float_source(tensor)
+    if kind == "gguf" and is_readable(tensor.where.dtype):
+        return block_source(tensor)
+    return unreadable_source(tensor)
+
+
+def text_model(family: Family, found: Sources) -> tuple[dict[str, WeightSource], tuple[str, ...]]:
     """Return the tensors of the text model by the names they have there, and what is left out."""
     sources, others = {}, set()
     for name, source in found.items():
@@ -39,7 +68,40 @@ def text_model(
 
 
 def canonical(
-    family: Family, spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, WeightSource]
+    family: Family, spec: ModelSpec, kind: Format, path: Path, found: Sources,
+    adapters: Sequence[Adapter],
+) -> tuple[ModelSpec, dict[str, WeightSource]]:  # fmt: skip
+    """Return the weights by canonical name, with the adapters merged, and the spec they then have.
+
+    Raises MistralcError unless the tensors of `path` are exactly the spec's. An adapter names
+    weights as a Hugging Face checkpoint does, fused ones among them.
+    """
+    if spec.tie_word_embeddings:
+        found = _without_tied_head(family, spec, kind, found)
+    if adapters and kind == "huggingface":
+        found = merged(found, adapters, tied=spec.tie_word_embeddings)
+        spec = resized(spec, adapters)
+    stored = _canonical(family, spec, kind, path, found)
+    if adapters and kind != "huggingface":
+        stored = merged(stored, adapters, tied=spec.tie_word_embeddings)
+        spec = resized(spec, adapters)
+        for name, shape in spec.weight_shapes().items():
+            _check_source(stored[name], shape, kind)
+    return spec, stored
+
+
+def _without_tied_head(
+    family: Family, spec: ModelSpec, kind: Format, found: Sources
+) -> dict[str, WeightSource]:
+    """Leave out an output layer that is stored although it is tied, after comparing them."""
+    embedding, head = (family.tensors(spec, kind, name).name for name in (_EMBEDDING, _HEAD))
+    if embedding in found and head in found:
+        _check_tied(found[embedding], found[head])
+    return {name: source for name, source in found.items() if name != head}
+
+
+def _canonical(
+    family: Family, spec: ModelSpec, kind: Format, path: Path, found: Sources
 ) -> dict[str, WeightSource]:
     """Return the weights by canonical name, after checking that they are exactly the spec's."""
     shapes = spec.weight_shapes()
@@ -53,15 +115,15 @@ def canonical(
             raise _missing(names, found, name, path)
         _check_source(source, whole[place.name], kind)
         stored[name] = _part(source, place)
-    head = family.tensors(spec, kind, HEAD).name
     for name, stray in found.items():
-        if name in whole or _IGNORED.fullmatch(name) or _adds_nothing(stray):
-            continue
-        if spec.tie_word_embeddings and name == head:
-            _check_tied(found[names[EMBEDDING]], stray)
-            continue
-        raise _unexpected(stray)
+        if not (name in whole or _IGNORED.fullmatch(name) or _adds_nothing(stray)):
+            raise _unexpected(stray)
     return stored
+
+
+def _adds_nothing(stray: WeightSource) -> bool:
+    """Whether a tensor is a bias of zeros: AutoGPTQ writes one for every linear."""
+    return stray.name.endswith(".bias") and stray.readable and not stray.read().any()
 
 
 def _stored_shapes(
@@ -89,18 +151,13 @@ def _plus_one(values: torch.Tensor) -> torch.Tensor:
     return values + 1
 
 
-def _adds_nothing(stray: WeightSource) -> bool:
-    """Whether a tensor is a bias of zeros: AutoGPTQ writes one for every linear."""
-    return stray.name.endswith(".bias") and stray.readable and not stray.read().any()
-
-
 def _missing(
     names: Mapping[str, str], found: Mapping[str, WeightSource], name: str, path: Path
 ) -> MistralcError:
     count = sum(stored_name not in found for stored_name in names.values())
     others = f" and {count - 1} more" if count > 1 else ""
     advice = "Use the configuration and weights of one checkpoint, or download it again."
-    if name == HEAD:
+    if name == _HEAD:
         advice = (
             "If the output layer is the embedding, the configuration has to say so "
             "(tie_word_embeddings or tied_embeddings: true); otherwise download the checkpoint "

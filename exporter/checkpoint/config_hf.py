@@ -1,8 +1,8 @@
 """Read a Hugging Face `config.json` into a ModelSpec. Knows nothing about weights or torch.
 
 The architecture chooses the family (`exporter/families/`), which reads its own settings. A setting
-that changes what is computed, and that the decoder does not compute, is an error that names it.
-How weights are quantized is read in `quantized/`.
+that changes what is computed, and that the decoder does not compute, is an error that names it. How
+weights are quantized is read in `quantized/`.
 `config_mistral.py` reads Mistral's `params.json`, `config_gguf.py` GGUF metadata.
 """
 
@@ -32,7 +32,8 @@ def spec_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mode
     that the decoder computes.
     """
     fields = Fields(config, origin)
-    return family_of(fields).read_config(fields)
+    family = family_of(fields)
+    return family.read_config(fields)
 
 
 def family_of(fields: Fields) -> Family:

@@ -8,15 +8,18 @@ is missing, unexpected, of another shape or of an unreadable type is an error.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from exporter.checkpoint.canonical import HEAD, canonical, text_model
+from exporter.checkpoint.adapters.merge import resized
+from exporter.checkpoint.adapters.read import Adapter
+from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model
 from exporter.checkpoint.config_gguf import (
     FACTORS,
     LONG_FACTORS,
@@ -26,14 +29,12 @@ from exporter.checkpoint.config_gguf import (
 )
 from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.gguf_file import is_readable
-from exporter.checkpoint.gguf_model import parts_of, read_model
+from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
-from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
-from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes
-from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
+from exporter.checkpoint.stored import ByteRange, StoredTensor, map_bytes
+from exporter.checkpoint.weight_source import WeightSource
 from exporter.families.family import Family, Format
 from exporter.families.mistral import MISTRAL
 from exporter.fields import Fields, read_json
@@ -41,6 +42,7 @@ from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
+_HEAD = "lm_head.weight"
 _MOST_NUMBERS = 4096  # rotary factors; published models have 64 at most
 
 
@@ -50,8 +52,9 @@ class Checkpoint:
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
     `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
-    is how the weights of a directory are quantized, None if they are not. `left_out` names the
-    parts of the checkpoint that are not of the text model.
+    is how the weights of a directory are quantized, None if they are not. `adapters` are merged in
+    `stored`; `text` is where the tokenizer is read from.
+    `left_out` names the parts of the checkpoint that are not of the text model.
     """
 
     spec: ModelSpec
@@ -61,6 +64,8 @@ class Checkpoint:
     format: Format
     stored: Mapping[str, WeightSource]
     method: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    text: Path
     left_out: tuple[str, ...] = ()
 
     @property
@@ -91,73 +96,76 @@ class Checkpoint:
 
         It covers the spec, the format, and every weight's canonical name, shape, stored type and
         bytes. It does not cover the names and number of files, nor files without weights such as
-        the tokenizer. `digests` are the results of `digest` by name, if they are known; otherwise
-        all weights are read, two at a time, at about 1.5 GB/s per core.
+        the tokenizer. Adapters are covered by their tensors and factors. `digests` are the results
+        of `digest` by name, if they are known; otherwise all weights are read, two at a time, at
+        about 1.5 GB/s per core.
         """
         names = sorted(self.stored)
         if digests is None:
             with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
                 digests = dict(zip(names, pool.map(self.digest, names), strict=True))
         tensors = [(n, self.stored[n].shape, self.stored[n].dtype, digests[n]) for n in names]
-        text = json.dumps(
-            {"format": self.format, "spec": self.spec.to_json(), "tensors": tensors},
-            sort_keys=True,
-        )
+        facts: dict[str, Any] = {
+            "format": self.format,
+            "spec": self.spec.to_json(),
+            "tensors": tensors,
+        }
+        if self.adapters:
+            facts["adapters"] = [adapter.facts for adapter in self.adapters]
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     """Open a Hugging Face or Mistral directory, a `.gguf` file, or the name `smollm2`.
 
-    A directory in both formats is read as Hugging Face's. Reads no weight, with one exception: an
-    `lm_head.weight` stored next to a tied embedding is compared with it. Raises MistralcError
-    naming the file, and the tensor or setting that is wrong.
+    A directory in both formats is read as Hugging Face's. The PEFT adapters `lora` (`ADAPTER` or
+    `ADAPTER=WEIGHT`) are merged into it. Reads no weight, with one exception: an `lm_head.weight`
+    stored next to a tied embedding is compared with it. Raises MistralcError naming the file, and
+    the tensor or setting that is wrong.
     """
-    path, label = locate(source)
+    place = locate(source, lora)
+    path = place.path
     with _reading(path):
         kind = format_of(path)
         quantization = None
         if kind == "gguf":
-            path = parts_of(path)[0]  # which has the metadata, if it is one of several
             family, spec, found = _read_gguf(path)
         else:
             family, spec, quantization = _configured(path, kind)
             weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        sources, left_out = text_model(family, _sources(found, kind, quantization))
-        if family.head_may_be_tied and HEAD not in sources:
+        sources, left_out = text_model(family, sources_of(found, kind, quantization))
+        if family.head_may_be_tied and _HEAD not in sources:
             spec = replace(spec, tie_word_embeddings=True)
-        stored = canonical(family, spec, kind, path, sources)
-    method = None if quantization is None else quantization.method
+        spec, stored = canonical(family, spec, kind, path, sources, place.adapters)
     return Checkpoint(
-        spec=spec, family=family, source=label, path=path, format=kind, stored=stored,
-        method=method, left_out=left_out,
+        spec=spec, family=family, source=place.label, path=path, format=kind, stored=stored,
+        method=None if quantization is None else quantization.method, adapters=place.adapters,
+        text=place.text, left_out=left_out,
     )  # fmt: skip
 
 
-def read_spec(source: str | Path) -> ModelSpec:
+def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
     """Read the spec of a checkpoint; unlike `open_checkpoint`, the configuration is enough."""
-    path, _ = locate(source)
-    with _reading(path):
-        kind = format_of(path)
-        if kind == "gguf":
-            return _read_gguf(parts_of(path)[0])[1]
-        return _configured(path, kind)[1]
+    place = locate(source, lora)
+    with _reading(place.path):
+        kind = format_of(place.path)
+        spec = _read_gguf(place.path)[1] if kind == "gguf" else _configured(place.path, kind)[1]
+    return resized(spec, place.adapters)
 
 
 def has_weights(source: str | Path) -> bool:
     """Whether every weight file is present; a directory may have only the configuration."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         kind = format_of(path)
-        if kind == "gguf":
-            return True  # opening it reports what is missing
-        return weights_present(path, kind)
+        return kind == "gguf" or weights_present(path, kind)
 
 
 def declared_type(source: str | Path) -> Dtype | None:
     """Read the weights' type from the configuration; None if it gives none that we know."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         if format_of(path) != "huggingface":
             return None
@@ -192,7 +200,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
-    file = read_model(path)
+    file = read_gguf(path)
     family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
     names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
@@ -205,7 +213,7 @@ def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
 
 def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
     """Read a small tensor, such as rotary factors. Raises MistralcError if it holds no floats."""
-    source = _source(tensor, "gguf")
+    source = source_of(tensor, "gguf")
     if not source.readable or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_NUMBERS:
         raise MistralcError(
             f"{source.path}: the tensor {tensor.name} has shape {list(tensor.shape)} and type "
@@ -216,32 +224,10 @@ def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
 
 def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec, Quantization | None]:
     """Read the family and the spec, and how the weights are quantized."""
-    config = read_json(directory / ("params.json" if kind == "mistral" else "config.json"))
-    quantization = quantization_of(directory, config)
     if kind == "mistral":
-        return MISTRAL, spec_from_params(config.values, config.origin), quantization
-    return family_of(config), spec_from_hf(config.values, config.origin), quantization
-
-
-def _sources(
-    found: Mapping[str, StoredTensor], kind: Format, quantization: Quantization | None
-) -> dict[str, WeightSource]:
-    """Return where every weight comes from, by the name that it has in the files as floats."""
-    made = {} if quantization is None else quantization.sources(found)
-    owners = {name.removesuffix("weight") for name in made}
-    result = {}
-    for name, tensor in found.items():
-        parts = [name[: at + 1] for at, letter in enumerate(name) if letter == "."]
-        if any(owner in owners for owner in parts) and not name.endswith(".bias"):
-            continue  # a part of a quantized weight
-        result[name] = _source(tensor, kind)
-    return result | made
-
-
-def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
-    """Return where one stored tensor comes from; one that holds no weights is not an error yet."""
-    if tensor.where.dtype in TORCH_FLOATS:
-        return float_source(tensor)
-    if kind == "gguf" and is_readable(tensor.where.dtype):
-        return block_source(tensor)
-    return unreadable_source(tensor)
+        params = read_json(directory / "params.json")
+        spec = spec_from_params(params.values, params.origin)
+        return MISTRAL, spec, quantization_of(directory, params)
+    config = read_json(directory / "config.json")
+    spec = spec_from_hf(config.values, config.origin)
+    return family_of(config), spec, quantization_of(directory, config)

@@ -55,7 +55,7 @@ def plan(
     targets = [asked or target_for_gpu(each.compute_capability) for each in gpus]
     for one in targets or [_first(asked)]:
         options.check(one)  # a wrong combination is refused before anything is read
-    spec, facts = read_facts(checkpoint)
+    spec, facts = read_facts(checkpoint, options.adapters.lora)
     fits = [
         fit(estimate(decide(spec, one, options, facts), facts), each)
         for each, one in zip(gpus, targets, strict=True)

@@ -52,9 +52,10 @@ def describe(bundle: Bundle) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def _checkpoint(record: Mapping[str, str]) -> str:
-    left_out = f" without {record['left_out']}" if "left_out" in record else ""
-    return f"{record['name']} ({record['format']}){left_out}"
+def _checkpoint(origin: Mapping[str, str]) -> str:
+    left_out = f" without {origin['left_out']}" if "left_out" in origin else ""
+    merged = f", with {origin['adapters']} merged" if "adapters" in origin else ""
+    return f"{origin['name']} ({origin['format']}){left_out}{merged}"
 
 
 def _build(build: Build) -> Iterator[tuple[str, str]]:
