@@ -19,7 +19,7 @@ from torch import Tensor
 from exporter.checkpoint import weight_names
 from graphs.quant_scheme import groups
 from graphs.spec import ModelSpec
-from tests.support.make_checkpoint import tiny_spec, write_checkpoint
+from tests.support.make_checkpoint import Format, tiny_spec, write_checkpoint
 
 SPEC = tiny_spec(hidden_size=128, intermediate_size=256, head_dim=32)
 """Wide enough for blocks of 128; two key heads of 32."""
@@ -63,7 +63,7 @@ class Written:
 
 def write_form(folder: Path, form: Form, spec: ModelSpec = SPEC) -> Written:
     """Write a random checkpoint of this form. A fixed seed: all forms hold the same model."""
-    kind = "mistral" if form.native else "huggingface"
+    kind: Format = "mistral" if form.native else "huggingface"
     path = write_checkpoint(folder, spec, format=kind, dtype="float16")
     file = path / ("consolidated.safetensors" if form.native else "model.safetensors")
     tensors = load_file(file)
@@ -107,10 +107,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [..., n] from 0 up into int32 words along the last axis, lowest bits first."""
     n = codes.shape[-1]
     places = torch.arange(bits)
-    stream = (codes.long().unsqueeze(-1) >> places & 1).flatten(-2)  # [..., n * bits]
+    stream: Tensor = (codes.long().unsqueeze(-1) >> places & 1).flatten(-2)  # [..., n * bits]
     stream = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).unflatten(-1, (-1, 32))
     words = (stream << torch.arange(32)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    signed: Tensor = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return signed
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
