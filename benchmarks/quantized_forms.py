@@ -25,7 +25,8 @@ from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.stored import ByteRange, StoredTensor
 from exporter.decide import decide
-from exporter.decoder.model import load_decoder, logits_at
+from exporter.decoder.load import load_decoder
+from exporter.decoder.model import logits_at
 from exporter.options import BuildOptions
 from exporter.quantization.make_recipe import make_recipe, weight_facts
 from exporter.quantization.packing import unpack

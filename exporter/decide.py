@@ -4,6 +4,9 @@ Reads no weights and writes nothing. `plan` and `export` both start here, so the
 the same combinations.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from exporter.checkpoint.config_hf import override_window
 from exporter.checkpoint.open import declared_type, has_weights, open_checkpoint, read_spec
 from exporter.options import BuildOptions, QuantizeOptions
@@ -22,7 +25,7 @@ from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision, quantized_precisions
 from graphs.quant_scheme import Scheme
 from graphs.spec import ModelSpec, RingSpec
-from graphs.targets import Target
+from graphs.targets import TARGETS, Target
 
 LARGEST_CONTEXT = 4096  # tokens of a model without a window, unless the user asks for more
 
@@ -30,15 +33,17 @@ LARGEST_CONTEXT = 4096  # tokens of a model without a window, unless the user as
 NOTHING_KNOWN = WeightFacts()
 
 
-def read_facts(source: str) -> tuple[ModelSpec, WeightFacts]:
+def read_facts(source: str, lora: Sequence[str] = ()) -> tuple[ModelSpec, WeightFacts]:
     """A checkpoint's shape, and what its weight files say; config.json alone is enough.
+
+    `lora` are the adapters that are merged into it.
 
     Raises MistralcError if the configuration, or a weight file that is there, cannot be read.
     """
     if not has_weights(source):
         declared = declared_type(source)
-        return read_spec(source), WeightFacts(types=frozenset([declared] if declared else []))
-    checkpoint = open_checkpoint(source)
+        return read_spec(source, lora), WeightFacts(types=frozenset([declared] if declared else []))
+    checkpoint = open_checkpoint(source, lora)
     return checkpoint.spec, weight_facts(checkpoint)
 
 
@@ -49,7 +54,11 @@ def decide(
     options.check(target)
     if options.window is not None:
         spec = override_window(spec, options.window)
+    _check_model(spec, target)
     ring = decide_ring(spec, target, options)
+    if spec.rope_scaling is not None:
+        context = None if spec.slides else ring.context
+        spec = replace(spec, rope_scaling=spec.rope_scaling.for_context(context))
     precision = decide_precision(spec, target, options, facts)
     return Build(
         target=target,
@@ -59,6 +68,17 @@ def decide(
         window_source="checkpoint" if options.window is None else "user",
         batch_invariant=options.batch_invariant,
     )
+
+
+def _check_model(spec: ModelSpec, target: Target) -> None:
+    """Raise UsageError if the target cannot compute what the model needs."""
+    if spec.attention.softcap is not None and not target.caps_scores:
+        able = " or ".join(name for name, one in TARGETS.items() if one.caps_scores)
+        raise UsageError(
+            f"This model caps its attention scores at {spec.attention.softcap:g}, as Gemma 2 does, "
+            f"and the attention of {target.title} takes no such cap, so --target {target.name} "
+            f"cannot compute it exactly. Choose --target {able}."
+        )
 
 
 def decide_precision(

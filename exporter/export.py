@@ -168,7 +168,13 @@ def _origin(source: Source, fingerprint: str) -> dict[str, str]:
     facts = {"name": Path(checkpoint.source).name, "format": checkpoint.format,
              "fingerprint": fingerprint}  # fmt: skip
     carried = describe_carried(source.build, source.facts.codes)
-    return facts | ({"codes": "\n".join(carried)} if carried else {})
+    if carried:
+        facts["codes"] = "\n".join(carried)
+    if checkpoint.left_out:  # such as a vision tower
+        facts["left_out"] = ", ".join(checkpoint.left_out)
+    if checkpoint.adapters:
+        facts["adapters"] = ", ".join(one.label for one in checkpoint.adapters)
+    return facts
 
 
 def _open(source: str, options: ExportOptions) -> Source:
@@ -176,7 +182,7 @@ def _open(source: str, options: ExportOptions) -> Source:
     target = TARGETS[options.target]
     if target.holds_plan:
         tensorrt_library.load(target)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, options.adapters.lora)
     table = None if options.calibration is None else _read_table(options.calibration, checkpoint)
     facts = weight_facts(checkpoint, table)
     precision = decide_precision(checkpoint.spec, target, options, facts)
@@ -184,7 +190,7 @@ def _open(source: str, options: ExportOptions) -> Source:
     check_calibration(precision, options.quantize, checkpoint.spec, table, own)
     build = decide(checkpoint.spec, target, options, facts)
     return Source(
-        checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.path),
+        checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.text),
         facts=facts, build=build, recipe=make_recipe(build, checkpoint, table),
     )  # fmt: skip
 

@@ -131,7 +131,7 @@ class Manifest:
 
     def to_text(self) -> str:
         """Return the manifest as the JSON text that `from_text` takes."""
-        data = asdict(self)
+        data = asdict(self) | {"model": self.model.to_json()}
         return json.dumps(data | {CHECKSUM: _checksum(data)}, indent=2) + "\n"
 
     @classmethod

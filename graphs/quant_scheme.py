@@ -75,12 +75,21 @@ class Group:
 
     Dividing input feature k by s[k] and multiplying column k of every reader by s[k] leaves the
     result unchanged. The division is folded into `producer`: the gain of a norm, or the rows of a
-    linear.
+    linear and its bias. That is exact in every family: what lies between the two, the average of
+    values that attention takes and the product with an activated gate, is linear in the producer.
     """
 
     name: str  # such as `model.layers.0.qkv`
     readers: tuple[str, ...]  # canonical weight names, [N, K] each
     producer: str
+    producer_bias: str | None = None
+
+    @property
+    def divided(self) -> tuple[str, ...]:
+        """The weights that the division is folded into."""
+        return (
+            (self.producer,) if self.producer_bias is None else (self.producer, self.producer_bias)
+        )
 
     @property
     def layer(self) -> int:
@@ -88,26 +97,26 @@ class Group:
         return int(self.name.split(".")[2])
 
 
-def layer_groups(layer: int) -> tuple[Group, ...]:
+def layer_groups(spec: ModelSpec, layer: int) -> tuple[Group, ...]:
     """The four groups of a decoder layer, in order of computation."""
     at = f"model.layers.{layer}."
+    norm = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
+    v_bias = f"{at}self_attn.v_proj.bias" if spec.attention.bias else None
+    up_bias = f"{at}mlp.up_proj.bias" if spec.mlp_bias else None
     q, k, v, o = (f"{at}self_attn.{name}_proj.weight" for name in "qkvo")
     gate, up, down = (f"{at}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
     return (
         Group(name=f"{at}qkv", readers=(q, k, v), producer=f"{at}input_layernorm.weight"),
-        Group(name=f"{at}o", readers=(o,), producer=v),
-        Group(
-            name=f"{at}gate_up", readers=(gate, up),
-            producer=f"{at}post_attention_layernorm.weight",
-        ),
-        Group(name=f"{at}down", readers=(down,), producer=up),
+        Group(name=f"{at}o", readers=(o,), producer=v, producer_bias=v_bias),
+        Group(name=f"{at}gate_up", readers=(gate, up), producer=f"{at}{norm}.weight"),
+        Group(name=f"{at}down", readers=(down,), producer=up, producer_bias=up_bias),
     )  # fmt: skip
 
 
 def groups(spec: ModelSpec) -> Iterator[Group]:
     """Every group of the model, layer by layer."""
     for layer in range(spec.num_hidden_layers):
-        yield from layer_groups(layer)
+        yield from layer_groups(spec, layer)
 
 
 def default_scheme(precision: str, *, block: int | None, offset: Offset = "none") -> Scheme:

@@ -60,6 +60,7 @@ class Target:
     full_attention: AttentionForm = "masked"
     windowed_attention: AttentionForm = "masked"
     max_in_place_slots: int = 0  # of a ring that the form `in_place` can read
+    caps_scores: bool = True  # its `Attention` takes a soft cap of the scores
 
     # The ring.
     ring_grows: bool = False  # else it is full from the start, and its capacity fixed in the graph
@@ -187,6 +188,7 @@ TARGETS: Mapping[str, Target] = {
             full_attention="in_place",
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
+            caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
             weight_only_layout="transposed",
             weight_only_float8=True,
@@ -204,6 +206,7 @@ TARGETS: Mapping[str, Target] = {
             full_attention="in_place",
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
+            caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,
             weight_only_layout="transposed",
             weight_only_float8=True,

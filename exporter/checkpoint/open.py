@@ -8,38 +8,42 @@ is missing, unexpected, of another shape or of an unreadable type is an error.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from exporter.checkpoint import weight_names
-from exporter.checkpoint.config_gguf import spec_from_gguf
-from exporter.checkpoint.config_hf import spec_from_hf
+from exporter.checkpoint.adapters.merge import resized
+from exporter.checkpoint.adapters.read import Adapter
+from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model
+from exporter.checkpoint.config_gguf import (
+    FACTORS,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    gguf_family,
+    spec_from_gguf,
+)
+from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.fields import read_json
-from exporter.checkpoint.gguf_file import is_readable
 from exporter.checkpoint.gguf_model import parts_of, read_model
-from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
-from exporter.checkpoint.quantized.gguf_blocks import block_source
+from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
-from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes
-from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
+from exporter.checkpoint.stored import ByteRange, StoredTensor, map_bytes
+from exporter.checkpoint.weight_source import WeightSource
+from exporter.families.family import Family, Format
+from exporter.families.mistral import MISTRAL
+from exporter.fields import Fields, read_json
 from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Old versions of transformers saved the rotary frequencies, which follow from the configuration.
-_INVERSE_FREQUENCIES = r"(.+\.)?rotary_emb\.inv_freq"
-# Scales of a quantized KV cache; ours is in floats.
-_CACHE_SCALES = r".+\.(self_attn|attention)\.(\w_proj\.)?[kqv]_(scale|zero_point)"
-_IGNORED = re.compile(f"{_INVERSE_FREQUENCIES}|{_CACHE_SCALES}")
+_HEAD = "lm_head.weight"
+_MOST_NUMBERS = 4096  # rotary factors; published models have 64 at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +52,21 @@ class Checkpoint:
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
     `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
-    is how the weights of a directory are quantized, None if they are not.
+    is how the weights of a directory are quantized, None if they are not. `adapters` are merged in
+    `stored`; `text` is where the tokenizer is read from.
+    `left_out` names the parts of the checkpoint that are not of the text model.
     """
 
     spec: ModelSpec
+    family: Family
     source: str
     path: Path
     format: Format
     stored: Mapping[str, WeightSource]
     method: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    text: Path
+    left_out: tuple[str, ...] = ()
 
     @property
     def dtypes(self) -> Mapping[str, str]:
@@ -86,57 +96,72 @@ class Checkpoint:
 
         It covers the spec, the format, and every weight's canonical name, shape, stored type and
         bytes. It does not cover the names and number of files, nor files without weights such as
-        the tokenizer. `digests` are the results of `digest` by name, if they are known; otherwise
-        all weights are read, two at a time, at about 1.5 GB/s per core.
+        the tokenizer. Adapters are covered by their tensors and factors. `digests` are the results
+        of `digest` by name, if they are known; otherwise all weights are read, two at a time, at
+        about 1.5 GB/s per core.
         """
         names = sorted(self.stored)
         if digests is None:
             with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
                 digests = dict(zip(names, pool.map(self.digest, names), strict=True))
         tensors = [(n, self.stored[n].shape, self.stored[n].dtype, digests[n]) for n in names]
-        text = json.dumps(
-            {"format": self.format, "spec": self.spec.to_json(), "tensors": tensors},
-            sort_keys=True,
-        )
+        facts: dict[str, Any] = {
+            "format": self.format,
+            "spec": self.spec.to_json(),
+            "tensors": tensors,
+        }
+        if self.adapters:
+            facts["adapters"] = [adapter.facts for adapter in self.adapters]
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     """Open a Hugging Face or Mistral directory, a `.gguf` file, or the name `smollm2`.
 
-    A directory in both formats is read as Hugging Face's. Reads no weight, with one exception: an
-    `lm_head.weight` stored next to a tied embedding is compared with it. Raises MistralcError
-    naming the file, and the tensor or setting that is wrong.
+    A directory in both formats is read as Hugging Face's. The PEFT adapters `lora` (`ADAPTER` or
+    `ADAPTER=WEIGHT`) are merged into it. Reads no weight, with one exception: an `lm_head.weight`
+    stored next to a tied embedding is compared with it. Raises MistralcError naming the file, and
+    the tensor or setting that is wrong.
     """
-    path, label = locate(source)
+    place = locate(source, lora)
+    path = place.path
     with _reading(path):
         kind = format_of(path)
         quantization = None
         if kind == "gguf":
             path = parts_of(path)[0]  # which has the metadata, if it is one of several
-            spec, found = _read_gguf(path)
+            family, spec, found = _read_gguf(path)
         else:
-            (spec, quantization), weights = _configured(path, kind), find_weight_file(path, kind)
+            family, spec, quantization = _configured(path, kind)
+            weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        sources = _sources(found, kind, quantization)
-        stored = _canonical(spec, kind, path, sources)
-    method = None if quantization is None else quantization.method
-    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored, method=method)
+        sources, left_out = text_model(family, sources_of(found, kind, quantization))
+        if family.head_may_be_tied and _HEAD not in sources:
+            spec = replace(spec, tie_word_embeddings=True)
+        spec, stored = canonical(family, spec, kind, path, sources, place.adapters)
+    return Checkpoint(
+        spec=spec, family=family, source=place.label, path=path, format=kind, stored=stored,
+        method=None if quantization is None else quantization.method, adapters=place.adapters,
+        text=path if place.text == place.path else place.text, left_out=left_out,
+    )  # fmt: skip
 
 
-def read_spec(source: str | Path) -> ModelSpec:
+def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
     """Read the spec of a checkpoint; unlike `open_checkpoint`, the configuration is enough."""
-    path, _ = locate(source)
-    with _reading(path):
-        kind = format_of(path)
+    place = locate(source, lora)
+    with _reading(place.path):
+        kind = format_of(place.path)
         if kind == "gguf":
-            return _read_gguf(parts_of(path)[0])[0]
-        return _configured(path, kind)[0]
+            spec = _read_gguf(parts_of(place.path)[0])[1]
+        else:
+            spec = _configured(place.path, kind)[1]
+    return resized(spec, place.adapters)
 
 
 def has_weights(source: str | Path) -> bool:
     """Whether every weight file is present; a directory may have only the configuration."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         kind = format_of(path)
         if kind == "gguf":
@@ -146,7 +171,7 @@ def has_weights(source: str | Path) -> bool:
 
 def declared_type(source: str | Path) -> Dtype | None:
     """Read the weights' type from the configuration; None if it gives none that we know."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         if format_of(path) != "huggingface":
             return None
@@ -180,134 +205,35 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_gguf(path: Path) -> tuple[ModelSpec, dict[str, StoredTensor]]:
+def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
     file = read_model(path)
+    family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
-    return spec_from_gguf(file.metadata, tied=tied, origin=str(path)), file.tensors
+    names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
+    numbers = {name: _numbers(file.tensors.pop(name)) for name in names}
+    spec = spec_from_gguf(
+        file.metadata, tied=tied, origin=str(path), numbers=numbers, tensors=file.tensors
+    )
+    return family, spec, file.tensors
 
 
-def _configured(directory: Path, kind: Format) -> tuple[ModelSpec, Quantization | None]:
-    """Read the spec, and how the weights are quantized."""
-    config = read_json(directory / ("params.json" if kind == "mistral" else "config.json"))
-    read = spec_from_params if kind == "mistral" else spec_from_hf
-    return read(config.values, config.origin), quantization_of(directory, config)
+def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
+    """Read a small tensor, such as rotary factors. Raises MistralcError if it holds no floats."""
+    source = source_of(tensor, "gguf")
+    if not source.readable or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_NUMBERS:
+        raise MistralcError(
+            f"{source.path}: the tensor {tensor.name} has shape {list(tensor.shape)} and type "
+            f"{source.dtype}; expected one float for each rotated pair. Download the file again."
+        )
+    return tuple(source.read().float().tolist())
 
 
-def _canonical(
-    spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, WeightSource]
-) -> dict[str, WeightSource]:
-    """Return the weights by canonical name, after checking that they are exactly the spec's."""
-    stored: dict[str, WeightSource] = {}
-    names = {name: _stored_name(name, kind) for name in spec.weight_shapes()}
-    for name, shape in spec.weight_shapes().items():
-        source = found.get(names[name])
-        if source is None:
-            raise _missing(names, found, name, path)
-        _check_source(source, shape, kind)
-        heads = None if kind == "huggingface" else weight_names.rotated_heads(spec, name)
-        stored[name] = source if heads is None else source.half_split(heads)
-    head = found.get(_stored_name(_HEAD, kind))
-    for stray in found.values():
-        if stray.name in names.values() or _IGNORED.fullmatch(stray.name) or _adds_nothing(stray):
-            continue
-        if spec.tie_word_embeddings and stray is head:
-            _check_tied(found[names[_EMBEDDING]], stray)
-            continue
-        raise _unexpected(stray)
-    return stored
-
-
-def _adds_nothing(stray: WeightSource) -> bool:
-    """Whether a tensor is a bias of zeros: AutoGPTQ writes one for every linear."""
-    return stray.name.endswith(".bias") and stray.readable and not stray.read().any()
-
-
-def _sources(
-    found: Mapping[str, StoredTensor], kind: Format, quantization: Quantization | None
-) -> dict[str, WeightSource]:
-    """Return where every weight comes from, by the name that it has in the files as floats."""
-    made = {} if quantization is None else quantization.sources(found)
-    owners = {name.removesuffix("weight") for name in made}
-    result = {}
-    for name, tensor in found.items():
-        parts = [name[: at + 1] for at, letter in enumerate(name) if letter == "."]
-        if any(owner in owners for owner in parts) and not name.endswith(".bias"):
-            continue  # a part of a quantized weight
-        result[name] = _source(tensor, kind)
-    return result | made
-
-
-def _source(tensor: StoredTensor, kind: Format) -> WeightSource:
-    """Return where one stored tensor comes from; one that holds no weights is not an error yet."""
-    if tensor.where.dtype in TORCH_FLOATS:
-        return float_source(tensor)
-    if kind == "gguf" and is_readable(tensor.where.dtype):
-        return block_source(tensor)
-    return unreadable_source(tensor)
-
-
-def _stored_name(name: str, kind: Format) -> str:
+def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec, Quantization | None]:
+    """Read the family and the spec, and how the weights are quantized."""
     if kind == "mistral":
-        return weight_names.mistral_name(name)
-    return weight_names.gguf_name(name) if kind == "gguf" else name
-
-
-def _missing(
-    names: Mapping[str, str], found: Mapping[str, WeightSource], name: str, path: Path
-) -> MistralcError:
-    count = sum(stored_name not in found for stored_name in names.values())
-    others = f" and {count - 1} more" if count > 1 else ""
-    advice = "Use the configuration and weights of one checkpoint, or download it again."
-    if name == _HEAD:
-        advice = (
-            "If the output layer is the embedding, the configuration has to say so "
-            "(tie_word_embeddings or tied_embeddings: true); otherwise download the checkpoint "
-            "again."
-        )
-    return MistralcError(
-        f"{path} lacks the tensor {names[name]}{others}; expected every weight that the "
-        f"configuration describes. {advice}"
-    )
-
-
-def _unexpected(stray: WeightSource) -> MistralcError:
-    advice = (
-        "Use the configuration and weights of one dense checkpoint without biases, adapters or "
-        "quantization."
-    )
-    if stray.name == "rope_freqs.weight":  # Llama 3.1's rotary scaling in GGUF
-        advice = "It scales the rotary embedding: use the Hugging Face checkpoint of this model."
-    return MistralcError(
-        f"{stray.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
-        f"the weights that the configuration describes. {advice}"
-    )
-
-
-def _check_source(source: WeightSource, shape: tuple[int, ...], kind: Format) -> None:
-    if source.shape != shape:
-        raise MistralcError(
-            f"{source.path}: the tensor {source.name} has shape {list(source.shape)}; "
-            f"expected {list(shape)} from the configuration. Use the configuration and weights of "
-            "one checkpoint."
-        )
-    if source.readable:
-        return
-    quantized = " or a quantization that the gguf package can read" if kind == "gguf" else ""
-    raise MistralcError(
-        f"{source.path}: the tensor {source.name} is of type {source.dtype}; expected one of "
-        f"{', '.join(TORCH_FLOATS)}{quantized}. Use the unquantized checkpoint, and quantize with "
-        "--precision."
-    )
-
-
-def _check_tied(embedding: WeightSource, head: WeightSource) -> None:
-    """Raise unless a stored output layer equals the embedding that it is tied to, byte for byte."""
-    same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
-    pairs = zip(embedding.ranges, head.ranges, strict=False)
-    if not same or not all(torch.equal(map_bytes(a), map_bytes(b)) for a, b in pairs):
-        raise MistralcError(
-            f"{head.path}: the tensor {head.name} differs from {embedding.name}, although "
-            f"the configuration says that they are tied; expected the same bytes, or no "
-            f"{head.name}. Set tie_word_embeddings to false if the output layer was trained on its "
-            "own; otherwise remove the tensor."
-        )
+        params = read_json(directory / "params.json")
+        spec = spec_from_params(params.values, params.origin)
+        return MISTRAL, spec, quantization_of(directory, params)
+    config = read_json(directory / "config.json")
+    spec = spec_from_hf(config.values, config.origin)
+    return family_of(config), spec, quantization_of(directory, config)

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from exporter.checkpoint.fields import read_json
 from exporter.checkpoint.stored import FLOAT_NAMES, ByteRange, StoredTensor
+from exporter.fields import read_json
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
 

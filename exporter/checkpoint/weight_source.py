@@ -109,7 +109,7 @@ class WeightSource:
     def half_split(self, heads: int) -> "WeightSource":
         """Return the source with the rows of `heads` heads in half-split order.
 
-        The stored order is interleaved: see `weight_names.py`.
+        The stored order is interleaved: see `exporter/families/names.py`.
         """
         size = self.shape[0] // heads  # rows of a head, D
         order = torch.arange(size).view(-1, 2).T.flatten()  # [D]: 0 2 4 … 1 3 5 …

@@ -186,13 +186,15 @@ def bundle_reference(bundle: Path, manifest: Manifest, device: torch.device = CP
     return simulate(replace(recipe, repacked=read), file.get_tensor, device=device)
 
 
-def same_checkpoint(source: str, manifest: Manifest) -> Checkpoint:
+def same_checkpoint(source: str, manifest: Manifest, lora: Iterable[str] = ()) -> Checkpoint:
     """Open the checkpoint `source`. Raises MistralcError unless the bundle was made of it."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, tuple(lora))
     found, expected = checkpoint.fingerprint(), manifest.checkpoint["fingerprint"]
+    merged = manifest.checkpoint.get("adapters")
     if found != expected:
         raise MistralcError(
-            f"The bundle was made of {manifest.checkpoint['name']} (fingerprint {expected[:12]}…), "
+            f"The bundle was made of {manifest.checkpoint['name']}"
+            f"{f' with the adapters {merged}' if merged else ''} (fingerprint {expected[:12]}…), "
             f"and {source} is another checkpoint (fingerprint {found[:12]}…). Give the one it was "
             "made of, or leave --against out to compare with the bundle's own weights."
         )
@@ -204,12 +206,13 @@ def checkpoint_reference(
     manifest: Manifest,
     table: CalibrationTable | None,
     device: torch.device = CPU,
+    lora: Iterable[str] = (),
 ) -> Decoder:
     """Build the reference on the checkpoint `source`, which must be the one of the bundle.
 
     A bundle that was made with a table of calibration needs that table.
     """
-    checkpoint = same_checkpoint(source, manifest)
+    checkpoint = same_checkpoint(source, manifest, lora)
     facts = manifest.quantization or {}
     wanted = facts.get("calibration")
     if wanted != (None if table is None else table.fingerprint):

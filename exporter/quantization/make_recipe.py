@@ -41,6 +41,7 @@ def weight_facts(checkpoint: Checkpoint, table: CalibrationTable | None = None) 
         settled=frozenset() if table is None else frozenset(
             name for name in names if touched(name, checkpoint.spec, table.tensors)
         ),
+        left_out=checkpoint.left_out,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class WeightFacts:
     `types` are the types that they are stored in, empty if unknown. `codes` has what is stored as
     codes, by weight; `method` names the quantization of a directory, None for floats and for GGUF.
     `calibrated` has the schemes that a calibration table decided, None without a table; `settled`
-    are the weights whose numbers it decided too.
+    are the weights whose numbers it decided too. `left_out` names the parts of the checkpoint that
+    are not of the text model.
     """
 
     types: frozenset[str] = frozenset()
@@ -36,6 +37,7 @@ class WeightFacts:
     method: str | None = None
     calibrated: Mapping[str, Scheme] | None = None
     settled: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
 
 def layouts(

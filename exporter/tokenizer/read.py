@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint.fields import LARGEST_NUMBER, read_json
 from exporter.checkpoint.gguf_file import read_gguf
+from exporter.fields import LARGEST_NUMBER, read_json
 from exporter.tokenizer import gguf, sentencepiece, tekken
 from exporter.tokenizer.chat_formats import CHAT_TEMPLATES
 from graphs.errors import MistralcError

@@ -163,7 +163,7 @@ def test_a_ring_that_does_not_grow_has_its_capacity_in_the_graph() -> None:
 def quantized(
     target: str, precision: str, *, tied: bool, block: int | None = None
 ) -> tuple[ir.Model, Build, Decoder]:
-    """The graph of a GPU's target in float32, which computes in float16 there, and its reference."""
+    """The graph of a GPU's target, in float32 instead of float16, and its reference."""
     spec = replace(SPECS["window and none"], tie_word_embeddings=tied)
     decided = decide(
         spec, replace(TARGETS[target], min_chunk=1),

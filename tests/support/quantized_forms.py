@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporter.checkpoint import weight_names
+from exporter.families import names as weight_names
 from graphs.quant_scheme import groups
 from graphs.spec import ModelSpec
 from tests.support.make_checkpoint import Format, tiny_spec, write_checkpoint
@@ -72,7 +72,7 @@ def write_form(folder: Path, form: Form, spec: ModelSpec = SPEC) -> Written:
         names += ["model.embed_tokens.weight", "lm_head.weight"]
     made = {}
     for name in names:
-        stored = weight_names.mistral_name(name) if form.native else name
+        stored = weight_names.stored_name(name, kind, spec)
         one = form.make(tensors.pop(stored).float())
         owner = stored.removesuffix(".weight")
         tensors |= {f"{owner}.{part}": value.contiguous() for part, value in one.tensors.items()}
@@ -108,14 +108,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     n = codes.shape[-1]
     places = torch.arange(bits)
     stream: Tensor = (codes.long().unsqueeze(-1) >> places & 1).flatten(-2)  # [..., n * bits]
-    stream = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).unflatten(-1, (-1, 32))
-    words = (stream << torch.arange(32)).sum(-1)
+    padded: Tensor = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).unflatten(-1, (-1, 32))
+    words: Tensor = (padded << torch.arange(32)).sum(-1)
     signed: Tensor = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     return signed
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
-    return weight.unflatten(1, (-1, group))  # [N, G, group]
+    blocks: Tensor = weight.unflatten(1, (-1, group))  # [N, G, group]
+    return blocks
 
 
 def _affine(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

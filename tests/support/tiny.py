@@ -15,7 +15,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from exporter.decoder.model import Decoder, load_decoder
+from exporter.decoder.load import load_decoder
+from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from graphs.build import Build, Storage
 from graphs.contract import GraphContract

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.fields import Fields
 from exporter.checkpoint.quantized.parts import FLOAT_TYPES, Module, Tensors, modules
 from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import map_tensor
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields
 from graphs.quant_scheme import Scheme
 
 _STATE = "weight.quant_state.bitsandbytes__"

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.fields import Fields
 from exporter.checkpoint.quantized import scaled
 from exporter.checkpoint.quantized.bits import unpack
 from exporter.checkpoint.quantized.parts import FLOAT_TYPES, WORDS, Module, Tensors, modules
 from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import StoredTensor, map_tensor
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields
 from graphs.dtypes import Codes
 from graphs.errors import MistralcError
 from graphs.quant_scheme import Scheme

@@ -5,10 +5,10 @@ multiply, in spite of the first name. AutoFP8 and vLLM call them `weight_scale` 
 Mistral's own files `qscale_weight` and `qscale_act`.
 """
 
-from exporter.checkpoint.fields import Fields
 from exporter.checkpoint.quantized import scaled
 from exporter.checkpoint.quantized.parts import Tensors, modules
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields
 
 _NAMES = scaled.Names(
     scale=("weight_scale_inv", "weight_scale", "qscale_weight"),

@@ -17,12 +17,12 @@ the groups were fixed beforehand. Only groups that lie side by side are blocks o
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.fields import Fields
 from exporter.checkpoint.quantized.bits import unpack
 from exporter.checkpoint.quantized.parts import FLOAT_TYPES, WORDS, Module, Tensors, modules
 from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import map_tensor
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields
 from graphs.errors import MistralcError
 from graphs.quant_scheme import Scheme
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoint.fields import Fields, read_json
 from exporter.checkpoint.quantized import (
     awq,
     bitsandbytes,
@@ -22,6 +21,7 @@ from exporter.checkpoint.quantized import (
 from exporter.checkpoint.quantized.parts import Tensors
 from exporter.checkpoint.quantized.scaled import unknown
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields, read_json
 
 READERS: Mapping[str, Callable[[Tensors, Fields], dict[str, WeightSource]]] = {
     "awq": awq.sources,

@@ -11,7 +11,6 @@ From mlx 0.32 (`mx.quantize`) and mlx-lm (`utils.py`, `quantize_model`):
 
 import torch
 
-from exporter.checkpoint.fields import Fields
 from exporter.checkpoint.quantized import scaled
 from exporter.checkpoint.quantized.bits import unpack
 from exporter.checkpoint.quantized.gptq import bits_of
@@ -19,6 +18,7 @@ from exporter.checkpoint.quantized.parts import FLOAT_TYPES, WORDS, Module, Tens
 from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import map_tensor
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields
 from graphs.quant_scheme import Scheme
 
 BITS = (2, 3, 4, 5, 6, 8)

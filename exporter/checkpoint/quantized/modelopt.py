@@ -11,12 +11,12 @@ two rows into one, output feature 2i in the low half of a byte and 2i + 1 in the
 import torch
 from torch import Tensor
 
-from exporter.checkpoint.fields import Fields
 from exporter.checkpoint.quantized import scaled
 from exporter.checkpoint.quantized.parts import FLOAT_TYPES, Module, Tensors, modules
 from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import map_tensor
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.fields import Fields
 from graphs.dtypes import Codes
 from graphs.quant_scheme import Scheme
 

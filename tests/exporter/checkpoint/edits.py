@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import weight_names
 from exporter.checkpoint.open import open_checkpoint
+from exporter.families import names as weight_names
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 from tests.support.make_checkpoint import chunks, tiny_spec
@@ -79,14 +79,14 @@ def write_gguf(
         if name in (blocks or {}):
             data, type_name = (blocks or {})[name]
             raw = gguf.GGMLQuantizationType[type_name]
-            writer.add_tensor(weight_names.gguf_name(name), data, raw_dtype=raw)
+            writer.add_tensor(weight_names.stored_name(name, "gguf", spec), data, raw_dtype=raw)
             continue
         weight = drawn(spec, name)
         if (heads := weight_names.rotated_heads(spec, name)) is not None:
             weight = weight_names.to_interleaved(weight, heads)
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         data = gguf.quants.quantize(weight.numpy(), kind)
-        writer.add_tensor(weight_names.gguf_name(name), data, raw_dtype=kind)
+        writer.add_tensor(weight_names.stored_name(name, "gguf", spec), data, raw_dtype=kind)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

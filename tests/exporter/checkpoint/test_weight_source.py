@@ -6,12 +6,12 @@ import gguf
 import pytest
 import torch
 
-from exporter.checkpoint import weight_names
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.stored import map_bytes
 from exporter.checkpoint.weight_source import WeightSource
+from exporter.families import names as weight_names
 from tests.exporter.checkpoint.edits import Q_PROJ, small_spec, write_gguf
 from tests.support.make_checkpoint import write_checkpoint
 
@@ -23,7 +23,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> WeightSource:
         return open_checkpoint(write_checkpoint(tmp_path, spec)).stored[Q_PROJ]
     kinds = {Q_PROJ: gguf.GGMLQuantizationType[request.param]}
     file = read_gguf(write_gguf(tmp_path / "model.gguf", spec, kinds))
-    return block_source(file.tensors[weight_names.gguf_name(Q_PROJ)])
+    return block_source(file.tensors["blk.0.attn_q.weight"])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 32), (0, 8), (8, 24), (5, 19), (31, 32)])

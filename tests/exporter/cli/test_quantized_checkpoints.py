@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from exporter.checkpoint.open import open_checkpoint
-from exporter.decoder.model import load_decoder, logits_at
+from exporter.decoder.load import load_decoder
+from exporter.decoder.model import logits_at
 from exporter.export import ExportOptions, export
 from graphs.manifest import read_manifest
 from tests.conftest import Command

@@ -10,11 +10,11 @@ import safetensors
 import torch
 
 from exporter.bundle import weights_file
-from exporter.checkpoint import weight_names
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.stored import ByteRange, StoredTensor
 from exporter.decide import decide
+from exporter.families import names as weight_names
 from exporter.options import BuildOptions
 from exporter.quantization.carry import describe_carried
 from exporter.quantization.make_recipe import make_recipe, weight_facts
