@@ -101,7 +101,7 @@ def test_an_adapters_directory_finds_its_base(base: Path, tmp_path: Path) -> Non
     assert alone.fingerprint() == named.fingerprint()
     assert alone.source == str(adapter)
     _edit(adapter, base_model_name_or_path="mistralai/Mistral-7B-v0.1")
-    with pytest.raises(MistralcError, match=f"Mistral-7B-v0.1, which is no local.*{adapter}"):
+    with pytest.raises(MistralcError, match=f"Mistral-7B-v0.1, which is neither a path.*{adapter}"):
         open_checkpoint(adapter)
 
 
