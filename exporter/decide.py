@@ -23,7 +23,7 @@ from graphs.build import Build, Storage
 from graphs.contract import GraphContract
 from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision, quantized_precisions
-from graphs.quant_scheme import Scheme, default_scheme
+from graphs.quant_scheme import Scheme
 from graphs.spec import ModelSpec, RingSpec
 from graphs.targets import TARGETS, Target
 
@@ -178,7 +178,7 @@ def _take_codes(
     """Keep the checkpoint's codes where they match what was asked for; returns those weights.
 
     In the checkpoint's own precision all codes match, also those of other widths that a mixture has
-    for some layers. `schemes` is changed.
+    for some layers, and nothing else of a quantized directory is rounded. `schemes` is changed.
     """
     own = own_precision(spec, target, facts.codes)
     copied = []
@@ -193,15 +193,10 @@ def _take_codes(
             continue
         schemes[name] = scheme
         copied.append(name)
-    if precision == own and precision.needs_calibration:
-        _without_inputs(target, schemes, set(copied))
+    if precision == own and facts.method is not None:
+        for name in schemes.keys() - set(copied):
+            del schemes[name]  # a float, or codes that no scheme holds: stored as floats
     return copied
-
-
-def _without_inputs(target: Target, schemes: dict[str, Scheme], copied: set[str]) -> None:
-    """Store the weights whose inputs have no scale in the checkpoint in 8 bits, inputs in float."""
-    for name in schemes.keys() - copied:
-        schemes[name] = default_scheme("int8wo", block=target.default_block)
 
 
 def _kept_head(
