@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from exporter.families import names as weight_names
+from exporter.families.family import Format
 from graphs.quant_scheme import groups
 from graphs.spec import ModelSpec
-from tests.support.make_checkpoint import Format, tiny_spec, write_checkpoint
+from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 SPEC = tiny_spec(hidden_size=128, intermediate_size=256, head_dim=32)
 """Wide enough for blocks of 128; two key heads of 32."""
@@ -115,8 +116,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
-    blocks: Tensor = weight.unflatten(1, (-1, group))  # [N, G, group]
-    return blocks
+    found: Tensor = weight.unflatten(1, (-1, group))  # [N, G, group]
+    return found
 
 
 def _affine(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
