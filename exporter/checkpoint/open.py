@@ -19,7 +19,7 @@ import torch
 
 from exporter.checkpoint.adapters.merge import resized
 from exporter.checkpoint.adapters.read import Adapter
-from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model
+from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model, unwrapped
 from exporter.checkpoint.config_gguf import (
     FACTORS,
     LONG_FACTORS,
@@ -29,7 +29,7 @@ from exporter.checkpoint.config_gguf import (
 )
 from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.gguf_file import read_gguf
+from exporter.checkpoint.gguf_model import parts_of, read_model
 from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
@@ -130,11 +130,13 @@ def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
         kind = format_of(path)
         quantization = None
         if kind == "gguf":
+            path = parts_of(path)[0]  # which has the metadata, if it is one of several
             family, spec, found = _read_gguf(path)
         else:
             family, spec, quantization = _configured(path, kind)
             weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
+            found = unwrapped(found)
         sources, left_out = text_model(family, sources_of(found, kind, quantization))
         if family.head_may_be_tied and _HEAD not in sources:
             spec = replace(spec, tie_word_embeddings=True)
@@ -142,7 +144,7 @@ def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     return Checkpoint(
         spec=spec, family=family, source=place.label, path=path, format=kind, stored=stored,
         method=None if quantization is None else quantization.method, adapters=place.adapters,
-        text=place.text, left_out=left_out,
+        text=path if place.text == place.path else place.text, left_out=left_out,
     )  # fmt: skip
 
 
@@ -151,7 +153,10 @@ def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
     place = locate(source, lora)
     with _reading(place.path):
         kind = format_of(place.path)
-        spec = _read_gguf(place.path)[1] if kind == "gguf" else _configured(place.path, kind)[1]
+        if kind == "gguf":
+            spec = _read_gguf(parts_of(place.path)[0])[1]
+        else:
+            spec = _configured(place.path, kind)[1]
     return resized(spec, place.adapters)
 
 
@@ -200,7 +205,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
-    file = read_gguf(path)
+    file = read_model(path)
     family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
     names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
