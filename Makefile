@@ -147,6 +147,9 @@ bench-serve: $(BUNDLE)/manifest.json ## 64 streaming clients on one server, for 
 bench-sampling: $(READY) ## What sampling one token costs
 	$(BIN)/python -m benchmarks.sampling
 
+bench-quantized: $(READY) ## Forms of quantized checkpoints: precision, codes kept, largest difference
+	$(BIN)/python -m benchmarks.quantized_forms
+
 bench-precisions: $(READY) ## Size and perplexity of every precision; writes docs/calibration.md, half an hour
 	$(BIN)/python -m benchmarks.precisions build/precisions $(ARGS)
 

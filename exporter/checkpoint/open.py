@@ -29,7 +29,7 @@ from exporter.checkpoint.config_gguf import (
 )
 from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.gguf_file import read_gguf
+from exporter.checkpoint.gguf_model import parts_of, read_model
 from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
@@ -130,6 +130,7 @@ def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
         kind = format_of(path)
         quantization = None
         if kind == "gguf":
+            path = parts_of(path)[0]  # which has the metadata, if it is one of several
             family, spec, found = _read_gguf(path)
         else:
             family, spec, quantization = _configured(path, kind)
@@ -143,7 +144,7 @@ def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     return Checkpoint(
         spec=spec, family=family, source=place.label, path=path, format=kind, stored=stored,
         method=None if quantization is None else quantization.method, adapters=place.adapters,
-        text=place.text, left_out=left_out,
+        text=path if place.text == place.path else place.text, left_out=left_out,
     )  # fmt: skip
 
 
@@ -152,7 +153,10 @@ def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
     place = locate(source, lora)
     with _reading(place.path):
         kind = format_of(place.path)
-        spec = _read_gguf(place.path)[1] if kind == "gguf" else _configured(place.path, kind)[1]
+        if kind == "gguf":
+            spec = _read_gguf(parts_of(place.path)[0])[1]
+        else:
+            spec = _configured(place.path, kind)[1]
     return resized(spec, place.adapters)
 
 
@@ -201,7 +205,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
-    file = read_gguf(path)
+    file = read_model(path)
     family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
     names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]

@@ -6,6 +6,7 @@ computes with are joined in one place, and everything downstream asks the same q
 bytes is it computed from, can they be copied as they are, do they hold codes that fit a scheme?
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_tensor
 from graphs.quant_scheme import Scheme
 
-DECODED_AT_ONCE = 1 << 22  # values; the temporaries of 4-byte integers then stay below 100 MiB
+DECODED_AT_ONCE = 1 << 20  # values: their temporaries of 4 MiB stay in the heap and the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +79,7 @@ class WeightSource:
         if self.dtype in TORCH_FLOATS:
             return self.read_rows(0, count)
         weight = torch.empty(self.shape)
-        step = max(1, DECODED_AT_ONCE // max(1, weight[:1].numel()))
+        step = _rows_at_once(self.shape)
         for start in range(0, count, step):
             stop = min(start + step, count)
             weight[start:stop] = self.read_rows(start, stop)
@@ -151,9 +152,38 @@ class WeightSource:
         )
 
     def _all_codes(self) -> Quantized:
+        """Read all codes, a few rows at a time: unpacking takes several copies of them."""
         if self.read_codes is None:
             raise ValueError(f"{self.name} has no codes")
-        return self.read_codes(0, self.shape[0])
+        count, step = self.shape[0], _rows_at_once(self.shape)
+        first = self.read_codes(0, min(step, count))
+        if step >= count:
+            return first
+        codes = torch.empty(self.shape, dtype=first.codes.dtype)
+        codes[:step] = first.codes
+        parts = [first]
+        for start in range(step, count, step):
+            stop = min(start + step, count)
+            parts.append(self.read_codes(start, stop))
+            codes[start:stop] = parts[-1].codes
+            parts[-1] = replace(parts[-1], codes=codes[:0])
+        return replace(
+            first,
+            codes=codes,
+            scale=torch.cat([part.scale for part in parts]),
+            zero_point=_joined([part.zero_point for part in parts]),
+            minimum=_joined([part.minimum for part in parts]),
+        )
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
+
+
+def _rows_at_once(shape: tuple[int, ...]) -> int:
+    """How many rows are decoded at once: a multiple of 8, the rows in a word of AWQ."""
+    return max(8, DECODED_AT_ONCE // max(1, math.prod(shape[1:])) // 8 * 8)
 
 
 def float_source(stored: StoredTensor) -> WeightSource:

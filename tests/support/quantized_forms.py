@@ -108,10 +108,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack codes [..., n] from 0 up into int32 words along the last axis, lowest bits first."""
     n = codes.shape[-1]
     places = torch.arange(bits)
-    stream = (codes.long().unsqueeze(-1) >> places & 1).flatten(-2)  # [..., n * bits]
-    stream = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).unflatten(-1, (-1, 32))
-    words = (stream << torch.arange(32)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    stream: Tensor = (codes.long().unsqueeze(-1) >> places & 1).flatten(-2)  # [..., n * bits]
+    padded: Tensor = torch.nn.functional.pad(stream, (0, -(n * bits) % 32)).unflatten(-1, (-1, 32))
+    words: Tensor = (padded << torch.arange(32)).sum(-1)
+    signed: Tensor = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return signed
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:

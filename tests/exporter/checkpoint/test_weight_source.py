@@ -6,6 +6,7 @@ import gguf
 import pytest
 import torch
 
+from exporter.checkpoint import weight_source
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checkpoint.quantized.gguf_blocks import block_source
@@ -63,3 +64,19 @@ def test_a_changed_source_has_neither_bytes_nor_codes(source: WeightSource) -> N
 def test_rows_beyond_the_end_are_a_mistake(source: WeightSource) -> None:
     with pytest.raises(ValueError, match="rows 8 to 33 of 32"):
         source.rows(8, 33)
+
+
+def test_codes_and_values_read_a_few_rows_at_a_time_are_those_read_at_once(
+    source: WeightSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for one in (source, source.half_split(4), source.rows(5, 31)):
+        whole, values = one.quantized, one.read()
+        codes = None if whole is None else whole[1]()
+        with monkeypatch.context() as patch:
+            patch.setattr(weight_source, "DECODED_AT_ONCE", 1)  # eight rows
+            assert torch.equal(one.read(), values)
+            if whole is None or codes is None:
+                continue
+            again = whole[1]()
+        assert torch.equal(again.codes, codes.codes)
+        assert torch.equal(again.scale, codes.scale)
