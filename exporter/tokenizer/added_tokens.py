@@ -182,8 +182,8 @@ def _malformed_setting(files: TextFiles, name: str, value: object, expected: str
 
 def _malformed(files: TextFiles, name: str, value: object) -> MistralcError:
     return MistralcError(
-        f"`{name}` in {files.directory} holds {json.dumps(value, default=str)!s:.80}; expected token "
-        "ids with the text of each token. Download the tokenizer files again."
+        f"`{name}` in {files.directory} holds {json.dumps(value, default=str)!s:.80}; expected "
+        "token ids with the text of each token. Download the tokenizer files again."
     )
 
 

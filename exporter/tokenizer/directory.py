@@ -27,7 +27,6 @@ from exporter.tokenizer.transformers_rules import (
     as_llama,
     has_wrong_split,
     reads_as_llama,
-    steps_of,
     with_mistral_split,
 )
 from graphs.errors import MistralcError
@@ -79,7 +78,7 @@ def _completed(source: Source, files: TextFiles, path: Path) -> Source:
         return source  # of a kind that cannot be decoded, which is reported when it is opened
     changed = original
     notes = list(source.notes)
-    if reads_as_llama(files, original) and "tokenizer_config.json" in _names(files):
+    if reads_as_llama(files, original):
         changed = as_llama(changed, files.settings)
     elif has_wrong_split(files, original):
         if files.settings.get("fix_mistral_regex") is True:
@@ -101,10 +100,6 @@ def _completed(source: Source, files: TextFiles, path: Path) -> Source:
     return replace(source, tokenizer_json=text, notes=tuple(notes))
 
 
-def _names(files: TextFiles) -> set[str]:
-    return {path.name for path in files.directory.iterdir()}
-
-
 def _from_model(files: TextFiles, path: Path) -> Source:
     """Convert a SentencePiece model, with control pieces renamed as `added_tokens_decoder` says."""
     vocabulary = sentencepiece.read_model(path)
@@ -120,7 +115,7 @@ def _from_model(files: TextFiles, path: Path) -> Source:
 
 
 def _from_pairs(files: TextFiles, path: Path) -> Source:
-    """Convert `vocab.json` and `merges.txt` as transformers' GPT2Tokenizer and Qwen2Tokenizer do."""
+    """Convert `vocab.json` and `merges.txt` as GPT2Tokenizer and Qwen2Tokenizer do."""
     kind = files.tokenizer_class
     if kind not in ("GPT2Tokenizer", "Qwen2Tokenizer"):
         raise MistralcError(

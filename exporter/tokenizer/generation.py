@@ -37,7 +37,9 @@ def read_generation(values: Mapping[str, Any], where: str) -> tuple[dict[str, An
     Raises MistralcError for a value that no run would accept.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    carried = {name: _number(given[name], name, where) for name in _NUMBERS if name in given}
+    carried: dict[str, Any] = {
+        name: _number(given[name], name, where) for name in _NUMBERS if name in given
+    }
     if "top_k" in carried:
         carried["top_k"] = _top_k(carried["top_k"], where)
     sampling = given.get("do_sample", False)

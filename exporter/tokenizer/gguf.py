@@ -22,7 +22,7 @@ _ENDS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
     "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
     "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "[e~[",
-    "<｜end▁of▁sentence｜>",  # noqa: RUF001  (DeepSeek's own characters)
+    "<｜end▁of▁sentence｜>",
 })  # fmt: skip
 _MIDDLE_ENDS: Mapping[
     str, tuple[str, ...]

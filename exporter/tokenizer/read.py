@@ -1,8 +1,8 @@
 """Convert a checkpoint's tokenizer to the three files of a bundle. Knows nothing about weights.
 
-Hugging Face's `tokenizer.json` is copied byte for byte if the files beside it add nothing. Mistral's
-own files and the vocabulary of a GGUF file are converted to one with the same ids, so a production
-host needs only the `tokenizers` package.
+Hugging Face's `tokenizer.json` is copied byte for byte if the files beside it add nothing.
+Mistral's own files and the vocabulary of a GGUF file are converted to one with the same ids, so a
+production host needs only the `tokenizers` package.
 """
 
 import json
@@ -88,7 +88,7 @@ def require_rows(files: TokenizerFiles, rows: int) -> tuple[str, ...]:
 def _files(source: Source, path: Path) -> TokenizerFiles:
     """Make the three files, and check them by opening them as the runtime does."""
     _check_types(source, path)
-    text = _with_control_tokens(source, path)
+    text = _with_control_tokens(source)
     backend = parse_tokenizer(text, str(path))
     bos, eos = (_look_up(backend, token, path) for token in (source.bos, source.eos))
     add_bos = source.add_bos
@@ -124,7 +124,7 @@ def _files(source: Source, path: Path) -> TokenizerFiles:
     )
 
 
-def _with_control_tokens(source: Source, path: Path) -> str:
+def _with_control_tokens(source: Source) -> str:
     """Return the document with the marks of turns that the chat template writes as control tokens.
 
     Fine-tunes often add `<|im_start|>` as text. It is a control token all the same: a template must

@@ -57,7 +57,7 @@ class TextFiles:
 
     @property
     def model_type(self) -> str | None:
-        """transformers' name of the model's family."""
+        """The name that transformers gives the model's family."""
         found = self.config.get("model_type")
         return found if isinstance(found, str) else None
 

@@ -1,14 +1,14 @@
 """What transformers changes in a `tokenizer.json` when it opens one. Reads no file.
 
-`AutoTokenizer` takes most files as they are. `LlamaTokenizer` alone is a rule of its own: the space
-before the first word follows `legacy` and `add_prefix_space` of `tokenizer_config.json` instead of
-the file (transformers 5, `models/llama/tokenization_llama.py`).
+`AutoTokenizer` takes most files as they are. Only `LlamaTokenizer` does not: the space before the
+first word follows `legacy` and `add_prefix_space` of `tokenizer_config.json` instead of the file
+(transformers 5, `models/llama/tokenization_llama.py`).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.tokenizer.text_files import TextFiles
+from exporter.tokenizer.text_files import TextFiles, is_sentencepiece
 
 SPACE = "\u2581"
 
@@ -30,7 +30,13 @@ transformers calls `fix_mistral_regex` puts this one in its place."""
 
 
 def reads_as_llama(files: TextFiles, document: Mapping[str, Any]) -> bool:
-    """Whether transformers applies LlamaTokenizer's rules to this vocabulary."""
+    """Whether LlamaTokenizer's rule for the first space is to be applied to this vocabulary.
+
+    A SentencePiece model without a tokenizer.json has that space before every text already, as
+    `legacy: true` asks.
+    """
+    if is_sentencepiece(files.vocabularies[0].name):
+        return files.tokenizer_class == "LlamaTokenizer" and not files.settings.get("legacy")
     byte_level = any(
         step.get("type") == "ByteLevel"
         for part in ("pre_tokenizer", "decoder")

@@ -154,6 +154,16 @@ class Tokenizer:
             variables={name: token for name, token in named.items() if token is not None},
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats can be encoded."""
+        return self._config.get("chat_template") is not None
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of the control tokens, which no text becomes."""
+        return frozenset(self._control_ids.values())
+
     @cached_property
     def _control_ids(self) -> dict[str, int]:
         return {token.content: i for i, token in self._added.items() if token.special}

@@ -1,0 +1,176 @@
+"""Does a bundle read text as the checkpoint's own tooling does? Knows nothing about weights.
+
+300 strings and 20 chats are encoded by both. What they were compared with is recorded in the
+manifest, also if that was nothing. Raises MistralcError for the first string or chat that differs.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from exporter.checks.text_references import Ids, Missing, Reference, references
+from exporter.checks.text_samples import Chat, chats, strings
+from exporter.tokenizer.read import TokenizerFiles
+from graphs.errors import MistralcError, UsageError
+from runtime.text.tokenizer import Tokenizer
+
+_KEPT = 8  # results of comparisons in this process, as an export and its verification ask twice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A string or chat of which the two programs give different ids; None: it was refused."""
+
+    what: str
+    expected: Ids
+    got: Ids | None
+
+    def __str__(self) -> str:
+        if self.got is None:
+            return f"{self.what} is refused here"
+        at = next(
+            (i for i, pair in enumerate(zip(self.got, self.expected, strict=False))
+             if pair[0] != pair[1]), min(len(self.got), len(self.expected)),
+        )  # fmt: skip
+        begin = max(0, at - 2)
+        return (
+            f"of {self.what}, tokens {begin} to {begin + 6} are {self.got[begin : begin + 6]} here "
+            f"and {self.expected[begin : begin + 6]} there"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What a comparison with one program found."""
+
+    reference: Reference
+    strings: int
+    chats: int
+    differences: tuple[Difference, ...]
+
+
+def compare_text(source: Path, files: TokenizerFiles) -> dict[str, Any]:
+    """Compare the tokenizer of a bundle with that of its checkpoint; returns the record of it.
+
+    `source` is the checkpoint: a directory or a GGUF file. The record has `compared_with`, the
+    numbers of `strings` and `chats`, and, if a program that is not the last word read something
+    otherwise, `otherwise`. Raises MistralcError if the ids differ.
+    """
+    key = _key(source, files)
+    if key not in _known:
+        while len(_known) >= _KEPT:
+            _known.pop(next(iter(_known)))
+        _known[key] = _compare(source, files.open())
+    return dict(_known[key])
+
+
+_known: dict[str, dict[str, Any]] = {}
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """The record in one line."""
+    if not record["strings"]:
+        return f"not compared: {record['compared_with']}"
+    chats_too = f" and {record['chats']} chats" if record["chats"] else ""
+    return f"ids of {record['strings']} strings{chats_too} equal {record['compared_with']}"
+
+
+def _compare(source: Path, ours: Tokenizer) -> dict[str, Any]:
+    agreed: list[Compared] = []
+    otherwise: list[Compared] = []
+    missing: list[str] = []
+    for reference in references(source, ours):
+        if isinstance(reference, Missing):
+            missing.append(reference.why)
+            continue
+        if agreed and not reference.additional:
+            continue  # the first word was the last one
+        found = compare_with(reference, ours)
+        if not found.differences:
+            agreed.append(found)
+        elif reference.final:
+            raise _differs(found)
+        else:
+            otherwise.append(found)
+    if otherwise and not agreed:
+        raise _differs(otherwise[0])
+    return _record(agreed, otherwise, missing)
+
+
+def compare_with(reference: Reference, ours: Tokenizer) -> Compared:
+    """Encode all strings and chats with both; a chat that the other program refuses is left out."""
+    texts = strings()
+    differences = list(_string_differences(reference, ours, texts))
+    compared = 0
+    if reference.chat is not None and ours.has_chat_template:
+        for i, chat in enumerate(chats()):
+            try:
+                expected = list(reference.chat(chat))
+            except Exception:  # noqa: S112, BLE001  (a template's refusal may be any exception)
+                continue
+            compared += 1
+            got = _chat_ids(ours, chat)
+            if got != expected:
+                differences.append(Difference(what=f"chat {i}", expected=expected, got=got))
+    return Compared(
+        reference=reference, strings=len(texts), chats=compared, differences=tuple(differences)
+    )
+
+
+def _string_differences(
+    reference: Reference, ours: Tokenizer, texts: tuple[str, ...]
+) -> Iterator[Difference]:
+    for text in texts:
+        expected = list(reference.encode(text))
+        got = ours.encode(text, add_bos=reference.with_bos)
+        if got != expected:
+            yield Difference(what=f"the text {text!r:.60}", expected=expected, got=got)
+
+
+def _chat_ids(ours: Tokenizer, chat: Chat) -> Ids | None:
+    prompt = chat[-1]["role"] != "assistant"
+    try:
+        return ours.encode_chat(chat, add_generation_prompt=prompt)
+    except UsageError:
+        return None
+
+
+def _record(agreed: list[Compared], otherwise: list[Compared], missing: list[str]) -> dict[str, Any]:
+    if not agreed:
+        return {"compared_with": f"nothing: {'; '.join(missing)}", "strings": 0, "chats": 0}
+    record: dict[str, Any] = {
+        "compared_with": ", ".join(one.reference.name for one in agreed),
+        "strings": max(one.strings for one in agreed),
+        "chats": max(one.chats for one in agreed),
+    }
+    if otherwise:
+        record["otherwise"] = [
+            f"{one.reference.name} reads {len(one.differences)} of {one.strings + one.chats} "
+            f"otherwise: {one.differences[0]!s}"
+            for one in otherwise
+        ]
+    return record
+
+
+def _differs(found: Compared) -> MistralcError:
+    return MistralcError(
+        f"The bundle would not read text as the checkpoint's own tooling: "
+        f"{found.reference.name} gives other token ids for {len(found.differences)} of "
+        f"{found.strings} strings and {found.chats} chats; expected the same for all. For example, "
+        f"{found.differences[0]!s}. Save the tokenizer again with the program that made it; if that "
+        "changes nothing, please report this with the tokenizer's files."
+    )
+
+
+def _key(source: Path, files: TokenizerFiles) -> str:
+    """A digest of the files that a comparison depends on; of a GGUF file, of its state on disk."""
+    digest = hashlib.sha256(repr((str(source), files)).encode())
+    for path in [source] if source.is_file() else sorted(source.iterdir()):
+        if path.suffix in (".json", ".jinja", ".txt") or ".model" in path.name:
+            digest.update(path.name.encode() + path.read_bytes())
+        elif source.is_file():
+            state = path.stat()
+            digest.update(repr((state.st_size, state.st_mtime_ns, state.st_ino)).encode())
+    return digest.hexdigest()

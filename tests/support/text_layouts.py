@@ -1,0 +1,500 @@
+"""Directories and GGUF files with every layout of tokenizer files, with small vocabularies.
+
+Made with the libraries that define the files: sentencepiece, tokenizers, transformers, gguf, and
+Mistral's own data. `LAYOUTS` maps what a layout is to the function that writes it.
+"""
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import regex
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from exporter.tokenizer.transformers_rules import MISTRAL_SPLIT
+from tests.support.strings import texts
+from tests.support.vocabularies import SENTENCEPIECE, TEKKEN
+
+Json = dict[str, Any]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] + eos_token }}{% else %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PIECES = 900  # of the trained SentencePiece model
+_WORDS = 1500  # of the trained byte-level vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabularies:
+    """Two small vocabularies: a SentencePiece model, and byte-level merges."""
+
+    model: Path
+    words: Mapping[str, int]
+    merges: tuple[tuple[str, str], ...]
+
+
+def train(folder: Path) -> Vocabularies:
+    """Train both vocabularies on the texts that tests use."""
+    corpus = folder / "corpus.txt"
+    lines = (text.replace("\n", " ").replace("\0", "") for text in texts())
+    corpus.write_text("\n".join(lines), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=PIECES,
+        character_coverage=0.98, byte_fallback=True, minloglevel=2, model_type="bpe",
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+    )  # fmt: skip
+    words, merges = _byte_pairs()
+    return Vocabularies(model=folder / "tokenizer.model", words=words, merges=merges)
+
+
+@cache
+def _byte_pairs() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    """Merges that cross the borders of every rule of splitting, so that a wrong rule shows."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=_WORDS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    pieces = [piece for text in texts() for piece in regex.findall(r"(?s).{1,12}", text)]
+    backend.train_from_iterator(pieces, trainer)
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], tuple(tuple(merge) for merge in model["merges"])
+
+
+def write(folder: Path, name: str, content: Json) -> None:
+    """Write a JSON file."""
+    (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def config(folder: Path, model_type: str, rows: int, **more: Any) -> None:
+    """Write the part of `config.json` that tokenizers depend on."""
+    write(folder, "config.json", {
+        "model_type": model_type, "vocab_size": rows, "eos_token_id": 2, "bos_token_id": 1, **more,
+    })  # fmt: skip
+
+
+def entry(i: int, content: str, *, special: bool = True, **flags: bool) -> Json:
+    """An added token as `tokenizer.json` has it."""
+    return {
+        "id": i, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": not special, "special": special, **flags,
+    }  # fmt: skip
+
+
+def decoder(*entries: Json) -> Json:
+    """The same tokens as `added_tokens_decoder` has them."""
+    return {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in entries}
+
+
+# SentencePiece, and what transformers makes of it
+
+_BASE = (entry(0, "<unk>"), entry(1, "<s>"), entry(2, "</s>"))
+_CHAT_TOKENS = (entry(PIECES, "<|im_end|>"), entry(PIECES + 1, "<|im_start|>"))
+_AS_TEXT = (entry(PIECES, "<|im_end|>"), entry(PIECES + 1, "<|im_start|>", special=False))
+_SETTINGS: Json = {
+    "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>",
+    "unk_token": "<unk>", "add_bos_token": True, "add_eos_token": False, "chat_template": CHATML,
+}  # fmt: skip
+
+
+def _llama_json(vocabularies: Vocabularies, added: tuple[Json, ...] = ()) -> Json:
+    """The form in which transformers 4 saved Llama's and Mistral's tokenizers."""
+    from transformers import LlamaTokenizer
+
+    saved = LlamaTokenizer(*_extracted(vocabularies.model))
+    document: Json = json.loads(saved.backend_tokenizer.to_str())
+    document["added_tokens"] = [*_BASE, *added]
+    document["pre_tokenizer"] = None
+    document["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    document["post_processor"] = _bos_first("<s>", 1)
+    return document
+
+
+@cache
+def _extracted(model: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor
+
+    found = SentencePieceExtractor(str(model)).extract(models.BPE)
+    return found["vocab"], found["merges"]
+
+
+def _bos_first(token: str, i: int) -> Json:
+    made = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, i)]
+    )
+    state: Json = json.loads(made.__getstate__())
+    return state
+
+
+def hermes(vocabularies: Vocabularies, folder: Path) -> None:
+    """OpenHermes without tokenizer.json: the chat's tokens in added_tokens.json."""
+    (folder / "tokenizer.model").write_bytes(vocabularies.model.read_bytes())
+    config(folder, "mistral", PIECES + 2, eos_token_id=PIECES)
+    write(folder, "added_tokens.json", {"<|im_end|>": PIECES, "<|im_start|>": PIECES + 1})
+    write(folder, "special_tokens_map.json", {
+        "bos_token": "<s>", "eos_token": {"content": "<|im_end|>", "lstrip": False,
+        "normalized": False, "rstrip": False, "single_word": False}, "unk_token": "<unk>",
+    })  # fmt: skip
+    write(folder, "tokenizer_config.json", {**_SETTINGS, "legacy": True})
+
+
+def hermes_not_legacy(vocabularies: Vocabularies, folder: Path) -> None:
+    """The same with `legacy: false`, and the tokens in added_tokens_decoder."""
+    (folder / "tokenizer.model").write_bytes(vocabularies.model.read_bytes())
+    config(folder, "llama", PIECES + 2)
+    tokens = decoder(*_BASE, *_AS_TEXT)
+    write(folder, "tokenizer_config.json",
+          {**_SETTINGS, "legacy": False, "added_tokens_decoder": tokens})  # fmt: skip
+
+
+def hermes_json(vocabularies: Vocabularies, folder: Path) -> None:
+    """OpenHermes with tokenizer.json, in which `<|im_start|>` is text."""
+    config(folder, "mistral", PIECES + 2)
+    write(folder, "tokenizer.json", _llama_json(vocabularies, _AS_TEXT))
+    tokens = decoder(*_BASE, *_AS_TEXT)
+    write(folder, "tokenizer_config.json",
+          {**_SETTINGS, "legacy": True, "added_tokens_decoder": tokens})  # fmt: skip
+
+
+def older_json_with_decoder(vocabularies: Vocabularies, folder: Path) -> None:
+    """A base model's tokenizer.json beside the fine-tune's added_tokens_decoder."""
+    config(folder, "mistral", PIECES + 64)
+    write(folder, "tokenizer.json", _llama_json(vocabularies))
+    tokens = decoder(*_BASE, *_CHAT_TOKENS)
+    write(folder, "tokenizer_config.json", {**_SETTINGS, "added_tokens_decoder": tokens})
+
+
+def older_json_with_added_tokens(vocabularies: Vocabularies, folder: Path) -> None:
+    """A base model's tokenizer.json beside added_tokens.json and special_tokens_map.json."""
+    config(folder, "mistral", PIECES + 2)
+    write(folder, "tokenizer.json", _llama_json(vocabularies))
+    write(folder, "added_tokens.json", {"<|im_end|>": PIECES, "<|im_start|>": PIECES + 1})
+    write(folder, "special_tokens_map.json", {
+        "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>",
+        "additional_special_tokens": ["<|im_start|>"],
+    })  # fmt: skip
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer",
+                                            "chat_template": CHATML})  # fmt: skip
+
+
+def named_only(vocabularies: Vocabularies, folder: Path) -> None:
+    """Tokens that settings name and no file numbers."""
+    config(folder, "mistral", PIECES + 2)
+    write(folder, "tokenizer.json", _llama_json(vocabularies))
+    write(folder, "tokenizer_config.json",
+          {**_SETTINGS, "additional_special_tokens": ["<|im_start|>"]})  # fmt: skip
+
+
+def llama2(vocabularies: Vocabularies, folder: Path) -> None:
+    """Llama 2: a space before every text in tokenizer.json, and `legacy: false` beside it."""
+    config(folder, "llama", PIECES)
+    write(folder, "tokenizer.json", _llama_json(vocabularies))
+    write(folder, "tokenizer_config.json",
+          {**_SETTINGS, "eos_token": "</s>", "legacy": False, "chat_template": INST})  # fmt: skip
+
+
+def llama1(vocabularies: Vocabularies, folder: Path) -> None:
+    """Llama 1 and fine-tunes: the same with `legacy: true`, BOS off in the settings alone."""
+    config(folder, "llama", PIECES)
+    write(folder, "tokenizer.json", _llama_json(vocabularies))
+    write(folder, "tokenizer_config.json", {
+        **_SETTINGS, "eos_token": "</s>", "legacy": True, "add_bos_token": False,
+        "chat_template": INST,
+    })  # fmt: skip
+
+
+def phi3(vocabularies: Vocabularies, folder: Path) -> None:
+    """Phi-3: marks that drop the spaces after them, and LlamaTokenizer in name only."""
+    marks = tuple(
+        entry(PIECES + i, text, rstrip=True)
+        for i, text in enumerate(("<|end|>", "<|user|>", "<|assistant|>", "<|system|>"))
+    )
+    config(folder, "phi3", PIECES + 100, eos_token_id=PIECES)
+    write(folder, "tokenizer.json", _llama_json(vocabularies, marks))
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    write(folder, "tokenizer_config.json", {
+        **_SETTINGS, "eos_token": "<|end|>", "legacy": False, "chat_template": template,
+        "added_tokens_decoder": decoder(*_BASE, *marks),
+    })  # fmt: skip
+
+
+def gemma2(vocabularies: Vocabularies, folder: Path) -> None:
+    """Gemma 2, saved by transformers: no space in front, and roles of its own."""
+    from transformers import GemmaTokenizer
+
+    words, merges = _extracted(vocabularies.model)
+    tokenizer = GemmaTokenizer(
+        dict(words), list(merges), bos_token="<s>", eos_token="</s>", pad_token="<unk>",
+        mask_token=None, add_bos_token=True,
+        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
+    )  # fmt: skip
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+        "{{ '<start_of_turn>' + (m['role'] | replace('assistant', 'model')) + '\n' + "
+        "m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    config(folder, "gemma2", len(tokenizer))
+
+
+def native_sentencepiece(_vocabularies: Vocabularies, folder: Path) -> None:
+    """Mistral's own tokenizer.model.v3 and params.json."""
+    write(folder, "params.json", {"vocab_size": 32768})
+    (folder / "tokenizer.model.v3").write_bytes(SENTENCEPIECE["v3"].read_bytes())
+
+
+def _small_tekken(folder: Path, words: int = 3000) -> None:
+    content = json.loads(TEKKEN["240911"].read_bytes())
+    content["vocab"] = content["vocab"][:words]
+    content["config"] |= {"default_vocab_size": words + 1000, "default_num_special_tokens": 1000}
+    write(folder, "tekken.json", content)
+
+
+def native_tekken(_vocabularies: Vocabularies, folder: Path) -> None:
+    """Mistral's own tekken.json and params.json."""
+    write(folder, "params.json", {"vocab_size": 4000})
+    _small_tekken(folder)
+
+
+def tekken_beside_wrong_json(_vocabularies: Vocabularies, folder: Path) -> None:
+    """A right tekken.json beside a tokenizer.json with another expression, and a newer token."""
+    from exporter.tokenizer import tekken
+
+    _small_tekken(folder)
+    config(folder, "mistral", 4001)
+    document = tekken.to_document(tekken.read_tekken(folder / "tekken.json"))
+    document["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": LLAMA3_SPLIT}
+    document["post_processor"] = _bos_first("<s>", 1)
+    write(folder, "tokenizer.json", document)
+    write(folder, "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast",
+                                            "bos_token": "<s>", "eos_token": "</s>"})  # fmt: skip
+
+
+# Byte-level vocabularies
+
+
+def _byte_level(
+    vocabularies: Vocabularies, split: str | None, special: tuple[str, ...], *, bos: bool = False
+) -> tuple[tokenizers.Tokenizer, int]:
+    """A tokenizer that splits by an expression, or as GPT-2 and digit by digit; and its size."""
+    words = dict(vocabularies.words)
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=words, merges=list(vocabularies.merges), ignore_merges=bos)
+    )
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
+    first = (
+        pre_tokenizers.Digits(individual_digits=True)
+        if split is None
+        else pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([first, level])
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
+    if bos:
+        token = (special[0], backend.token_to_id(special[0]))
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{special[0]} $A", pair=f"{special[0]} $A $B", special_tokens=[token]
+        )
+    return backend, backend.get_vocab_size()
+
+
+def llama3(vocabularies: Vocabularies, folder: Path) -> None:
+    """Llama 3: byte-level, BOS from the post-processor although the settings say no."""
+    special = (
+        "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+        "<|eot_id|>",
+    )  # fmt: skip
+    backend, size = _byte_level(vocabularies, LLAMA3_SPLIT, special, bos=True)
+    backend.save(str(folder / "tokenizer.json"))
+    config(folder, "llama", size, bos_token_id=_WORDS, eos_token_id=[_WORDS + 1, _WORDS + 4])
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
+        "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    write(folder, "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0],
+        "eos_token": "<|eot_id|>", "add_bos_token": False, "chat_template": template,
+        "added_tokens_decoder": decoder(*(entry(_WORDS + i, t) for i, t in enumerate(special))),
+    })  # fmt: skip
+
+
+_QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def _qwen2_tokenizer(vocabularies: Vocabularies) -> Any:
+    from transformers import Qwen2Tokenizer
+
+    words = {**vocabularies.words, **{t: _WORDS + i for i, t in enumerate(_QWEN)}}
+    tokenizer = Qwen2Tokenizer(
+        words, list(vocabularies.merges), eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )  # fmt: skip
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def qwen2(vocabularies: Vocabularies, folder: Path) -> None:
+    """Qwen2.5 and Qwen3, saved by transformers: NFC, and tokens that are text."""
+    tokenizer = _qwen2_tokenizer(vocabularies)
+    tokenizer.save_pretrained(folder)
+    config(folder, "qwen2", _WORDS + 128)
+
+
+def qwen2_pairs(vocabularies: Vocabularies, folder: Path) -> None:
+    """Qwen2 as vocab.json and merges.txt."""
+    write(folder, "vocab.json", dict(vocabularies.words))
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in vocabularies.merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    config(folder, "qwen2", _WORDS + 3)
+    write(folder, "tokenizer_config.json", {
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": CHATML,
+        "pad_token": "<|endoftext|>", "unk_token": None,
+        "added_tokens_decoder": decoder(*(entry(_WORDS + i, t) for i, t in enumerate(_QWEN))),
+    })  # fmt: skip
+
+
+def smollm2(vocabularies: Vocabularies, folder: Path) -> None:
+    """SmolLM2: digits apart, which transformers 5's GPT2Tokenizer forgets."""
+    backend, size = _byte_level(vocabularies, None, _QWEN)
+    backend.save(str(folder / "tokenizer.json"))
+    config(folder, "llama", size)
+    write(folder, "tokenizer_config.json", {
+        "tokenizer_class": "GPT2Tokenizer", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>", "chat_template": CHATML,
+    })  # fmt: skip
+
+
+def granite(vocabularies: Vocabularies, folder: Path) -> None:
+    """Granite 3: the same kind, which transformers reads as it is in the file."""
+    special = ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>")
+    backend, size = _byte_level(vocabularies, None, special)
+    backend.save(str(folder / "tokenizer.json"))
+    config(folder, "granite", size + 5)
+    template = (
+        "{% for m in messages %}{{ '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + "
+        "m['content'] + '<|end_of_text|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}"
+    )
+    write(folder, "tokenizer_config.json", {
+        "tokenizer_class": "GPT2Tokenizer", "bos_token": special[0], "eos_token": special[0],
+        "pad_token": special[0], "add_bos_token": False, "chat_template": template,
+    })  # fmt: skip
+
+
+def smollm3(vocabularies: Vocabularies, folder: Path) -> None:
+    """SmolLM3 and Phi-4: Llama 3's expression without BOS, the template in a file of its own."""
+    backend, size = _byte_level(vocabularies, LLAMA3_SPLIT, _QWEN)
+    backend.save(str(folder / "tokenizer.json"))
+    config(folder, "smollm3", size)
+    write(folder, "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "bos_token": None,
+    })  # fmt: skip
+    (folder / "chat_template.jinja").write_text(CHATML, encoding="utf-8")
+
+
+def nemo_json(vocabularies: Vocabularies, folder: Path) -> None:
+    """Mistral Nemo's tokenizer.json: tekken's expression, BOS from the post-processor."""
+    special = ("<s>", "</s>", "[INST]", "[/INST]")
+    backend, size = _byte_level(vocabularies, MISTRAL_SPLIT, special, bos=True)
+    backend.normalizer = normalizers.Sequence([])
+    backend.save(str(folder / "tokenizer.json"))
+    config(folder, "mistral", size, bos_token_id=_WORDS, eos_token_id=_WORDS + 1)
+    write(folder, "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "add_bos_token": True, "chat_template": INST,
+    })  # fmt: skip
+
+
+Layout = Callable[[Vocabularies, Path], None]
+LAYOUTS: Mapping[str, Layout] = {
+    made.__name__: made
+    for made in (
+        hermes, hermes_not_legacy, hermes_json, older_json_with_decoder,
+        older_json_with_added_tokens, named_only, llama2, llama1, phi3, gemma2,
+        native_sentencepiece, native_tekken, tekken_beside_wrong_json, nemo_json, llama3, qwen2,
+        qwen2_pairs, smollm2, granite, smollm3,
+    )
+}  # fmt: skip
+
+
+# GGUF
+
+
+def write_bpe_gguf(vocabularies: Vocabularies, path: Path, pre: str | None) -> None:
+    """A byte-level GGUF with ChatML: `<|im_start|>` user-defined, as many files have it."""
+    words = sorted(vocabularies.words, key=vocabularies.words.__getitem__)
+    tokens = [*words, "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(words) + [3, 3, 4, 3])
+    writer.add_token_merges([" ".join(merge) for merge in vocabularies.merges])
+    writer.add_bos_token_id(len(words))
+    writer.add_eos_token_id(len(words) + 1)
+    writer.add_chat_template(CHATML)
+    _close(writer)
+
+
+def write_sentencepiece_gguf(vocabularies: Vocabularies, path: Path) -> None:
+    """A SentencePiece GGUF whose ChatML tokens are user-defined, with `</s>` as the only end."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(vocabularies.model.read_bytes())
+    marks = ["<|im_end|>", "<|im_start|>"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([*(piece.piece for piece in proto.pieces), *marks])
+    writer.add_token_scores([*(piece.score for piece in proto.pieces), -1000.0, -1000.0])
+    writer.add_token_types([*(piece.type for piece in proto.pieces), 4, 4])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHATML)
+    _close(writer)
+
+
+def _close(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+def tekken_bytes(row: Json) -> bytes:
+    """The bytes of a row of tekken.json."""
+    return base64.b64decode(row["token_bytes"])
