@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.checkpoint.locate import locate
 from exporter.checks.text_references import Ids, Missing, Reference, references
 from exporter.checks.text_samples import Chat, chats, strings
-from exporter.tokenizer.read import TokenizerFiles
+from exporter.tokenizer.read import TokenizerFiles, read_tokenizer, require_rows
+from exporter.tokenizer.text_files import has_vocabulary
 from graphs.errors import MistralcError, UsageError
 from runtime.text.tokenizer import Tokenizer
 
@@ -69,12 +71,44 @@ def compare_text(source: Path, files: TokenizerFiles) -> dict[str, Any]:
 _known: dict[str, dict[str, Any]] = {}
 
 
-def in_words(record: dict[str, Any]) -> str:
-    """The record in one line."""
-    if not record["strings"]:
-        return f"not compared: {record['compared_with']}"
-    chats_too = f" and {record['chats']} chats" if record["chats"] else ""
-    return f"ids of {record['strings']} strings{chats_too} equal {record['compared_with']}"
+def text_record(source: Path, files: TokenizerFiles, rows: int) -> dict[str, Any]:
+    """Check the tokenizer of a bundle; returns the manifest's record of it.
+
+    `rows` is the size of the embedding. Raises MistralcError if a token has no row, or if the
+    checkpoint's own tooling gives other ids.
+    """
+    notes = (*files.notes, *require_rows(files, rows))
+    record = compare_text(source, files)
+    return record | ({"notes": list(notes)} if notes else {})
+
+
+def verify_text(bundle: Path, checkpoint: str, rows: int) -> dict[str, Any]:
+    """Compare the tokenizer in a finished bundle with that of its checkpoint; returns the record.
+
+    Raises MistralcError as `text_record` does, or if the bundle's files are not those that an
+    export of the checkpoint writes today.
+    """
+    path, _ = locate(checkpoint)
+    files = read_tokenizer(path)
+    if (bundle / "tokenizer.json").read_text(encoding="utf-8") != files.tokenizer_json:
+        raise MistralcError(
+            f"The tokenizer.json of {bundle} is not the one that {checkpoint} gives; expected the "
+            "same. The checkpoint's tokenizer files were changed after the export, or another "
+            "version of mistralc wrote the bundle: export again."
+        )
+    return text_record(path, files, rows)
+
+
+def plan_notes(source: str, rows: int) -> tuple[str, ...]:
+    """What an export of `source` would note about its text files; nothing if there are none.
+
+    Raises MistralcError as an export would if they cannot be carried over.
+    """
+    path, _ = locate(source)
+    if path.is_dir() and not has_vocabulary(path):
+        return ()
+    files = read_tokenizer(path)
+    return (*files.notes, *require_rows(files, rows))
 
 
 def _compare(source: Path, ours: Tokenizer) -> dict[str, Any]:
@@ -108,7 +142,7 @@ def compare_with(reference: Reference, ours: Tokenizer) -> Compared:
         for i, chat in enumerate(chats()):
             try:
                 expected = list(reference.chat(chat))
-            except Exception:  # noqa: S112, BLE001  (a template's refusal may be any exception)
+            except Exception:  # noqa: S112  (a template's refusal may be any exception)
                 continue
             compared += 1
             got = _chat_ids(ours, chat)
@@ -137,7 +171,9 @@ def _chat_ids(ours: Tokenizer, chat: Chat) -> Ids | None:
         return None
 
 
-def _record(agreed: list[Compared], otherwise: list[Compared], missing: list[str]) -> dict[str, Any]:
+def _record(
+    agreed: list[Compared], otherwise: list[Compared], missing: list[str]
+) -> dict[str, Any]:
     if not agreed:
         return {"compared_with": f"nothing: {'; '.join(missing)}", "strings": 0, "chats": 0}
     record: dict[str, Any] = {
@@ -159,8 +195,8 @@ def _differs(found: Compared) -> MistralcError:
         f"The bundle would not read text as the checkpoint's own tooling: "
         f"{found.reference.name} gives other token ids for {len(found.differences)} of "
         f"{found.strings} strings and {found.chats} chats; expected the same for all. For example, "
-        f"{found.differences[0]!s}. Save the tokenizer again with the program that made it; if that "
-        "changes nothing, please report this with the tokenizer's files."
+        f"{found.differences[0]!s}. Save the tokenizer again with the program that made it; if "
+        "that changes nothing, please report this with the tokenizer's files."
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from exporter.checks.text_samples import Chat
+from exporter.tokenizer.sentencepiece import SPACE
 from exporter.tokenizer.text_files import TextFiles, is_tekken, read_text_files
 from runtime.text.tokenizer import Tokenizer
 
@@ -102,17 +103,18 @@ def _fast_tokenizer(files: TextFiles, ours: Tokenizer) -> Reference:
 def _llama_pieces(files: TextFiles) -> Reference:
     """SentencePiece, with the rule of transformers' LlamaTokenizer for the space before a text.
 
-    LlamaTokenizer itself is no measure: version 5 merges runs of spaces otherwise than SentencePiece
-    does, and as AutoTokenizer opens a Mistral model, it drops the first space.
+    LlamaTokenizer itself is no measure for a model file: transformers 5 merges runs of spaces
+    otherwise than SentencePiece does, and AutoTokenizer drops a Mistral model's first space.
     """
     library = importlib.import_module("sentencepiece")
     processor = library.SentencePieceProcessor(model_file=str(files.vocabularies[0]))
     first_only = not files.settings.get("legacy")
 
     def encode(text: str) -> Ids:
-        spaced = first_only and text[:1] in (" ", "\u2581")
-        ids: Ids = processor.encode(text[1:] if spaced else text)
-        return ids
+        if not first_only or text[:1] not in (" ", SPACE):
+            return list(processor.encode(text))
+        rest: Ids = processor.encode(text[1:])  # with the space that it begins with
+        return rest or [processor.piece_to_id(SPACE)]
 
     name = f"sentencepiece {version('sentencepiece')}"
     return Reference(name=name, encode=encode, with_bos=False)
@@ -171,9 +173,7 @@ def _of_transformers(called: str, opened: Any, ours: Tokenizer, *, with_bos: boo
         opened.add_tokens(marks, special_tokens=True)
 
     def encode(text: str) -> Ids:
-        ids: Ids = opened.encode(
-            text, add_special_tokens=with_bos, split_special_tokens=True
-        )
+        ids: Ids = opened.encode(text, add_special_tokens=with_bos, split_special_tokens=True)
         return ids
 
     def chat(messages: Chat) -> Ids:
@@ -216,9 +216,7 @@ def _mistral_common(path: Path, additional: bool = False) -> Reference:
         return ids
 
     name = f"mistral-common {version('mistral-common')}"
-    return Reference(
-        name=name, encode=encode, with_bos=True, chat=chat, additional=additional
-    )
+    return Reference(name=name, encode=encode, with_bos=True, chat=chat, additional=additional)
 
 
 def _sentencepiece(path: Path) -> Reference:
@@ -247,4 +245,3 @@ def _llama_cpp(path: Path, ours: Tokenizer) -> Reference:
         name=f"llama-cpp-python {library.__version__}", encode=encode, with_bos=True,
         chat=chat if ours.has_chat_template else None,
     )  # fmt: skip
-

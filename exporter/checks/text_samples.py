@@ -51,7 +51,8 @@ def strings() -> tuple[str, ...]:
         third = len(text) // 3
         for variant in (
             text, f" {text}", f"{text} ", f"\n{text}", text[third:], text[: 2 * third],
-            text[third : 2 * third].strip(), text.upper(), text * 2, text[::-1], text.replace(" ", ""),
+            text[third : 2 * third].strip(), text.upper(), text * 2, text[::-1],
+            text.replace(" ", ""),
         ):  # fmt: skip
             found.setdefault(variant)
     return tuple(islice(found, 300))

@@ -48,5 +48,7 @@ def export(
     state = "verified" if manifest.verification else "to be verified on a host with its GPU"
     size = manifest.file_bytes / 1e6
     print(f"{path}: {size:,.0f} MB, {manifest.target}, {manifest.precision}, {state}.")
+    for note in (manifest.text or {}).get("notes", ()):
+        print(f"Note: {note}.")
     print("Next:")
     print(f'  {program_name()} generate {path} --chat "What is the capital of France?"')

@@ -40,6 +40,7 @@ def plan(
     as_json: common.Json = False,
 ) -> None:  # fmt: skip
     """Say what a checkpoint will need, and which GPUs it fits, before anything is loaded."""
+    from exporter.checks.text_agreement import plan_notes
     from exporter.decide import decide, read_facts
     from exporter.estimate.model import estimate, fit
 
@@ -61,11 +62,14 @@ def plan(
     needed = (
         fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts), facts)
     )
+    notes = plan_notes(checkpoint, spec.vocab_size)
     if as_json:
         result = {"checkpoint": checkpoint, **to_json(needed), "gpus": list(map(_fit, fits))}
-        print(json.dumps(result))
+        print(json.dumps(result | {"notes": list(notes)}))
     else:
         _show(checkpoint, needed, fits)
+        for note in notes:
+            print(f"note: {note}.")
 
 
 def _first(asked: Target | None) -> Target:

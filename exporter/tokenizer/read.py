@@ -79,6 +79,13 @@ def require_rows(files: TokenizerFiles, rows: int) -> tuple[str, ...]:
             "with these weights, or take the tokens that were added without training out of its "
             "files."
         )
+    for token in files.generation_config.get("suppress_tokens", ()):
+        if token >= rows:
+            raise MistralcError(
+                f"generation_config.json forbids the token {token}, and the embedding has "
+                f"{rows:,} rows; expected ids below that in `suppress_tokens` and `bad_words_ids`. "
+                "Correct the file, or download it again."
+            )
     unused = rows - 1 - largest
     if not unused:
         return ()

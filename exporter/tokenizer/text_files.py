@@ -90,6 +90,11 @@ def read_text_files(directory: Path) -> TextFiles:
     )
 
 
+def has_vocabulary(directory: Path) -> bool:
+    """Whether a directory has a file with a vocabulary."""
+    return bool(_vocabularies(sorted(path.name for path in directory.iterdir())))
+
+
 def is_tekken(name: str) -> bool:
     """Whether a file of this name holds Mistral's tekken vocabulary."""
     return name.startswith("tekken") and name.endswith(".json")

@@ -4,7 +4,6 @@ Made with the libraries that define the files: sentencepiece, tokenizers, transf
 Mistral's own data. `LAYOUTS` maps what a layout is to the function that writes it.
 """
 
-import base64
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -305,7 +304,7 @@ def tekken_beside_wrong_json(_vocabularies: Vocabularies, folder: Path) -> None:
 # Byte-level vocabularies
 
 
-def _byte_level(
+def byte_level(
     vocabularies: Vocabularies, split: str | None, special: tuple[str, ...], *, bos: bool = False
 ) -> tuple[tokenizers.Tokenizer, int]:
     """A tokenizer that splits by an expression, or as GPT-2 and digit by digit; and its size."""
@@ -336,7 +335,7 @@ def llama3(vocabularies: Vocabularies, folder: Path) -> None:
         "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
         "<|eot_id|>",
     )  # fmt: skip
-    backend, size = _byte_level(vocabularies, LLAMA3_SPLIT, special, bos=True)
+    backend, size = byte_level(vocabularies, LLAMA3_SPLIT, special, bos=True)
     backend.save(str(folder / "tokenizer.json"))
     config(folder, "llama", size, bos_token_id=_WORDS, eos_token_id=[_WORDS + 1, _WORDS + 4])
     template = (
@@ -390,7 +389,7 @@ def qwen2_pairs(vocabularies: Vocabularies, folder: Path) -> None:
 
 def smollm2(vocabularies: Vocabularies, folder: Path) -> None:
     """SmolLM2: digits apart, which transformers 5's GPT2Tokenizer forgets."""
-    backend, size = _byte_level(vocabularies, None, _QWEN)
+    backend, size = byte_level(vocabularies, None, _QWEN)
     backend.save(str(folder / "tokenizer.json"))
     config(folder, "llama", size)
     write(folder, "tokenizer_config.json", {
@@ -402,7 +401,7 @@ def smollm2(vocabularies: Vocabularies, folder: Path) -> None:
 def granite(vocabularies: Vocabularies, folder: Path) -> None:
     """Granite 3: the same kind, which transformers reads as it is in the file."""
     special = ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>")
-    backend, size = _byte_level(vocabularies, None, special)
+    backend, size = byte_level(vocabularies, None, special)
     backend.save(str(folder / "tokenizer.json"))
     config(folder, "granite", size + 5)
     template = (
@@ -419,7 +418,7 @@ def granite(vocabularies: Vocabularies, folder: Path) -> None:
 
 def smollm3(vocabularies: Vocabularies, folder: Path) -> None:
     """SmolLM3 and Phi-4: Llama 3's expression without BOS, the template in a file of its own."""
-    backend, size = _byte_level(vocabularies, LLAMA3_SPLIT, _QWEN)
+    backend, size = byte_level(vocabularies, LLAMA3_SPLIT, _QWEN)
     backend.save(str(folder / "tokenizer.json"))
     config(folder, "smollm3", size)
     write(folder, "tokenizer_config.json", {
@@ -431,7 +430,7 @@ def smollm3(vocabularies: Vocabularies, folder: Path) -> None:
 def nemo_json(vocabularies: Vocabularies, folder: Path) -> None:
     """Mistral Nemo's tokenizer.json: tekken's expression, BOS from the post-processor."""
     special = ("<s>", "</s>", "[INST]", "[/INST]")
-    backend, size = _byte_level(vocabularies, MISTRAL_SPLIT, special, bos=True)
+    backend, size = byte_level(vocabularies, MISTRAL_SPLIT, special, bos=True)
     backend.normalizer = normalizers.Sequence([])
     backend.save(str(folder / "tokenizer.json"))
     config(folder, "mistral", size, bos_token_id=_WORDS, eos_token_id=_WORDS + 1)
@@ -493,8 +492,3 @@ def _close(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-
-
-def tekken_bytes(row: Json) -> bytes:
-    """The bytes of a row of tekken.json."""
-    return base64.b64decode(row["token_bytes"])
