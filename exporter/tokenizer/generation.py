@@ -65,7 +65,7 @@ def read_generation(values: Mapping[str, Any], where: str) -> tuple[dict[str, An
 def _number(value: Any, name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _refused(name, value, "a number", where)
-    if not math.isfinite(value) or abs(value) >= LARGEST_NUMBER:
+    if abs(value) >= LARGEST_NUMBER or math.isnan(value):
         raise _refused(name, value, "a finite number", where)
     return value
 
@@ -95,7 +95,7 @@ def _banned(given: Mapping[str, Any], where: str) -> tuple[list[int], int]:
 def _try(carried: Mapping[str, Any], where: str) -> None:
     """Make the parameters of a run from the values, as the runtime does."""
     try:
-        sampling_params(dict(carried), {})
+        sampling_params({**carried, "do_sample": True}, {})
     except UsageError as error:
         raise MistralcError(
             f"{where}: {error} Every run of the bundle would refuse it: correct the file, or "

@@ -252,11 +252,11 @@ def gemma2(vocabularies: Vocabularies, folder: Path) -> None:
     from transformers import GemmaTokenizer
 
     words, merges = _extracted(vocabularies.model)
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "mask_token": None}
+    marks = ["<start_of_turn>", "<end_of_turn>"]
     tokenizer = GemmaTokenizer(
-        dict(words), list(merges), bos_token="<s>", eos_token="</s>", pad_token="<unk>",
-        mask_token=None, add_bos_token=True,
-        extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
-    )  # fmt: skip
+        dict(words), list(merges), add_bos_token=True, extra_special_tokens=marks, **ends
+    )
     tokenizer.chat_template = (
         "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
         "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
@@ -358,10 +358,8 @@ def _qwen2_tokenizer(vocabularies: Vocabularies) -> Any:
     from transformers import Qwen2Tokenizer
 
     words = {**vocabularies.words, **{t: _WORDS + i for i, t in enumerate(_QWEN)}}
-    tokenizer = Qwen2Tokenizer(
-        words, list(vocabularies.merges), eos_token="<|im_end|>",
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )  # fmt: skip
+    named = {"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    tokenizer = Qwen2Tokenizer(words, list(vocabularies.merges), **named)
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.chat_template = CHATML
     return tokenizer
