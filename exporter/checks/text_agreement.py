@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checkpoint.locate import locate
 from exporter.checks.text_references import Ids, Missing, Reference, references
 from exporter.checks.text_samples import Chat, chats, strings
@@ -105,6 +106,8 @@ def plan_notes(source: str, rows: int) -> tuple[str, ...]:
     Raises MistralcError as an export would if they cannot be carried over.
     """
     path, _ = locate(source)
+    if path.is_file() and "tokenizer.ggml.model" not in read_gguf(path).metadata:
+        return ()
     if path.is_dir() and not has_vocabulary(path):
         return ()
     files = read_tokenizer(path)
