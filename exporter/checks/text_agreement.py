@@ -1,6 +1,6 @@
 """Does a bundle read text as the checkpoint's own tooling does? Knows nothing about weights.
 
-300 strings and 20 chats are encoded by both. What they were compared with is recorded in the
+300 strings and 30 chats are encoded by both. What they were compared with is recorded in the
 manifest, also if that was nothing. Raises MistralcError for the first string or chat that differs.
 """
 
@@ -65,7 +65,7 @@ def compare_text(source: Path, files: TokenizerFiles) -> dict[str, Any]:
     if key not in _known:
         while len(_known) >= _KEPT:
             _known.pop(next(iter(_known)))
-        _known[key] = _compare(source, files.open())
+        _known[key] = _record(examine(source, files.open()))
     return dict(_known[key])
 
 
@@ -114,7 +114,20 @@ def plan_notes(source: str, rows: int) -> tuple[str, ...]:
     return (*files.notes, *require_rows(files, rows))
 
 
-def _compare(source: Path, ours: Tokenizer) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """The programs that agree; those that were overruled; why others could not be asked."""
+
+    agreed: tuple[Compared, ...]
+    otherwise: tuple[Compared, ...]
+    missing: tuple[str, ...]
+
+
+def examine(source: Path, ours: Tokenizer) -> Examined:
+    """Ask the programs that read `source`, until one with the last word agrees.
+
+    Raises MistralcError if one that cannot be overruled disagrees, or if all do.
+    """
     agreed: list[Compared] = []
     otherwise: list[Compared] = []
     missing: list[str] = []
@@ -133,7 +146,7 @@ def _compare(source: Path, ours: Tokenizer) -> dict[str, Any]:
             otherwise.append(found)
     if otherwise and not agreed:
         raise _differs(otherwise[0])
-    return _record(agreed, otherwise, missing)
+    return Examined(agreed=tuple(agreed), otherwise=tuple(otherwise), missing=tuple(missing))
 
 
 def compare_with(reference: Reference, ours: Tokenizer) -> Compared:
@@ -174,21 +187,20 @@ def _chat_ids(ours: Tokenizer, chat: Chat) -> Ids | None:
         return None
 
 
-def _record(
-    agreed: list[Compared], otherwise: list[Compared], missing: list[str]
-) -> dict[str, Any]:
-    if not agreed:
-        return {"compared_with": f"nothing: {'; '.join(missing)}", "strings": 0, "chats": 0}
+def _record(found: Examined) -> dict[str, Any]:
+    if not found.agreed:
+        why = "; ".join(dict.fromkeys(found.missing))
+        return {"compared_with": f"nothing: {why}", "strings": 0, "chats": 0}
     record: dict[str, Any] = {
-        "compared_with": ", ".join(one.reference.name for one in agreed),
-        "strings": max(one.strings for one in agreed),
-        "chats": max(one.chats for one in agreed),
+        "compared_with": ", ".join(one.reference.name for one in found.agreed),
+        "strings": max(one.strings for one in found.agreed),
+        "chats": max(one.chats for one in found.agreed),
     }
-    if otherwise:
+    if found.otherwise:
         record["otherwise"] = [
             f"{one.reference.name} reads {len(one.differences)} of {one.strings + one.chats} "
             f"otherwise: {one.differences[0]!s}"
-            for one in otherwise
+            for one in found.otherwise
         ]
     return record
 

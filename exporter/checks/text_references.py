@@ -55,6 +55,7 @@ def references(source: Path, ours: Tokenizer) -> Iterator[Reference | Missing]:
     if files.vocabularies[0].name in ("tokenizer.json", "vocab.json"):
         yield from _transformers(files, ours)
     elif files.tokenizer_class == "LlamaTokenizer":
+        yield _opened("transformers", lambda: _auto_tokenizer(files, ours, final=False))
         yield _opened("sentencepiece", lambda: _llama_pieces(files))
         yield _opened("transformers", lambda: _llama_chats(files))
     elif is_tekken(files.vocabularies[0].name):
@@ -82,14 +83,16 @@ def _transformers(files: TextFiles, ours: Tokenizer) -> Iterator[Reference | Mis
         yield _opened("transformers", lambda: _fast_tokenizer(files, ours))
 
 
-def _auto_tokenizer(files: TextFiles, ours: Tokenizer) -> Reference:
+def _auto_tokenizer(files: TextFiles, ours: Tokenizer, *, final: bool = True) -> Reference:
     library = _quiet_transformers()
     directory = str(files.directory)
     opened = library.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if type(opened).__name__ == "MistralCommonBackend":
         path = files.tekken or files.vocabularies[0]
         return _mistral_common(path)
-    return _of_transformers("AutoTokenizer", opened, ours, with_bos=True)
+    # A class of its own may discard a part of tokenizer.json, which then counts.
+    final = final and type(opened).__name__ == "TokenizersBackend"
+    return _of_transformers("AutoTokenizer", opened, ours, final=final)
 
 
 def _fast_tokenizer(files: TextFiles, ours: Tokenizer) -> Reference:
@@ -97,7 +100,7 @@ def _fast_tokenizer(files: TextFiles, ours: Tokenizer) -> Reference:
     opened = library.PreTrainedTokenizerFast.from_pretrained(
         str(files.directory), local_files_only=True
     )
-    return _of_transformers("PreTrainedTokenizerFast", opened, ours, with_bos=True)
+    return _of_transformers("PreTrainedTokenizerFast", opened, ours)
 
 
 def _llama_pieces(files: TextFiles) -> Reference:
@@ -161,7 +164,7 @@ def _llama_chats(files: TextFiles) -> Reference:
     )  # fmt: skip
 
 
-def _of_transformers(called: str, opened: Any, ours: Tokenizer, *, with_bos: bool) -> Reference:
+def _of_transformers(called: str, opened: Any, ours: Tokenizer, *, final: bool = True) -> Reference:
     library = importlib.import_module("transformers")
     known = opened.backend_tokenizer.get_added_tokens_decoder()
     marks = [
@@ -173,7 +176,7 @@ def _of_transformers(called: str, opened: Any, ours: Tokenizer, *, with_bos: boo
         opened.add_tokens(marks, special_tokens=True)
 
     def encode(text: str) -> Ids:
-        ids: Ids = opened.encode(text, add_special_tokens=with_bos, split_special_tokens=True)
+        ids: Ids = opened.encode(text, add_special_tokens=True, split_special_tokens=True)
         return ids
 
     def chat(messages: Chat) -> Ids:
@@ -188,9 +191,9 @@ def _of_transformers(called: str, opened: Any, ours: Tokenizer, *, with_bos: boo
     return Reference(
         name=f"transformers {version('transformers')} {called}{detail}",
         encode=encode,
-        with_bos=with_bos,
+        with_bos=True,
         chat=chat if opened.chat_template is not None else None,
-        final=called != "AutoTokenizer" or kind == "TokenizersBackend",
+        final=final,
     )
 
 

@@ -59,14 +59,17 @@ def strings() -> tuple[str, ...]:
 
 
 def chats() -> tuple[Chat, ...]:
-    """20 chats of one to five messages, with and without a system message."""
+    """30 chats of one to four messages: 20 without a system message, 10 with one."""
     made: list[Chat] = []
-    for i in range(10):
+    for i in range(20):
         first, second, third = (_TEXTS[(3 * i + k) % len(_TEXTS)].strip() for k in range(3))
-        made.append(_chat(f"{first}", *([f"{second}", f"{third}"] if i % 2 else [])))
-        system = {"role": "system", "content": f"You are a helpful assistant. {i}"}
-        turns = [first, f"{second}\n", f"  {third}"] if i % 3 else [f" {first} "]
-        made.append([system, *_chat(*turns)])
+        if i >= 10:
+            first, second, third = f"{first.upper()} ({i})", third, second
+        made.append(_chat(first, *([second, third] if i % 2 else [])))
+        if i % 2:
+            system = {"role": "system", "content": f"You are a helpful assistant. {i}"}
+            turns = [first, f"{second}\n", f"  {third}"] if i % 3 else [f" {first} "]
+            made.append([system, *_chat(*turns)])
     return tuple(made)
 
 

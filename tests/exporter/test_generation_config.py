@@ -127,12 +127,12 @@ def test_plan_export_inspect_and_verify_say_what_is_carried_and_what_was_compare
     record = read_manifest(bundle).text
     assert record is not None
     assert record["strings"] == 300
-    assert record["chats"] == 20
+    assert record["chats"] == 30
     assert "transformers" in record["compared_with"]
     rows = next(each for each in record["notes"] if "more rows than there are tokens" in each)
     assert rows.startswith("the embedding has 20 more")
     shown = mistralc("inspect", bundle)
-    assert "300 strings and 20 chats read as transformers" in shown.out
+    assert "300 strings and 30 chats read as transformers" in shown.out
     assert note in shown.out
     assert rows in shown.out
     again = mistralc("verify", bundle, "--against", checkpoint, "--short")

@@ -12,24 +12,22 @@ import regex
 
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checks import text_references
-from exporter.checks.text_agreement import Difference, compare_text, compare_with
-from exporter.checks.text_references import Missing, Reference, references
+from exporter.checks.text_agreement import Difference, compare_text, examine
+from exporter.checks.text_references import Missing, references
 from exporter.checks.text_samples import chats, strings
 from exporter.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer, require_rows
 from graphs.errors import MistralcError
-from runtime.text.tokenizer import Tokenizer
-from tests.support import text_layouts
-from tests.support.strings import texts
-from tests.support.text_layouts import LAYOUTS, PIECES, Vocabularies
+from tests.support import text_layouts, text_vocabularies
+from tests.support.text_layouts import LAYOUTS
+from tests.support.text_vocabularies import PIECES, STRINGS, Vocabularies, plain
 
-STRINGS = 320
 Made = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Vocabularies:
-    return text_layouts.train(tmp_path_factory.mktemp("vocabularies"))
+    return text_vocabularies.train(tmp_path_factory.mktemp("vocabularies"))
 
 
 @pytest.fixture(scope="module")
@@ -44,41 +42,26 @@ def made(vocabularies: Vocabularies, tmp_path_factory: pytest.TempPathFactory) -
     return write
 
 
-def plain() -> list[str]:
-    """Texts in which no token of any layout is spelled, and that none of the programs refuses."""
-    mark = re.compile(r"<[|/a-z]|\[/?[A-Z]|\0")
-    return [text for text in texts() if not mark.search(text)][:STRINGS]
-
-
-def agreeing(source: Path, ours: Tokenizer) -> list[Reference]:
-    """The programs that read the source; the one that has the last word if two disagree."""
-    found = [one for one in references(source, ours) if isinstance(one, Reference)]
-    if len(found) > 1 and not found[1].additional:
-        return found[1:] if compare_with(found[0], ours).differences else found[:1]
-    return found
-
-
-def test_there_are_300_strings_and_20_chats() -> None:
+def test_there_are_300_strings_and_30_chats() -> None:
     assert len(strings()) == len(set(strings())) == 300
-    assert len(chats()) == 20
+    assert len(chats()) == len(set(map(str, chats()))) == 30
     assert len(plain()) == STRINGS
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_ids_of_320_strings_and_20_chats_equal_the_checkpoints_own_tooling(
+def test_ids_of_320_strings_and_20_chats_or_more_equal_the_checkpoints_own_tooling(
     made: Made, name: str
 ) -> None:
     folder = made(name)
     ours = read_tokenizer(folder).open()
-    found = agreeing(folder, ours)
+    found = examine(folder, ours).agreed
     assert found, "the program that defines the layout is installed in CI"
-    for reference in found:
+    for reference in (one.reference for one in found):
         for text in plain():
             ids = ours.encode(text, add_bos=reference.with_bos)
             assert ids == list(reference.encode(text)), repr(text)
-        assert compare_with(reference, ours).differences == ()
-    most = max(compare_with(reference, ours).chats for reference in found)
-    assert most == (10 if name == "gemma2" else 20)  # Gemma's template refuses system messages
+    most = max(one.chats for one in found)
+    assert most == (20 if name == "gemma2" else 30)  # Gemma's template refuses system messages
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -122,7 +105,7 @@ def test_open_hermes_has_one_id_for_its_marks_and_stops_at_the_end_of_a_turn(
 def test_thoughts_and_tool_calls_stay_visible(made: Made) -> None:
     folder = made("qwen2")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "chat_template.jinja").write_text(text_layouts.CHATML + "{# <tool_call> #}")
+    (folder / "chat_template.jinja").write_text(text_vocabularies.CHATML + "{# <tool_call> #}")
     assert "<tool_call>" not in settings.get("extra_special_tokens", ())
     ours = read_tokenizer(folder).open()
     ids = ours.encode("<tool_call>{}")
@@ -221,7 +204,7 @@ def test_a_class_that_discards_a_part_of_the_file_is_overruled_and_named(made: M
     folder = made("smollm2")
     record = compare_text(folder, read_tokenizer(folder))
     assert "PreTrainedTokenizerFast" in record["compared_with"]
-    assert re.search(r"AutoTokenizer \(GPT2Tokenizer\) reads \d+ of 320", record["otherwise"][0])
+    assert re.search(r"AutoTokenizer \(GPT2Tokenizer\) reads \d+ of 330", record["otherwise"][0])
 
 
 def test_the_record_says_that_nothing_was_compared(
@@ -315,7 +298,7 @@ def test_a_gguf_splits_text_by_llama_cpps_expressions(
     vocabularies: Vocabularies, tmp_path: Path, pre: str | None
 ) -> None:
     path = tmp_path / "model.gguf"
-    text_layouts.write_bpe_gguf(vocabularies, path, pre)
+    text_vocabularies.write_bpe_gguf(vocabularies, path, pre)
     files = read_tokenizer(path)
     ours, splits = files.open(), LLAMA_CPP[pre]
     encode = _by_hand(path, *splits)
@@ -342,9 +325,9 @@ def test_a_gguf_has_the_ids_of_the_original_tokenizer_on_text_without_rare_lette
     alike = [t for t in plain() if pre != "tekken" or not regex.search(r"[^\x00-\x7f]", t)]
     assert len(alike) > STRINGS // 3
     path = tmp_path / "model.gguf"
-    text_layouts.write_bpe_gguf(vocabularies, path, pre)
+    text_vocabularies.write_bpe_gguf(vocabularies, path, pre)
     ours = read_tokenizer(path).open()
-    original, _ = text_layouts.byte_level(vocabularies, _ORIGINAL[pre], ("<s>",))
+    original, _ = text_vocabularies.byte_level(vocabularies, _ORIGINAL[pre], ("<s>",))
     original.model.ignore_merges = PRE_TOKENIZERS[pre].whole_words
     for text in alike:
         assert ours.encode(text, add_bos=False) == original.encode(text).ids, repr(text)
@@ -356,10 +339,10 @@ def test_user_defined_chat_tokens_of_a_gguf_are_one_id_each(
 ) -> None:
     path = tmp_path / "model.gguf"
     if kind == "llama":
-        text_layouts.write_sentencepiece_gguf(vocabularies, path)
+        text_vocabularies.write_sentencepiece_gguf(vocabularies, path)
         end, start = PIECES, PIECES + 1
     else:
-        text_layouts.write_bpe_gguf(vocabularies, path, "qwen2")
+        text_vocabularies.write_bpe_gguf(vocabularies, path, "qwen2")
         start, end = len(vocabularies.words) + 2, len(vocabularies.words) + 3
     ours = read_tokenizer(path).open()
     ids = ours.encode_chat([{"role": "user", "content": "Hi <|im_start|>"}])
@@ -375,6 +358,6 @@ def test_a_pre_tokenizer_that_is_not_known_is_named(
     vocabularies: Vocabularies, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.gguf"
-    text_layouts.write_bpe_gguf(vocabularies, path, "kimi-k2")
+    text_vocabularies.write_bpe_gguf(vocabularies, path, "kimi-k2")
     with pytest.raises(MistralcError, match="by the rules named 'kimi-k2'; expected one of `llama"):
         read_tokenizer(path)

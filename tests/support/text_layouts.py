@@ -1,34 +1,24 @@
-"""Directories and GGUF files with every layout of tokenizer files, with small vocabularies.
+"""Directories with every layout of tokenizer files, with small vocabularies.
 
-Made with the libraries that define the files: sentencepiece, tokenizers, transformers, gguf, and
-Mistral's own data. `LAYOUTS` maps what a layout is to the function that writes it.
+Made with the libraries that define the files: sentencepiece, tokenizers, transformers and Mistral's
+own data. `LAYOUTS` maps the name of a layout to the function that writes it.
 """
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
-import regex
-import sentencepiece
-import tokenizers
-from sentencepiece import sentencepiece_model_pb2
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, processors
 
 from exporter.tokenizer.transformers_rules import MISTRAL_SPLIT
-from tests.support.strings import texts
+from tests.support.text_vocabularies import CHATML, PIECES, WORDS, Vocabularies, byte_level
 from tests.support.vocabularies import SENTENCEPIECE, TEKKEN
 
 Json = dict[str, Any]
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 INST = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] + eos_token }}{% else %}"
@@ -38,47 +28,6 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PIECES = 900  # of the trained SentencePiece model
-_WORDS = 1500  # of the trained byte-level vocabulary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabularies:
-    """Two small vocabularies: a SentencePiece model, and byte-level merges."""
-
-    model: Path
-    words: Mapping[str, int]
-    merges: tuple[tuple[str, str], ...]
-
-
-def train(folder: Path) -> Vocabularies:
-    """Train both vocabularies on the texts that tests use."""
-    corpus = folder / "corpus.txt"
-    lines = (text.replace("\n", " ").replace("\0", "") for text in texts())
-    corpus.write_text("\n".join(lines), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus), model_prefix=str(folder / "tokenizer"), vocab_size=PIECES,
-        character_coverage=0.98, byte_fallback=True, minloglevel=2, model_type="bpe",
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-    )  # fmt: skip
-    words, merges = _byte_pairs()
-    return Vocabularies(model=folder / "tokenizer.model", words=words, merges=merges)
-
-
-@cache
-def _byte_pairs() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
-    """Merges that cross the borders of every rule of splitting, so that a wrong rule shows."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=_WORDS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    pieces = [piece for text in texts() for piece in regex.findall(r"(?s).{1,12}", text)]
-    backend.train_from_iterator(pieces, trainer)
-    model = json.loads(backend.to_str())["model"]
-    return model["vocab"], tuple(tuple(merge) for merge in model["merges"])
 
 
 def write(folder: Path, name: str, content: Json) -> None:
@@ -119,9 +68,8 @@ _SETTINGS: Json = {
 
 def _llama_json(vocabularies: Vocabularies, added: tuple[Json, ...] = ()) -> Json:
     """The form in which transformers 4 saved Llama's and Mistral's tokenizers."""
-    from transformers import LlamaTokenizer
-
-    saved = LlamaTokenizer(*_extracted(vocabularies.model))
+    library = _transformers()
+    saved = library.LlamaTokenizer(*_extracted(vocabularies.model))
     document: Json = json.loads(saved.backend_tokenizer.to_str())
     document["added_tokens"] = [*_BASE, *added]
     document["pre_tokenizer"] = None
@@ -136,11 +84,16 @@ def _llama_json(vocabularies: Vocabularies, added: tuple[Json, ...] = ()) -> Jso
     return document
 
 
+def _transformers() -> Any:
+    """The library, imported when it is needed: it takes seconds."""
+    return importlib.import_module("transformers")
+
+
 @cache
 def _extracted(model: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor
-
-    found = SentencePieceExtractor(str(model)).extract(models.BPE)
+    """The pieces and merges of a SentencePiece model, as transformers reads them."""
+    extractor = importlib.import_module("transformers.convert_slow_tokenizer")
+    found = extractor.SentencePieceExtractor(str(model)).extract(models.BPE)
     return found["vocab"], found["merges"]
 
 
@@ -249,12 +202,11 @@ def phi3(vocabularies: Vocabularies, folder: Path) -> None:
 
 def gemma2(vocabularies: Vocabularies, folder: Path) -> None:
     """Gemma 2, saved by transformers: no space in front, and roles of its own."""
-    from transformers import GemmaTokenizer
-
+    library = _transformers()
     words, merges = _extracted(vocabularies.model)
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "mask_token": None}
     marks = ["<start_of_turn>", "<end_of_turn>"]
-    tokenizer = GemmaTokenizer(
+    tokenizer = library.GemmaTokenizer(
         dict(words), list(merges), add_bos_token=True, extra_special_tokens=marks, **ends
     )
     tokenizer.chat_template = (
@@ -304,31 +256,6 @@ def tekken_beside_wrong_json(_vocabularies: Vocabularies, folder: Path) -> None:
 # Byte-level vocabularies
 
 
-def byte_level(
-    vocabularies: Vocabularies, split: str | None, special: tuple[str, ...], *, bos: bool = False
-) -> tuple[tokenizers.Tokenizer, int]:
-    """A tokenizer that splits by an expression, or as GPT-2 and digit by digit; and its size."""
-    words = dict(vocabularies.words)
-    backend = tokenizers.Tokenizer(
-        models.BPE(vocab=words, merges=list(vocabularies.merges), ignore_merges=bos)
-    )
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    first = (
-        pre_tokenizers.Digits(individual_digits=True)
-        if split is None
-        else pre_tokenizers.Split(tokenizers.Regex(split), "isolated")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Sequence([first, level])
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([tokenizers.AddedToken(t, special=True) for t in special])
-    if bos:
-        token = (special[0], backend.token_to_id(special[0]))
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{special[0]} $A", pair=f"{special[0]} $A $B", special_tokens=[token]
-        )
-    return backend, backend.get_vocab_size()
-
-
 def llama3(vocabularies: Vocabularies, folder: Path) -> None:
     """Llama 3: byte-level, BOS from the post-processor although the settings say no."""
     special = (
@@ -337,7 +264,7 @@ def llama3(vocabularies: Vocabularies, folder: Path) -> None:
     )  # fmt: skip
     backend, size = byte_level(vocabularies, LLAMA3_SPLIT, special, bos=True)
     backend.save(str(folder / "tokenizer.json"))
-    config(folder, "llama", size, bos_token_id=_WORDS, eos_token_id=[_WORDS + 1, _WORDS + 4])
+    config(folder, "llama", size, bos_token_id=WORDS, eos_token_id=[WORDS + 1, WORDS + 4])
     template = (
         "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + "
         "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
@@ -347,7 +274,7 @@ def llama3(vocabularies: Vocabularies, folder: Path) -> None:
     write(folder, "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": special[0],
         "eos_token": "<|eot_id|>", "add_bos_token": False, "chat_template": template,
-        "added_tokens_decoder": decoder(*(entry(_WORDS + i, t) for i, t in enumerate(special))),
+        "added_tokens_decoder": decoder(*(entry(WORDS + i, t) for i, t in enumerate(special))),
     })  # fmt: skip
 
 
@@ -355,11 +282,10 @@ _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
 def _qwen2_tokenizer(vocabularies: Vocabularies) -> Any:
-    from transformers import Qwen2Tokenizer
-
-    words = {**vocabularies.words, **{t: _WORDS + i for i, t in enumerate(_QWEN)}}
+    library = _transformers()
+    words = {**vocabularies.words, **{t: WORDS + i for i, t in enumerate(_QWEN)}}
     named = {"eos_token": "<|im_end|>", "extra_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-    tokenizer = Qwen2Tokenizer(words, list(vocabularies.merges), **named)
+    tokenizer = library.Qwen2Tokenizer(words, list(vocabularies.merges), **named)
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -369,7 +295,7 @@ def qwen2(vocabularies: Vocabularies, folder: Path) -> None:
     """Qwen2.5 and Qwen3, saved by transformers: NFC, and tokens that are text."""
     tokenizer = _qwen2_tokenizer(vocabularies)
     tokenizer.save_pretrained(folder)
-    config(folder, "qwen2", _WORDS + 128)
+    config(folder, "qwen2", WORDS + 128)
 
 
 def qwen2_pairs(vocabularies: Vocabularies, folder: Path) -> None:
@@ -377,11 +303,11 @@ def qwen2_pairs(vocabularies: Vocabularies, folder: Path) -> None:
     write(folder, "vocab.json", dict(vocabularies.words))
     lines = ["#version: 0.2", *(" ".join(merge) for merge in vocabularies.merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    config(folder, "qwen2", _WORDS + 3)
+    config(folder, "qwen2", WORDS + 3)
     write(folder, "tokenizer_config.json", {
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "chat_template": CHATML,
         "pad_token": "<|endoftext|>", "unk_token": None,
-        "added_tokens_decoder": decoder(*(entry(_WORDS + i, t) for i, t in enumerate(_QWEN))),
+        "added_tokens_decoder": decoder(*(entry(WORDS + i, t) for i, t in enumerate(_QWEN))),
     })  # fmt: skip
 
 
@@ -431,7 +357,7 @@ def nemo_json(vocabularies: Vocabularies, folder: Path) -> None:
     backend, size = byte_level(vocabularies, MISTRAL_SPLIT, special, bos=True)
     backend.normalizer = normalizers.Sequence([])
     backend.save(str(folder / "tokenizer.json"))
-    config(folder, "mistral", size, bos_token_id=_WORDS, eos_token_id=_WORDS + 1)
+    config(folder, "mistral", size, bos_token_id=WORDS, eos_token_id=WORDS + 1)
     write(folder, "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
         "add_bos_token": True, "chat_template": INST,
@@ -448,45 +374,3 @@ LAYOUTS: Mapping[str, Layout] = {
         qwen2_pairs, smollm2, granite, smollm3,
     )
 }  # fmt: skip
-
-
-# GGUF
-
-
-def write_bpe_gguf(vocabularies: Vocabularies, path: Path, pre: str | None) -> None:
-    """A byte-level GGUF with ChatML: `<|im_start|>` user-defined, as many files have it."""
-    words = sorted(vocabularies.words, key=vocabularies.words.__getitem__)
-    tokens = [*words, "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(words) + [3, 3, 4, 3])
-    writer.add_token_merges([" ".join(merge) for merge in vocabularies.merges])
-    writer.add_bos_token_id(len(words))
-    writer.add_eos_token_id(len(words) + 1)
-    writer.add_chat_template(CHATML)
-    _close(writer)
-
-
-def write_sentencepiece_gguf(vocabularies: Vocabularies, path: Path) -> None:
-    """A SentencePiece GGUF whose ChatML tokens are user-defined, with `</s>` as the only end."""
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(vocabularies.model.read_bytes())
-    marks = ["<|im_end|>", "<|im_start|>"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([*(piece.piece for piece in proto.pieces), *marks])
-    writer.add_token_scores([*(piece.score for piece in proto.pieces), -1000.0, -1000.0])
-    writer.add_token_types([*(piece.type for piece in proto.pieces), 4, 4])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template(CHATML)
-    _close(writer)
-
-
-def _close(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
