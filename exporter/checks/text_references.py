@@ -19,6 +19,7 @@ from runtime.text.tokenizer import Tokenizer
 
 Ids = list[int]
 
+_PATH = re.compile(r"(?<![\w/])/[^\s'\",:;)]+")
 _BREAK = "a\n"  # merges with nothing after it, so that what follows has no space before it
 
 
@@ -66,13 +67,13 @@ def references(source: Path, ours: Tokenizer) -> Iterator[Reference | Missing]:
 
 
 def _opened(distribution: str, open_it: Callable[[], Reference]) -> Reference | Missing:
-    """Open a reference; any failure is the reason why there is none."""
+    """Open a reference; any failure is the reason why there is none, without this host's paths."""
     try:
         return open_it()
     except ImportError:
         return Missing(why=f"{distribution} is not installed")
     except Exception as error:  # another program's, which may raise anything
-        brief = " ".join(str(error).split())[:200]
+        brief = _PATH.sub("…", " ".join(str(error).split()))[:200]
         return Missing(why=f"{distribution} does not open it ({type(error).__name__}: {brief})")
 
 
