@@ -94,7 +94,7 @@ def measured(arguments: argparse.Namespace) -> Result:
     spec, facts = read_facts(source)
     needed = host_needs(decide(spec, TARGETS[target], options, facts), facts)
     common = {"machine": machine(), "load": os.getloadavg()[0], "estimate": to_json(needed)}
-    forget(locate(source)[0])
+    forget(locate(source).path)
     steps: dict[str, dict[str, float]] = {}
 
     @contextmanager

@@ -236,7 +236,7 @@ def ours(windows: Windows, checkpoint: Any, folder: Path, *, bundles: bool) -> d
     from calib.layers.calibrate import calibrate
     from calib.layers.samples import Samples
     from calib.options import CalibrationOptions
-    from exporter.decoder.model import load_decoder
+    from exporter.decoder.load import load_decoder
     from exporter.quantization.recipe import Recipe
     from exporter.quantization.reference import simulate
 

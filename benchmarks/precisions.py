@@ -25,7 +25,7 @@ from exporter import export as exporting
 from exporter.checkpoint.open import open_checkpoint
 from exporter.checks import evaluate as evaluation
 from exporter.checks.corpus import read_corpus, windows
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from exporter.export import export
 from exporter.options import ExportOptions, GateOptions, QuantizeOptions
 from graphs.manifest import Manifest

@@ -4,9 +4,13 @@ Reads no weights and writes nothing. `plan` and `export` both start here, so the
 the same combinations.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from exporter.checkpoint.config_hf import override_window
 from exporter.checkpoint.open import declared_type, has_weights, open_checkpoint, read_spec
 from exporter.options import BuildOptions, QuantizeOptions
+from exporter.quantization.carry import carried_schemes, held, own_precision
 from exporter.quantization.make_recipe import weight_facts
 from exporter.quantization.policy import (
     WeightFacts,
@@ -19,9 +23,9 @@ from graphs.build import Build, Storage
 from graphs.contract import GraphContract
 from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision, quantized_precisions
-from graphs.quant_scheme import Scheme, groups
+from graphs.quant_scheme import Scheme, default_scheme
 from graphs.spec import ModelSpec, RingSpec
-from graphs.targets import Target
+from graphs.targets import TARGETS, Target
 
 LARGEST_CONTEXT = 4096  # tokens of a model without a window, unless the user asks for more
 
@@ -29,15 +33,17 @@ LARGEST_CONTEXT = 4096  # tokens of a model without a window, unless the user as
 NOTHING_KNOWN = WeightFacts()
 
 
-def read_facts(source: str) -> tuple[ModelSpec, WeightFacts]:
+def read_facts(source: str, lora: Sequence[str] = ()) -> tuple[ModelSpec, WeightFacts]:
     """A checkpoint's shape, and what its weight files say; config.json alone is enough.
+
+    `lora` are the adapters that are merged into it.
 
     Raises MistralcError if the configuration, or a weight file that is there, cannot be read.
     """
     if not has_weights(source):
         declared = declared_type(source)
-        return read_spec(source), WeightFacts(types=frozenset([declared] if declared else []))
-    checkpoint = open_checkpoint(source)
+        return read_spec(source, lora), WeightFacts(types=frozenset([declared] if declared else []))
+    checkpoint = open_checkpoint(source, lora)
     return checkpoint.spec, weight_facts(checkpoint)
 
 
@@ -48,8 +54,12 @@ def decide(
     options.check(target)
     if options.window is not None:
         spec = override_window(spec, options.window)
+    _check_model(spec, target)
     ring = decide_ring(spec, target, options)
-    precision = decide_precision(target, options, facts)
+    if spec.rope_scaling is not None:
+        context = None if spec.slides else ring.context
+        spec = replace(spec, rope_scaling=spec.rope_scaling.for_context(context))
+    precision = decide_precision(spec, target, options, facts)
     return Build(
         target=target,
         precision=precision,
@@ -60,9 +70,27 @@ def decide(
     )
 
 
-def decide_precision(target: Target, options: BuildOptions, facts: WeightFacts) -> Precision:
+def _check_model(spec: ModelSpec, target: Target) -> None:
+    """Raise UsageError if the target cannot compute what the model needs."""
+    if spec.attention.softcap is not None and not target.caps_scores:
+        able = " or ".join(name for name, one in TARGETS.items() if one.caps_scores)
+        raise UsageError(
+            f"This model caps its attention scores at {spec.attention.softcap:g}, as Gemma 2 does, "
+            f"and the attention of {target.title} takes no such cap, so --target {target.name} "
+            f"cannot compute it exactly. Choose --target {able}."
+        )
+
+
+def decide_precision(
+    spec: ModelSpec, target: Target, options: BuildOptions, facts: WeightFacts
+) -> Precision:
     """The user's choice, or the one that keeps every bit of the checkpoint, or the default."""
-    return PRECISIONS[options.precision or target.precision_for(facts.types)]
+    if options.precision is not None:
+        return PRECISIONS[options.precision]
+    own = None
+    if facts.method is not None and facts.calibrated is None:
+        own = own_precision(spec, target, facts.codes)
+    return own or PRECISIONS[target.precision_for(facts.types)]
 
 
 def decide_ring(spec: ModelSpec, target: Target, options: BuildOptions) -> RingSpec:
@@ -104,39 +132,65 @@ def _storage(
     copied: list[str] = []
     if facts.calibrated is None:
         schemes = dict(layer_schemes(spec, target, precision, options))
-        if target.keeps_gguf_blocks:
-            copied = _take_blocks(spec, target, schemes, options, facts)
+        copied = _take_codes(spec, target, precision, schemes, options, facts)
     else:
         schemes = dict(facts.calibrated)
     head = output_scheme(spec, target, precision, options)
     if head is not None:
         name, scheme = head
-        schemes[name] = scheme
-        if facts.blocks.get(name) == scheme:
+        kept = _kept_head(spec, target, name, scheme, options, facts)
+        schemes[name] = kept or scheme
+        if kept is not None:
             copied.append(name)
-    fitted = fitting(spec, target, schemes, decided=facts.settled.__contains__)
-    return Storage(schemes=fitted, layouts=layouts(target, fitted), copied=tuple(copied))
+    decided = facts.settled | set(copied)
+    fitted = fitting(spec, target, schemes, decided=decided.__contains__)
+    return Storage(schemes=fitted, layouts=layouts(spec, target, fitted), copied=tuple(copied))
 
 
-def _take_blocks(
-    spec: ModelSpec, target: Target, schemes: dict[str, Scheme], options: QuantizeOptions,
-    facts: WeightFacts,
+def _take_codes(
+    spec: ModelSpec, target: Target, precision: Precision, schemes: dict[str, Scheme],
+    options: QuantizeOptions, facts: WeightFacts,
 ) -> list[str]:  # fmt: skip
-    """Keep a GGUF file's blocks where they match what was asked for; returns those weights.
+    """Keep the checkpoint's codes where they match what was asked for; returns those weights.
 
-    `schemes` is changed: the file's own scheme may have minimums, where the target has offsets.
+    In the checkpoint's own precision all codes match, also those of other widths that a mixture has
+    for some layers. `schemes` is changed.
     """
+    own = own_precision(spec, target, facts.codes)
     copied = []
-    symmetric = options.symmetric or not target.zero_points
-    for group in groups(spec):
-        found = {facts.blocks.get(name) for name in group.readers}
-        scheme = found.pop()
-        asked = schemes[group.readers[0]]
-        if found or scheme is None or (scheme.codes, scheme.block) != (asked.codes, asked.block):
+    for name, scheme in carried_schemes(spec, target, precision, facts.codes).items():
+        asked = schemes[name]
+        alike = (scheme.codes, scheme.activation) == (asked.codes, asked.activation)
+        if precision != own and not alike:
             continue
-        if symmetric and scheme.offset != "none":
+        if options.block not in (None, scheme.block) or (
+            options.symmetric and scheme.offset != "none"
+        ):
             continue
-        for name in group.readers:
-            schemes[name] = scheme
-            copied.append(name)
+        schemes[name] = scheme
+        copied.append(name)
+    if precision == own and precision.needs_calibration:
+        _without_inputs(target, schemes, set(copied))
     return copied
+
+
+def _without_inputs(target: Target, schemes: dict[str, Scheme], copied: set[str]) -> None:
+    """Store the weights whose inputs have no scale in the checkpoint in 8 bits, inputs in float."""
+    for name in schemes.keys() - copied:
+        schemes[name] = default_scheme("int8wo", block=target.default_block)
+
+
+def _kept_head(
+    spec: ModelSpec, target: Target, name: str, asked: Scheme, options: QuantizeOptions,
+    facts: WeightFacts,
+) -> Scheme | None:  # fmt: skip
+    """Return the scheme of the output layer's own codes, None if they are not kept."""
+    stored = facts.codes.get(name)
+    if stored is None or stored.scheme is None or facts.calibrated is not None:
+        return None
+    scheme = held(stored.scheme, spec.weight_shapes()[name][1], target, PRECISIONS["int8wo"])
+    if scheme is None or (spec.tie_word_embeddings and scheme.offset != "none"):
+        return None  # rows of a tied embedding are looked up in codes without offsets
+    if facts.method is None or options.head_block is not None or options.head_bits != 8:
+        return scheme if scheme == asked else None
+    return scheme

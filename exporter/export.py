@@ -35,6 +35,7 @@ from exporter.estimate import host
 from exporter.estimate.refusal import require_host
 from exporter.options import ExportOptions
 from exporter.quantization.calibration_table import CalibrationTable
+from exporter.quantization.carry import describe_carried, own_precision
 from exporter.quantization.make_recipe import (
     check_calibration,
     describe,
@@ -101,7 +102,7 @@ def export(
     build = opened.build
     require_host(build, destination, options, opened.facts)
     with stage("Comparing the tokenizer", None):
-        text = text_record(opened.checkpoint.path, opened.tokenizer, build.spec.vocab_size)
+        text = text_record(opened.checkpoint.text, opened.tokenizer, build.spec.vocab_size)
     with staging.staged(destination) as directory:
         graph_folder = directory / "graph" if build.target.holds_plan else directory
         graph_folder.mkdir(exist_ok=True)
@@ -124,11 +125,7 @@ def export(
             model=build.spec,
             ring=build.ring,
             window_source=build.window_source,
-            checkpoint={
-                "name": Path(opened.checkpoint.source).name,
-                "format": opened.checkpoint.format,
-                "fingerprint": graph.fingerprint,
-            },
+            checkpoint=_origin(opened, graph.fingerprint),
             versions=versions(),
             passes=graph.passes,
             quantization=describe(opened.recipe, opened.table, checks.quality),
@@ -169,19 +166,36 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _origin(source: Source, fingerprint: str) -> dict[str, str]:
+    """Say which checkpoint a bundle is made of, and what became of the codes that it stores."""
+    checkpoint = source.checkpoint
+    facts = {"name": Path(checkpoint.source).name, "format": checkpoint.format,
+             "fingerprint": fingerprint}  # fmt: skip
+    carried = describe_carried(source.build, source.facts.codes)
+    if carried:
+        facts["codes"] = "\n".join(carried)
+    if checkpoint.left_out:  # such as a vision tower
+        facts["left_out"] = ", ".join(checkpoint.left_out)
+    if checkpoint.adapters:
+        facts["adapters"] = ", ".join(one.label for one in checkpoint.adapters)
+    return facts
+
+
 def _open(source: str, options: ExportOptions) -> Source:
     """Read and decide everything that needs no weight, so that refusals come first."""
     target = TARGETS[options.target]
     if target.holds_plan:
         tensorrt_library.load(target)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, options.adapters.lora)
     table = None if options.calibration is None else _read_table(options.calibration, checkpoint)
     facts = weight_facts(checkpoint, table)
-    precision = decide_precision(target, options, facts)
-    check_calibration(precision, options.quantize, checkpoint.spec, table)
+    precision = decide_precision(checkpoint.spec, target, options, facts)
+    own = own_precision(checkpoint.spec, target, facts.codes)
+    check_calibration(precision, options.quantize, checkpoint.spec, table, own)
     build = decide(checkpoint.spec, target, options, facts)
     return Source(
-        checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.path),
+        checkpoint=checkpoint, table=table,
+        tokenizer=read_tokenizer(checkpoint.text, checkpoint.path),
         facts=facts, build=build, recipe=make_recipe(build, checkpoint, table),
     )  # fmt: skip
 

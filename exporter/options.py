@@ -117,6 +117,17 @@ class GateOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterOptions:
+    """Adapters to merge into the checkpoint, in this order: `ADAPTER` or `ADAPTER=WEIGHT`."""
+
+    lora: Annotated[
+        tuple[str, ...],
+        typer.Option("--lora", metavar="ADAPTER[=WEIGHT]",
+                     help="Merge this PEFT adapter (LoRA, rsLoRA, DoRA); may be given again."),
+    ] = ()  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """Choices that decide what is built. None leaves a choice to the checkpoint and the target."""
 
@@ -150,6 +161,7 @@ class BuildOptions:
                      "never changes the output. CPU only; 10-25% slower."),
     ] = False  # fmt: skip
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    adapters: AdapterOptions = field(default_factory=AdapterOptions)
 
     def __post_init__(self) -> None:
         for name in ("window", "context", "chunk", "max_batch"):

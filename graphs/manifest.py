@@ -132,7 +132,7 @@ class Manifest:
 
     def to_text(self) -> str:
         """Return the manifest as the JSON text that `from_text` takes."""
-        data = asdict(self)
+        data = asdict(self) | {"model": self.model.to_json()}
         if self.text is None:  # as in bundles from before it was recorded
             del data["text"]
         return json.dumps(data | {CHECKSUM: _checksum(data)}, indent=2) + "\n"

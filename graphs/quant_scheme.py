@@ -75,12 +75,21 @@ class Group:
 
     Dividing input feature k by s[k] and multiplying column k of every reader by s[k] leaves the
     result unchanged. The division is folded into `producer`: the gain of a norm, or the rows of a
-    linear.
+    linear and its bias. That is exact in every family: what lies between the two, the average of
+    values that attention takes and the product with an activated gate, is linear in the producer.
     """
 
     name: str  # such as `model.layers.0.qkv`
     readers: tuple[str, ...]  # canonical weight names, [N, K] each
     producer: str
+    producer_bias: str | None = None
+
+    @property
+    def divided(self) -> tuple[str, ...]:
+        """The weights that the division is folded into."""
+        return (
+            (self.producer,) if self.producer_bias is None else (self.producer, self.producer_bias)
+        )
 
     @property
     def layer(self) -> int:
@@ -88,26 +97,26 @@ class Group:
         return int(self.name.split(".")[2])
 
 
-def layer_groups(layer: int) -> tuple[Group, ...]:
+def layer_groups(spec: ModelSpec, layer: int) -> tuple[Group, ...]:
     """The four groups of a decoder layer, in order of computation."""
     at = f"model.layers.{layer}."
+    norm = "pre_feedforward_layernorm" if spec.post_norms else "post_attention_layernorm"
+    v_bias = f"{at}self_attn.v_proj.bias" if spec.attention.bias else None
+    up_bias = f"{at}mlp.up_proj.bias" if spec.mlp_bias else None
     q, k, v, o = (f"{at}self_attn.{name}_proj.weight" for name in "qkvo")
     gate, up, down = (f"{at}mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
     return (
         Group(name=f"{at}qkv", readers=(q, k, v), producer=f"{at}input_layernorm.weight"),
-        Group(name=f"{at}o", readers=(o,), producer=v),
-        Group(
-            name=f"{at}gate_up", readers=(gate, up),
-            producer=f"{at}post_attention_layernorm.weight",
-        ),
-        Group(name=f"{at}down", readers=(down,), producer=up),
+        Group(name=f"{at}o", readers=(o,), producer=v, producer_bias=v_bias),
+        Group(name=f"{at}gate_up", readers=(gate, up), producer=f"{at}{norm}.weight"),
+        Group(name=f"{at}down", readers=(down,), producer=up, producer_bias=up_bias),
     )  # fmt: skip
 
 
 def groups(spec: ModelSpec) -> Iterator[Group]:
     """Every group of the model, layer by layer."""
     for layer in range(spec.num_hidden_layers):
-        yield from layer_groups(layer)
+        yield from layer_groups(spec, layer)
 
 
 def default_scheme(precision: str, *, block: int | None, offset: Offset = "none") -> Scheme:
@@ -147,14 +156,17 @@ def stored_parts(
 ) -> Iterator[StoredPart]:
     """Yield the tensors that a weight [N, K] is stored as, codes first.
 
-    Layout `onnx` has codes [N, K] as ONNX stores them. `transposed` has them as [K, N]: ONNX
-    Runtime would otherwise transpose int8 codes one by one at load time, which took 3.4 of 3.6 s
-    for SmolLM2. `nbits` is the form of `MatMulNBits`: unsigned codes in whole blocks [N, J, bytes
-    of a block], the last block padded if the block size does not divide K, and zero points packed
-    alike.
+    Layout `onnx` has codes [N, K] as ONNX stores them. `transposed` has codes [K, N] and scales
+    [J, N], with neighbours along N in one byte: ONNX Runtime would otherwise transpose int8 codes
+    one by one at load time, which took 3.4 of 3.6 s for SmolLM2, and TensorRT-RTX keeps a second,
+    transposed copy of all codes while it builds. `nbits` is the form of `MatMulNBits`: unsigned
+    codes in whole blocks [N, J, bytes of a block], the last block padded if the block size does not
+    divide K, and zero points packed alike.
     """
     n, k = shape
     blocks, bits = scheme.blocks(k), scheme.bits
+    if layout == "transposed" and (scheme.offset != "none" or n * bits % 8):
+        raise ValueError(f"{name}: {n} rows with offset {scheme.offset} cannot be transposed")
     if layout == "nbits":
         if scheme.block is None:
             raise ValueError(f"{name}: MatMulNBits takes blocks, not one scale for each row")
@@ -162,6 +174,8 @@ def stored_parts(
     else:
         yield StoredPart(name, (k, n) if layout == "transposed" else shape, scheme.codes)
     scales = (n,) if scheme.block is None else (n, blocks)
+    if layout == "transposed":
+        scales = scales[::-1]
     yield StoredPart(name + SCALE, scales, activation)
     if scheme.offset == "zero_point":
         yield StoredPart(name + ZERO_POINT, (n, -(-blocks * bits // 8)), "uint8")

@@ -5,48 +5,79 @@ logits, C ring capacity, W window, H query heads, K key/value heads, D head size
 F feed-forward, V vocabulary, L layers.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self, get_args
 
 from graphs import window
 from graphs.errors import MistralcError
+from graphs.rope import (
+    EVERYWHERE,
+    Rope,
+    RopeScaling,
+    check_count,
+    check_flag,
+    check_number,
+    is_count,
+)
+
+Activation = Literal["silu", "gelu_tanh"]
+
+_ALWAYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "tie_word_embeddings", "layer_windows",
+)  # fmt: skip
+_ALWAYS_OF_SCALING = (
+    "rope_type", "factor", "low_freq_factor", "high_freq_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
+"""The fields of the first bundles, whose descriptions are read and hashed as they were written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RopeScaling:
-    """How a checkpoint scales its rotary frequencies. Fields are those of `config.json`.
+class AttentionSpec:
+    """What differs in attention between families. The defaults are Mistral's.
 
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3`
-    divides the long wavelengths only and blends in between (Llama 3.1 model card).
+    `bias` is that of q_proj, k_proj and v_proj, `output_bias` that of o_proj. `scale` multiplies
+    the scores, 1 / sqrt(D) if it is None. `softcap` c replaces a score s by c tanh(s / c). With
+    `query_key_norms`, every head of queries and keys is normalized before it is rotated.
     """
 
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    bias: bool = False
+    output_bias: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    query_key_norms: bool = False
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
-            raise MistralcError(
-                f"The rotary scaling is {self.rope_type!r:.40}; expected linear or llama3. "
-                "Check the checkpoint's configuration file."
-            )
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_number(f"rotary scaling's {name}", getattr(self, name))
-        _check_count(
-            "rotary scaling's original_max_position_embeddings",
-            self.original_max_position_embeddings,
-        )
+        for name in ("bias", "output_bias", "query_key_norms"):
+            check_flag(f"attention's {name}", getattr(self, name))
+        for name in ("scale", "softcap"):
+            if getattr(self, name) is not None:
+                check_number(f"attention's {name}", getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Multipliers:
+    """Constants that Granite and Gemma multiply the embedding, each branch and the logits by."""
+
+    embedding: float = 1.0
+    residual: float = 1.0
+    logits: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("embedding", "residual", "logits"):
+            check_number(f"{name} multiplier", getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """The shape of a Mistral-architecture decoder. Field names are those of `config.json`.
+    """The shape of a decoder. Field names are those of `config.json`; the defaults are Mistral's.
 
     `layer_windows[i]` is how many keys layer i sees, including its own position; None means all.
+    With `post_norms`, the results of attention and feed-forward are normalized before they are
+    added, as in Gemma 2. `logit_softcap` c replaces a logit x by c tanh(x / c).
     """
 
     vocab_size: int
@@ -62,15 +93,22 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     layer_windows: tuple[int | None, ...]
+    rope: Rope = EVERYWHERE
+    attention: AttentionSpec = AttentionSpec()
+    multipliers: Multipliers = Multipliers()
+    post_norms: bool = False
+    activation: Activation = "silu"
+    mlp_bias: bool = False
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                  "num_attention_heads", "num_key_value_heads", "head_dim",
                  "max_position_embeddings")  # fmt: skip
         for name in sizes:
-            _check_count(f"model's {name}", getattr(self, name))
+            check_count(f"model's {name}", getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta"):
-            _check_number(f"model's {name}", getattr(self, name))
+            check_number(f"model's {name}", getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise MistralcError(
                 f"The model has {self.num_attention_heads} query heads and "
@@ -88,11 +126,50 @@ class ModelSpec:
                 f"{self.num_hidden_layers} layers; expected one per layer."
             )
         for size in self.layer_windows:
-            if size is not None and not _is_count(size):
+            if size is not None and not is_count(size):
                 raise MistralcError(
                     f"A layer's sliding window is {size!r:.40}; expected at least 1 token, "
                     "or null for full attention."
                 )
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        for name in ("post_norms", "mlp_bias"):
+            check_flag(f"model's {name}", getattr(self, name))
+        if self.activation not in get_args(Activation):
+            raise MistralcError(
+                f"The model's activation is {self.activation!r:.40}; expected one of "
+                f"{', '.join(get_args(Activation))}. Check the checkpoint's configuration file."
+            )
+        if self.logit_softcap is not None:
+            check_number("model's logit_softcap", self.logit_softcap)
+        if self.rotated_features > self.head_dim:
+            raise MistralcError(
+                f"{self.rotated_features} features of a head are rotated, but it has "
+                f"{self.head_dim}. Check the checkpoint's configuration file."
+            )
+        scaling = self.rope_scaling
+        for factors in () if scaling is None else (scaling.short_factor, scaling.long_factor):
+            if factors and len(factors) != self.rotated_features // 2:
+                raise MistralcError(
+                    f"The rotary scaling has {len(factors)} factors for {self.rotated_features} "
+                    "rotated features; expected one for each pair. Check the checkpoint's "
+                    "configuration file."
+                )
+
+    @property
+    def rotated_features(self) -> int:
+        """How many features of a head are rotated, in the layers that rotate."""
+        return self.head_dim if self.rope.features is None else self.rope.features
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a layer rotates queries and keys."""
+        return layer not in self.rope.layers_without
+
+    def only_rotates(self, layer: int) -> bool:
+        """Whether a layer rotates whole heads, and does nothing else to queries and keys."""
+        whole = self.rotates(layer) and self.rotated_features == self.head_dim
+        return whole and not (self.attention.query_key_norms or self.rope.query_scale)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -115,39 +192,55 @@ class ModelSpec:
         A checkpoint must have exactly these tensors. A tied `lm_head.weight` is not listed,
         because it is `model.embed_tokens.weight`.
         """
-        e, f = self.hidden_size, self.intermediate_size
-        q = self.num_attention_heads * self.head_dim
-        kv = self.num_key_value_heads * self.head_dim
+        e, f, d = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, e)}
         for i in range(self.num_hidden_layers):
             layer = f"model.layers.{i}."
             shapes[layer + "input_layernorm.weight"] = (e,)
-            shapes[layer + "self_attn.q_proj.weight"] = (q, e)
-            shapes[layer + "self_attn.k_proj.weight"] = (kv, e)
-            shapes[layer + "self_attn.v_proj.weight"] = (kv, e)
-            shapes[layer + "self_attn.o_proj.weight"] = (e, q)
+            attention = {"q": (q, e), "k": (kv, e), "v": (kv, e)}
+            shapes |= _linears(f"{layer}self_attn.", attention, bias=self.attention.bias)
+            if self.attention.query_key_norms:
+                shapes[layer + "self_attn.q_norm.weight"] = (d,)
+                shapes[layer + "self_attn.k_norm.weight"] = (d,)
+            shapes |= _linears(f"{layer}self_attn.", {"o": (e, q)}, bias=self.attention.output_bias)
             shapes[layer + "post_attention_layernorm.weight"] = (e,)
-            shapes[layer + "mlp.gate_proj.weight"] = (f, e)
-            shapes[layer + "mlp.up_proj.weight"] = (f, e)
-            shapes[layer + "mlp.down_proj.weight"] = (e, f)
+            if self.post_norms:
+                shapes[layer + "pre_feedforward_layernorm.weight"] = (e,)
+            shapes |= _linears(f"{layer}mlp.", {"gate": (f, e), "up": (f, e)}, bias=self.mlp_bias)
+            shapes |= _linears(f"{layer}mlp.", {"down": (e, f)}, bias=self.mlp_bias)
+            if self.post_norms:
+                shapes[layer + "post_feedforward_layernorm.weight"] = (e,)
         shapes["model.norm.weight"] = (e,)
         if not self.tie_word_embeddings:
             shapes["lm_head.weight"] = (self.vocab_size, e)
         return shapes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for the manifest; `from_json` reads it back."""
-        return asdict(self)
+        """Plain data for the manifest; `from_json` reads it back.
+
+        What Mistral does not have is left out where it is absent, so that a Mistral's manifest and
+        fingerprint are those that earlier versions wrote.
+        """
+        data = _stated(self, always=_ALWAYS)
+        if self.rope_scaling is not None:
+            data["rope_scaling"] = _stated(self.rope_scaling, always=_ALWAYS_OF_SCALING)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read what `to_json` wrote. Raises MistralcError if a field is missing or unknown."""
         try:
-            fields = dict(data)
-            if fields["rope_scaling"] is not None:
-                fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-            fields["layer_windows"] = tuple(fields["layer_windows"])
-            return cls(**fields)
+            found = dict(data)
+            if found["rope_scaling"] is not None:
+                found["rope_scaling"] = RopeScaling.from_json(found["rope_scaling"])
+            found["layer_windows"] = tuple(found["layer_windows"])
+            if "rope" in found:
+                found["rope"] = Rope.from_json(found["rope"])
+            for name, kind in (("attention", AttentionSpec), ("multipliers", Multipliers)):
+                if name in found:
+                    found[name] = kind(**found[name])
+            return cls(**found)
         except (KeyError, TypeError, ValueError) as error:
             raise MistralcError(
                 f"The model description does not have the expected fields ({error!s:.200}). It was "
@@ -169,7 +262,7 @@ class RingSpec:
 
     def __post_init__(self) -> None:
         for name in ("chunk", "context", "max_batch"):
-            _check_count(f"ring's {name}", getattr(self, name))
+            check_count(f"ring's {name}", getattr(self, name))
 
     def capacity(self, window_size: int | None) -> int:
         """C for layers with this window: the ring's slots, a multiple of `chunk`."""
@@ -178,24 +271,25 @@ class RingSpec:
         return window.capacity(window_size, self.chunk)
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+def _stated(value: "ModelSpec | RopeScaling", always: Collection[str]) -> dict[str, Any]:
+    """Return a value's fields as plain data, without those at their default; `always` stay."""
+    defaults = {field.name: field.default for field in fields(value)}
+    return {
+        name: data
+        for name, data in asdict(value).items()
+        if name in always or getattr(value, name) != defaults[name]
+    }
 
 
-def _check_count(what: str, value: object) -> None:
-    if not _is_count(value):
-        raise MistralcError(
-            f"The {what} is {value!r:.40}; expected a whole number of at least 1. Check the "
-            "checkpoint's configuration, or export the bundle again."
-        )
-
-
-def _check_number(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise MistralcError(
-            f"The {what} is {value!r:.40}; expected a number above 0. Check the checkpoint's "
-            "configuration, or export the bundle again."
-        )
+def _linears(
+    at: str, shapes: Mapping[str, tuple[int, int]], *, bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """The weights of adjacent linears [out, in], then their biases [out], by canonical name."""
+    weights: dict[str, tuple[int, ...]] = {
+        f"{at}{name}_proj.weight": shape for name, shape in shapes.items()
+    }
+    biases = {f"{at}{name}_proj.bias": (shape[0],) for name, shape in shapes.items() if bias}
+    return weights | biases
 
 
 def _product(shape: tuple[int, ...]) -> int:

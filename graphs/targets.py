@@ -60,6 +60,7 @@ class Target:
     full_attention: AttentionForm = "masked"
     windowed_attention: AttentionForm = "masked"
     max_in_place_slots: int = 0  # of a ring that the form `in_place` can read
+    caps_scores: bool = True  # its `Attention` takes a soft cap of the scores
 
     # The ring.
     ring_grows: bool = False  # else it is full from the start, and its capacity fixed in the graph
@@ -75,7 +76,7 @@ class Target:
     zero_points: bool = False
     partial_blocks: bool = False  # the block need not divide the input features
     quantizes_tied_embedding: bool = False
-    keeps_gguf_blocks: bool = False  # 32 weights to a block, as in Q4_0, Q4_1 and Q8_0
+    weight_only_float8: bool = False  # float8 weights beside inputs that are not rounded
     quantizes_calibrated_head: bool = False  # the output layer, where inputs are rounded
     supports_batch_invariance: bool = False
 
@@ -148,7 +149,7 @@ TARGETS: Mapping[str, Target] = {
             zero_points=True,
             partial_blocks=True,
             quantizes_tied_embedding=True,
-            keeps_gguf_blocks=True,
+            weight_only_float8=True,
             quantizes_calibrated_head=True,
             supports_batch_invariance=True,
         ),
@@ -168,7 +169,6 @@ TARGETS: Mapping[str, Target] = {
             default_block=32,
             always_blockwise=True,
             quantizes_tied_embedding=True,
-            keeps_gguf_blocks=True,
         ),
         Target(
             name="rtx",
@@ -186,7 +186,9 @@ TARGETS: Mapping[str, Target] = {
             full_attention="in_place",
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
+            caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
+            weight_only_layout="transposed",
             default_block=128,
         ),
         Target(
@@ -201,7 +203,9 @@ TARGETS: Mapping[str, Target] = {
             full_attention="in_place",
             windowed_attention="in_place",
             max_in_place_slots=MAX_IN_PLACE_SLOTS,
+            caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,
+            weight_only_layout="transposed",
             default_block=128,
         ),
     )

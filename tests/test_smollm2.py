@@ -25,7 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from exporter.checkpoint.config_hf import override_window
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checks.corpus import read_corpus, windows
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from exporter.decoder.trace import trace
 from exporter.tokenizer.read import read_tokenizer
 from graphs.passes.pipeline import lower

@@ -13,6 +13,7 @@ import typer
 
 from calib.options import CalibrationOptions, SampleOptions
 from exporter.cli.arguments import CheckpointArgument
+from exporter.options import AdapterOptions
 from graphs.errors import UsageError
 from runtime.cli import options as common
 from runtime.cli.main import program_name
@@ -33,6 +34,7 @@ def calibrate(
     ],
     sample_options: SampleOptions,
     options: CalibrationOptions,
+    adapters: AdapterOptions,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing table.")] = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -43,7 +45,7 @@ def calibrate(
     from exporter.checkpoint.open import open_checkpoint
 
     _check_destination(output, force=force)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, adapters.lora)
     samples = _read_samples(opened, sample_options)
     partial = output.with_name(output.name + ".partial")
     table = run(opened, samples, options, partial, stage_for(quiet=quiet or as_json))
@@ -56,7 +58,8 @@ def calibrate(
         return
     print(_summary(table, output))
     print("Next:")
-    print(f"  {program_name()} export {checkpoint} --precision {options.precision} "
+    merged = "".join(f" --lora {one}" for one in adapters.lora)
+    print(f"  {program_name()} export {checkpoint}{merged} --precision {options.precision} "
           f"--calibration {output}")  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def _read_samples(checkpoint: "Checkpoint", options: SampleOptions) -> "Samples"
 
     length = options.length or default_length(checkpoint.spec)
     check_length(length, checkpoint.spec)
-    tokenizer = read_tokenizer(checkpoint.path).open()
+    tokenizer = read_tokenizer(checkpoint.text, checkpoint.path).open()
     corpus = read_corpus(options.text, tokenizer, "calibration")
     count = options.samples or max(1, TOTAL_TOKENS // length)
     ids = evenly_spaced(torch.from_numpy(windows(corpus, length)), count)

@@ -12,6 +12,8 @@ import typer
 
 from calib.cli.text_windows import measure_text, read_windows
 from calib.options import TextOptions
+from exporter.options import AdapterOptions
+from graphs.errors import UsageError
 from runtime.cli import options as common
 from runtime.system.progress import stage_for
 
@@ -28,6 +30,7 @@ def evaluate(
         typer.Option(metavar="CHECKPOINT",
                      help="Also measure this checkpoint, and the bundle's divergence from it."),
     ] = None,
+    adapters: AdapterOptions,
     choices: Annotated[
         Path | None,
         typer.Option(metavar="FILE.jsonl",
@@ -42,6 +45,11 @@ def evaluate(
     from calib.evaluation.multiple_choice import measure_accuracy, read_questions
     from runtime.bundle.open import open_bundle
 
+    if against is None and adapters.lora:
+        raise UsageError(
+            "--lora was given without --against: a bundle's own weights have its adapters merged. "
+            "Add --against CHECKPOINT, or leave it out."
+        )
     stage = stage_for(quiet=quiet or as_json)
     result: dict[str, Any] = {"bundle": str(bundle)}
     paragraphs: list[str] = []
@@ -58,7 +66,9 @@ def evaluate(
         paragraphs.append(f"Text: {corpus.source}; {count:,} windows of {length:,} tokens.\n")
     loaded = loading.load(opened, stage)
     if windows is not None:
-        evaluation = measure_text(loaded, windows, against, stage, title="Measuring")
+        evaluation = measure_text(
+            loaded, windows, against, stage, title="Measuring", lora=adapters.lora
+        )
         result |= {"against": against, **evaluation.to_json()}
         paragraphs.append(evaluation.to_markdown())
     if questions is not None:

@@ -45,19 +45,23 @@ def read_windows(
 
 
 def measure_text(
-    loaded: "Loaded", windows: "Ids", against: str | None, stage: Stage, title: str
-) -> "Evaluation":
-    """Measure a bundle on windows [n, length], compared with the checkpoint `against` if given."""
+    loaded: "Loaded", windows: "Ids", against: str | None, stage: Stage, title: str,
+    lora: Sequence[str] = (),
+) -> "Evaluation":  # fmt: skip
+    """Measure a bundle on windows [n, length], compared with the checkpoint `against` if given.
+
+    `lora` are the adapters that were merged into it.
+    """
     from exporter.checks.evaluate import evaluate, steps
 
     build, reference = loaded.bundle.manifest.build, None
     if against is not None:
         from exporter.checkpoint.read_ahead import ReadAhead
         from exporter.checks.verify import same_checkpoint
-        from exporter.decoder.model import load_decoder
+        from exporter.decoder.load import load_decoder
 
         with stage("Loading the checkpoint", None):
-            checkpoint = same_checkpoint(against, loaded.bundle.manifest)
+            checkpoint = same_checkpoint(against, loaded.bundle.manifest, lora)
             reference = load_decoder(build.spec, ReadAhead(checkpoint))
     with stage(title, steps(windows, compared=reference is not None)) as advance:
         return evaluate(loaded.session, build, windows, reference, advance)

@@ -27,7 +27,7 @@ from calib.methods.decide import GroupTask, decide_group
 from calib.methods.observation import Observer
 from calib.options import CalibrationOptions
 from exporter.checkpoint.open import Checkpoint
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from exporter.quantization.calibration_table import CalibrationTable
 from exporter.quantization.recipe import SMOOTHING, Recipe
 from graphs.errors import UsageError
@@ -154,9 +154,11 @@ def _calibrate_layer(run: _Run, index: int, advance: Advance) -> None:
               for stream in run.streams}  # fmt: skip
     tensors: dict[str, Tensor] = {}
     facts = {}
-    schemes = {name: options.scheme for group in layer_groups(index) for name in group.readers}
+    schemes = {
+        name: options.scheme for group in layer_groups(spec, index) for name in group.readers
+    }
     recipe = Recipe(spec=spec, activation="float16", schemes=schemes)
-    for number, group in enumerate(layer_groups(index)):
+    for number, group in enumerate(layer_groups(spec, index)):
         width = weights[group.readers[0]].shape[1]
         observer = Observer(width, ids.numel(), ids.shape[1], run.device)
         for piece in passes[QUANTIZED].pieces():
@@ -173,7 +175,7 @@ def _calibrate_layer(run: _Run, index: int, advance: Advance) -> None:
         if smoothing is not None and number in FROM_FILE:
             passes[QUANTIZED].divide_pending(smoothing)
         decided = replace(recipe, tensors=tensors)
-        names = (*group.readers, group.producer)
+        names = (*group.readers, *group.divided)
         install_weights(layers[QUANTIZED], decided, names, weights.__getitem__)
     for piece in passes[QUANTIZED].pieces():
         for stream, one in passes.items():

@@ -29,7 +29,7 @@ def float_layer(
 ) -> Layer:
     """Build decoder layer `index` in float32 on `device` from `weight(canonical name)`."""
     with torch.device("meta"):
-        layer = Layer(spec, spec.layer_windows[index])
+        layer = Layer(spec, index)
     for path, _ in list(layer.named_parameters()):
         module, _, leaf = path.rpartition(".")
         value = weight(f"model.layers.{index}.{path}").to(device, torch.float32)
@@ -50,18 +50,19 @@ def quantized_layer(
 def install_weights(
     layer: Layer, recipe: Recipe, names: Iterable[str], weight: Callable[[str], Tensor]
 ) -> None:
-    """Replace the norms and linears `names` of the layer by what the recipe stores for them."""
+    """Replace the norms, linears and biases `names` of the layer by what the recipe stores."""
     device = layer.input_layernorm.weight.device
     for name in names:
-        path = name.split(".", 3)[3].removesuffix(".weight")
+        path, _, leaf = name.split(".", 3)[3].rpartition(".")  # the leaf is `weight` or `bias`
+        module = layer.get_submodule(path)
         if name in recipe.schemes:
-            linear = Kept(name, partial(weight, name), recipe)
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            linear = Kept(name, partial(weight, name), recipe, bias)
             linear.weight = linear.weight.to(device)
             layer.set_submodule(path, linear)
         elif recipe.calibrated(name):
             value = recipe.smoothed(name, weight(name).float()).to(device)
-            module = layer.get_submodule(path)
-            module.weight = nn.Parameter(value, requires_grad=False)
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def run_layer(decoder: Decoder, layer: Layer, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from calib.layers.layer_pass import quantized_layer, run_layer, tensor_in_file
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from exporter.quantization.recipe import INPUT_SCALE, Recipe
 from graphs.quant_scheme import SCALE, ZERO_POINT, Scheme, groups
 from graphs.spec import ModelSpec

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.quantization.rounding import Quantized, blocked, quantize
+from exporter.checkpoint.quantized.value import Quantized, blocked
+from exporter.quantization.rounding import quantize
 from graphs.quant_scheme import Scheme
 
 SCALE_DTYPE = torch.float16  # scales are rounded to it, so that one table serves every target

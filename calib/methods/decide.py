@@ -24,9 +24,9 @@ from calib.methods.gptq import drift_corrected, gptq_codes
 from calib.methods.input_ranges import input_scale, rounding_error
 from calib.methods.observation import Observation
 from calib.methods.smoothing import tied
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.quantization.packing import pack_int4
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, smoothed
-from exporter.quantization.rounding import Quantized
 from graphs.dtypes import code_range
 from graphs.quant_scheme import SCALE, ZERO_POINT, Group, Scheme
 from graphs.spec import ModelSpec

@@ -8,7 +8,8 @@ the output. Blocks keep their place in the weight, whatever the order of roundin
 import torch
 from torch import Tensor
 
-from exporter.quantization.rounding import Quantized, nearest_code
+from exporter.checkpoint.quantized.value import Quantized
+from exporter.quantization.rounding import nearest_code
 from graphs.quant_scheme import Scheme
 
 DAMPING = 0.01  # share of H's mean diagonal that is added to the diagonal, as in the paper

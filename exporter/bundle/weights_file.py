@@ -24,11 +24,12 @@ import onnx_ir as ir
 import torch
 
 from exporter.checkpoint.open import Checkpoint, check_finite
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange
 from exporter.quantization.packing import pack
 from exporter.quantization.recipe import Recipe
-from exporter.quantization.rounding import Quantized
+from exporter.quantization.reference import split_rows
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
 from graphs.passes.weight_ref import weight_of
@@ -122,7 +123,8 @@ def stream_weights(
         try:
             _write(file, 0, layout.header)
             for name in recipe.spec.weight_shapes():
-                for count in _write_weight(checkpoint, read(name), recipe, name, layout, file):
+                read.ahead(name)
+                for count in _write_weight(checkpoint, recipe, name, layout, file):
                     if progress is not None:
                         progress(count)
                 digests[name] = hasher.submit(checkpoint.digest, name)
@@ -150,28 +152,27 @@ def link_weights(model: ir.Model, recipe: Recipe, directory: Path) -> None:
 
 
 def _write_weight(
-    checkpoint: Checkpoint, stored: torch.Tensor, recipe: Recipe, name: str, layout: WeightsLayout,
-    file: BinaryIO,
-) -> Iterator[int]:  # fmt: skip
+    checkpoint: Checkpoint, recipe: Recipe, name: str, layout: WeightsLayout, file: BinaryIO
+) -> Iterator[int]:
     """Write all parts of one weight; yields the number of bytes written, block by block."""
-    check_finite(name, stored)
     at = [layout.ranges[part.name][0] for part in layout.parts[name]]
-    calibrated = recipe.calibrated(name)
-    source = checkpoint.bytes_of(name)
-    unchanged = name not in recipe.schemes and not calibrated
-    if unchanged and source is not None and TORCH_FLOATS[source.dtype] == recipe.stored:
-        yield from _copy(source, stored, file, at[0])
-        return
-    if recipe.stored is torch.float16:
-        _check_range(name, stored)
-    # Calibration decides about a weight as a whole, which is a linear of one layer at most.
-    size = QUANTIZED_BLOCK if name in recipe.schemes else BLOCK
-    rows = len(stored) if calibrated else max(1, size // max(1, stored[0].numel() * 4))
     exact = recipe.repacked.get(name)
-    blocks = stored.split(rows) if exact is None else [stored]
-    for block in blocks:
+    if exact is not None:
+        blocks = _carried(recipe, name, exact())
+    else:
+        stored, source = checkpoint.tensor(name), checkpoint.bytes_of(name)
+        check_finite(name, stored)
+        unchanged = name not in recipe.schemes and not recipe.calibrated(name)
+        if unchanged and source is not None and TORCH_FLOATS[source.dtype] == recipe.stored:
+            yield from _copy(source, stored, file, at[0])
+            return
+        if recipe.stored is torch.float16:
+            _check_range(name, stored)
+        blocks = _blocks(recipe, name, stored)
+    if recipe.layout(name) == "transposed":
+        blocks = iter([_side_by_side(blocks, layout.parts[name])])
+    for parts in blocks:
         written = 0
-        parts = _converted(recipe, name, block) if exact is None else _packed(recipe, name, exact())
         for i, part in enumerate(parts):
             _write(file, at[i], part.flatten().view(torch.uint8).numpy().data)
             at[i] += part.nbytes
@@ -179,16 +180,54 @@ def _write_weight(
         yield written
 
 
-def _converted(recipe: Recipe, name: str, weight: torch.Tensor) -> list[torch.Tensor]:
-    """Convert some rows of a weight into their parts."""
-    weight = recipe.smoothed(name, weight)
-    if name not in recipe.schemes:
-        return [weight.to(recipe.stored).contiguous()]
-    return _packed(recipe, name, recipe.quantized(name, weight))
+def _blocks(recipe: Recipe, name: str, stored: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Convert a weight into its parts, some rows at a time where no row depends on another."""
+    rows = _rows_at_once(stored, QUANTIZED_BLOCK if name in recipe.schemes else BLOCK)
+    if recipe.calibrated(name):
+        # Calibration decides about a weight as a whole, which is a linear of one layer at most.
+        rows = len(stored)
+    for block in stored.split(rows):
+        weight = recipe.smoothed(name, block)
+        if name in recipe.schemes:
+            yield _packed(recipe, name, recipe.quantized(name, weight))
+        else:
+            yield [weight.to(recipe.stored).contiguous()]
+
+
+def _carried(recipe: Recipe, name: str, weight: Quantized) -> Iterator[list[torch.Tensor]]:
+    """Pack codes that the checkpoint already has, some rows at a time."""
+    for numbers in (weight.scale, weight.minimum):
+        if numbers is not None:
+            check_finite(name, numbers)
+    if not ELEMENT_TYPES[weight.scheme.codes].is_integer:  # float8 has codes that are NaN
+        check_finite(name, weight.codes.float())
+    for part in split_rows(weight, _rows_at_once(weight.codes, BLOCK)):
+        yield _packed(recipe, name, part)
+
+
+def _rows_at_once(weight: torch.Tensor, size: int) -> int:
+    """How many rows have `size` bytes as float32: an even number, two of 4 bits share a byte."""
+    return max(2, size // max(1, weight[0].numel() * 4)) // 2 * 2
 
 
 def _packed(recipe: Recipe, name: str, weight: Quantized) -> list[torch.Tensor]:
     return pack(weight, recipe.stored, recipe.layout(name))
+
+
+def _side_by_side(
+    blocks: Iterator[list[torch.Tensor]], parts: tuple[StoredPart, ...]
+) -> list[torch.Tensor]:
+    """Join blocks of columns; holds the codes of one whole weight."""
+    whole: list[torch.Tensor] = []
+    at = [0] * len(parts)
+    for block in blocks:
+        for i, piece in enumerate(block):
+            if i == len(whole):
+                width = ELEMENT_TYPES[parts[i].element].nbytes(parts[i].shape[-1]) // piece.itemsize
+                whole.append(piece.new_empty(*piece.shape[:-1], width))
+            whole[i][..., at[i] : at[i] + piece.shape[-1]] = piece
+            at[i] += piece.shape[-1]
+    return whole
 
 
 def _check_range(name: str, tensor: torch.Tensor) -> None:

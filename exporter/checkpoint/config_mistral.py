@@ -8,28 +8,32 @@ files have settings that change the arithmetic, and ignoring one would silently 
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.checkpoint.config_hf import USE_ANOTHER, Window, head_size, layer_count
-from exporter.checkpoint.fields import Fields
+from exporter.families.config import USE_ANOTHER, Window, head_size, layer_count
+from exporter.families.rotary import yarn_factor
+from exporter.fields import Fields
 from graphs.errors import MistralcError
+from graphs.rope import EVERYWHERE, Rope, RopeScaling
 from graphs.spec import ModelSpec
+
+LEFT_OUT = ("vision_encoder",)
+"""Settings of models for other input than text, whose weights are left out."""
 
 _CONTEXT = 128_000  # positions in the rotary table of the reference code
 _READ = frozenset(
     {"dim", "n_layers", "head_dim", "hidden_dim", "n_heads", "n_kv_heads", "norm_eps",
      "vocab_size", "rope_theta", "sliding_window", "_sliding_window", "tied_embeddings",
-     "max_position_embeddings", "max_seq_len", "model_type", "activation"}
+     "max_position_embeddings", "max_seq_len", "model_type", "activation", "yarn",
+     "llama_4_scaling", *LEFT_OUT}
 )  # fmt: skip
-_WITHOUT_EFFECT = frozenset({"max_batch_size"})
+_WITHOUT_EFFECT = frozenset({"max_batch_size", "quantization"})  # the latter: `quantized/`
+_YARN = frozenset({"factor", "original_max_position_embeddings", "beta", "alpha", "apply_scale"})
+_LLAMA_4 = frozenset({"original_max_position_embeddings", "beta"})
 _REFUSED: Mapping[str, str] = {
     "moe": "a mixture of experts",
     "lora": "LoRA layers",
-    "vision_encoder": "a vision encoder",
     "audio": "an audio encoder",
     "multimodal": "an audio or vision encoder",
-    "quantization": "quantized weights",
-    "yarn": "YaRN rotary scaling",
     "rope_scaling": "rotary scaling",
-    "llama_4_scaling": "attention scaled by position",
     "qk_norm": "normalized queries and keys",
     "use_biases": "biases",
 }
@@ -38,8 +42,8 @@ _REFUSED: Mapping[str, str] = {
 def spec_from_params(params: Mapping[str, Any], origin: str = "params.json") -> ModelSpec:
     """Read Mistral's `params.json`. Errors name the file as `origin`.
 
-    Raises MistralcError naming the first setting that is missing, of the wrong type, or not part
-    of the dense Mistral architecture.
+    Raises MistralcError naming the first setting that is missing, of the wrong type, or not one
+    that the decoder computes.
     """
     fields = Fields(params, origin)
     _check_supported(fields)
@@ -57,8 +61,10 @@ def spec_from_params(params: Mapping[str, Any], origin: str = "params.json") -> 
         max_position_embeddings=_context(fields),
         rms_norm_eps=fields.number("norm_eps"),
         rope_theta=_theta(fields),
+        rope_scaling=_yarn(fields),
         tie_word_embeddings=fields.flag("tied_embeddings", default=False),
         layer_windows=windows,
+        rope=_query_scale(fields),
     )
 
 
@@ -90,6 +96,35 @@ def _theta(fields: Fields) -> float:
     # Mistral-7B v0.1, were trained with 10**4.
     windowed = fields.has("sliding_window") or fields.has("_sliding_window")
     return fields.number("rope_theta", 10_000.0 if windowed else 1_000_000.0)
+
+
+def _yarn(fields: Fields) -> RopeScaling | None:
+    """Read YaRN; `alpha` and `beta` are the numbers of turns that it blends between."""
+    section = fields.section("yarn")
+    if section is None:
+        return None
+    section.reject_others(_YARN, "Use the file that was published with these weights.")
+    factor = section.number("factor")
+    scaled = section.flag("apply_scale", default=True)
+    return RopeScaling(
+        rope_type="yarn",
+        factor=factor,
+        original_max_position_embeddings=section.integer("original_max_position_embeddings"),
+        beta_fast=section.number("beta"),
+        beta_slow=section.number("alpha"),
+        attention_factor=yarn_factor(factor) if scaled else 1.0,
+    )
+
+
+def _query_scale(fields: Fields) -> Rope:
+    section = fields.section("llama_4_scaling")
+    if section is None:
+        return EVERYWHERE
+    section.reject_others(_LLAMA_4, "Use the file that was published with these weights.")
+    return Rope(
+        query_scale=section.number("beta"),
+        query_scale_length=section.integer("original_max_position_embeddings"),
+    )
 
 
 def _windows(fields: Fields, layers: int) -> tuple[Window, ...]:

@@ -65,12 +65,18 @@ def is_readable(dtype: str) -> bool:
     return True
 
 
-def dequantize(stored: StoredTensor) -> torch.Tensor:
-    """Dequantize a tensor of any block type to float32, in its shape."""
+def dequantize(stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
+    """Dequantize rows `start` to `stop` of a tensor of any block type to float32.
+
+    A tensor of one dimension is one row of blocks, and is decoded whole.
+    """
     gguf = _package()
     kind = gguf.GGMLQuantizationType[stored.where.dtype]
-    rows = map_bytes(stored.where).view(*stored.shape[:-1], -1).numpy()
-    return torch.from_numpy(gguf.quants.dequantize(rows, kind)).view(stored.shape)
+    rows = map_bytes(stored.where).view(*stored.shape[:-1], -1)
+    if len(stored.shape) > 1:
+        rows = rows[start:stop]
+    weight = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind))
+    return weight[start:stop] if len(stored.shape) == 1 else weight
 
 
 @cache

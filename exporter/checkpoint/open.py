@@ -8,31 +8,42 @@ is missing, unexpected, of another shape or of an unreadable type is an error.
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from exporter.checkpoint import weight_names
-from exporter.checkpoint.config_gguf import spec_from_gguf
-from exporter.checkpoint.config_hf import spec_from_hf
+from exporter.checkpoint.adapters.merge import resized
+from exporter.checkpoint.adapters.read import Adapter
+from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model
+from exporter.checkpoint.config_gguf import (
+    FACTORS,
+    LONG_FACTORS,
+    SHORT_FACTORS,
+    gguf_family,
+    spec_from_gguf,
+)
+from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.fields import read_json
-from exporter.checkpoint.gguf_file import dequantize, is_readable, read_gguf
-from exporter.checkpoint.locate import Format, find_weight_file, format_of, locate, weights_present
+from exporter.checkpoint.gguf_file import read_gguf
+from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
+from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
-from exporter.checkpoint.stored import TORCH_FLOATS, ByteRange, StoredTensor, map_bytes, map_tensor
+from exporter.checkpoint.stored import ByteRange, StoredTensor, map_bytes
+from exporter.checkpoint.weight_source import WeightSource
+from exporter.families.family import Family, Format
+from exporter.families.mistral import MISTRAL
+from exporter.fields import Fields, read_json
 from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Old versions of transformers saved the rotary frequencies, which follow from the configuration.
-_IGNORED = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+_HEAD = "lm_head.weight"
+_MOST_NUMBERS = 4096  # rotary factors; published models have 64 at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,94 +51,113 @@ class Checkpoint:
     """An opened checkpoint. It holds no file open, so there is nothing to close.
 
     `source` is `smollm2` or an absolute path, `path` the directory or GGUF file that it names.
-    `stored` maps canonical names to the stored tensors, whose rows are in the format's own order.
+    `stored` maps canonical names to where the weights come from, rows in canonical order. `method`
+    is how the weights of a directory are quantized, None if they are not. `adapters` are merged in
+    `stored`; `text` is where the tokenizer is read from.
+    `left_out` names the parts of the checkpoint that are not of the text model.
     """
 
     spec: ModelSpec
+    family: Family
     source: str
     path: Path
     format: Format
-    stored: Mapping[str, StoredTensor]
+    stored: Mapping[str, WeightSource]
+    method: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    text: Path
+    left_out: tuple[str, ...] = ()
 
     @property
     def dtypes(self) -> Mapping[str, str]:
         """The stored type by canonical name: a float type, or a GGUF block type such as `Q4_1`."""
-        return {name: tensor.where.dtype for name, tensor in self.stored.items()}
+        return {name: source.dtype for name, source in self.stored.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a weight in its stored float type, or dequantized to float32.
 
         Memory-mapped if the stored bytes are in canonical order, otherwise a copy.
         """
-        stored = self.stored[name]
-        weight = map_tensor(stored) if stored.where.dtype in TORCH_FLOATS else dequantize(stored)
-        heads = self.interleaved_heads(name)
-        return weight if heads is None else weight_names.to_half_split(weight, heads)
+        return self.stored[name].read()
 
     def bytes_of(self, name: str) -> ByteRange | None:
         """Return the byte range that holds `tensor(name)` verbatim; None if it is computed."""
-        where = self.stored[name].where
-        verbatim = where.dtype in TORCH_FLOATS and self.interleaved_heads(name) is None
-        return where if verbatim else None
+        return self.stored[name].verbatim
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 of a weight's stored bytes, 64 hexadecimal digits."""
-        return hashlib.sha256(map_bytes(self.stored[name].where).numpy().data).hexdigest()
+        digest = hashlib.sha256()
+        for where in self.stored[name].ranges:
+            digest.update(map_bytes(where).numpy().data)
+        return digest.hexdigest()
 
     def fingerprint(self, digests: Mapping[str, str] | None = None) -> str:
         """Return a SHA-256 that identifies the model, 64 hexadecimal digits.
 
         It covers the spec, the format, and every weight's canonical name, shape, stored type and
         bytes. It does not cover the names and number of files, nor files without weights such as
-        the tokenizer. `digests` are the results of `digest` by name, if they are known; otherwise
-        all weights are read, two at a time, at about 1.5 GB/s per core.
+        the tokenizer. Adapters are covered by their tensors and factors. `digests` are the results
+        of `digest` by name, if they are known; otherwise all weights are read, two at a time, at
+        about 1.5 GB/s per core.
         """
         names = sorted(self.stored)
         if digests is None:
             with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
                 digests = dict(zip(names, pool.map(self.digest, names), strict=True))
-        tensors = [(n, self.stored[n].shape, self.stored[n].where.dtype, digests[n]) for n in names]
-        text = json.dumps(
-            {"format": self.format, "spec": self.spec.to_json(), "tensors": tensors},
-            sort_keys=True,
-        )
+        tensors = [(n, self.stored[n].shape, self.stored[n].dtype, digests[n]) for n in names]
+        facts: dict[str, Any] = {
+            "format": self.format,
+            "spec": self.spec.to_json(),
+            "tensors": tensors,
+        }
+        if self.adapters:
+            facts["adapters"] = [adapter.facts for adapter in self.adapters]
+        text = json.dumps(facts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def interleaved_heads(self, name: str) -> int | None:
-        """Return the number of heads if the rows are in interleaved order, otherwise None."""
-        return None if self.format == "huggingface" else weight_names.rotated_heads(self.spec, name)
 
-
-def open_checkpoint(source: str | Path) -> Checkpoint:
+def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     """Open a Hugging Face or Mistral directory, a `.gguf` file, or the name `smollm2`.
 
-    A directory in both formats is read as Hugging Face's. Reads no weight, with one exception: an
-    `lm_head.weight` stored next to a tied embedding is compared with it. Raises MistralcError
-    naming the file, and the tensor or setting that is wrong.
+    A directory in both formats is read as Hugging Face's. The PEFT adapters `lora` (`ADAPTER` or
+    `ADAPTER=WEIGHT`) are merged into it. Reads no weight, with one exception: an `lm_head.weight`
+    stored next to a tied embedding is compared with it. Raises MistralcError naming the file, and
+    the tensor or setting that is wrong.
     """
-    path, label = locate(source)
+    place = locate(source, lora)
+    path = place.path
     with _reading(path):
         kind = format_of(path)
+        quantization = None
         if kind == "gguf":
-            spec, found = _read_gguf(path)
+            family, spec, found = _read_gguf(path)
         else:
-            spec, weights = _configured(path, kind), find_weight_file(path, kind)
+            family, spec, quantization = _configured(path, kind)
+            weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
-        stored = _canonical(spec, kind, path, found)
-    return Checkpoint(spec=spec, source=label, path=path, format=kind, stored=stored)
+        sources, left_out = text_model(family, sources_of(found, kind, quantization))
+        if family.head_may_be_tied and _HEAD not in sources:
+            spec = replace(spec, tie_word_embeddings=True)
+        spec, stored = canonical(family, spec, kind, path, sources, place.adapters)
+    return Checkpoint(
+        spec=spec, family=family, source=place.label, path=path, format=kind, stored=stored,
+        method=None if quantization is None else quantization.method, adapters=place.adapters,
+        text=place.text, left_out=left_out,
+    )  # fmt: skip
 
 
-def read_spec(source: str | Path) -> ModelSpec:
+def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
     """Read the spec of a checkpoint; unlike `open_checkpoint`, the configuration is enough."""
-    path, _ = locate(source)
-    with _reading(path):
-        kind = format_of(path)
-        return _read_gguf(path)[0] if kind == "gguf" else _configured(path, kind)
+    place = locate(source, lora)
+    with _reading(place.path):
+        kind = format_of(place.path)
+        spec = _read_gguf(place.path)[1] if kind == "gguf" else _configured(place.path, kind)[1]
+    return resized(spec, place.adapters)
 
 
 def has_weights(source: str | Path) -> bool:
     """Whether every weight file is present; a directory may have only the configuration."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         kind = format_of(path)
         return kind == "gguf" or weights_present(path, kind)
@@ -135,7 +165,7 @@ def has_weights(source: str | Path) -> bool:
 
 def declared_type(source: str | Path) -> Dtype | None:
     """Read the weights' type from the configuration; None if it gives none that we know."""
-    path, _ = locate(source)
+    path = locate(source).path
     with _reading(path):
         if format_of(path) != "huggingface":
             return None
@@ -169,105 +199,35 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_gguf(path: Path) -> tuple[ModelSpec, dict[str, StoredTensor]]:
+def _read_gguf(path: Path) -> tuple[Family, ModelSpec, dict[str, StoredTensor]]:
     file = read_gguf(path)
+    family = gguf_family(Fields(file.metadata, str(path)))
     tied = "output.weight" not in file.tensors
-    return spec_from_gguf(file.metadata, tied=tied, origin=str(path)), file.tensors
+    names = [name for name in (FACTORS, SHORT_FACTORS, LONG_FACTORS) if name in file.tensors]
+    numbers = {name: _numbers(file.tensors.pop(name)) for name in names}
+    spec = spec_from_gguf(
+        file.metadata, tied=tied, origin=str(path), numbers=numbers, tensors=file.tensors
+    )
+    return family, spec, file.tensors
 
 
-def _configured(directory: Path, kind: Format) -> ModelSpec:
+def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
+    """Read a small tensor, such as rotary factors. Raises MistralcError if it holds no floats."""
+    source = source_of(tensor, "gguf")
+    if not source.readable or len(tensor.shape) != 1 or tensor.shape[0] > _MOST_NUMBERS:
+        raise MistralcError(
+            f"{source.path}: the tensor {tensor.name} has shape {list(tensor.shape)} and type "
+            f"{source.dtype}; expected one float for each rotated pair. Download the file again."
+        )
+    return tuple(source.read().float().tolist())
+
+
+def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec, Quantization | None]:
+    """Read the family and the spec, and how the weights are quantized."""
     if kind == "mistral":
         params = read_json(directory / "params.json")
-        return spec_from_params(params.values, params.origin)
+        spec = spec_from_params(params.values, params.origin)
+        return MISTRAL, spec, quantization_of(directory, params)
     config = read_json(directory / "config.json")
-    return spec_from_hf(config.values, config.origin)
-
-
-def _canonical(
-    spec: ModelSpec, kind: Format, path: Path, found: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """Return the tensors by canonical name, after checking that they are exactly the spec's."""
-    stored: dict[str, StoredTensor] = {}
-    names = {name: _stored_name(name, kind) for name in spec.weight_shapes()}
-    for name, shape in spec.weight_shapes().items():
-        tensor = found.get(names[name])
-        if tensor is None:
-            raise _missing(names, found, name, path)
-        _check_tensor(tensor, shape, kind)
-        stored[name] = tensor
-    head = found.get(_stored_name(_HEAD, kind))
-    for stray in found.values():
-        if stray.name in names.values() or _IGNORED.fullmatch(stray.name):
-            continue
-        if spec.tie_word_embeddings and stray is head:
-            _check_tied(stored[_EMBEDDING], stray)
-            continue
-        raise _unexpected(stray)
-    return stored
-
-
-def _stored_name(name: str, kind: Format) -> str:
-    if kind == "mistral":
-        return weight_names.mistral_name(name)
-    return weight_names.gguf_name(name) if kind == "gguf" else name
-
-
-def _missing(
-    names: Mapping[str, str], found: Mapping[str, StoredTensor], name: str, path: Path
-) -> MistralcError:
-    count = sum(stored_name not in found for stored_name in names.values())
-    others = f" and {count - 1} more" if count > 1 else ""
-    advice = "Use the configuration and weights of one checkpoint, or download it again."
-    if name == _HEAD:
-        advice = (
-            "If the output layer is the embedding, the configuration has to say so "
-            "(tie_word_embeddings or tied_embeddings: true); otherwise download the checkpoint "
-            "again."
-        )
-    return MistralcError(
-        f"{path} lacks the tensor {names[name]}{others}; expected every weight that the "
-        f"configuration describes. {advice}"
-    )
-
-
-def _unexpected(stray: StoredTensor) -> MistralcError:
-    advice = (
-        "Use the configuration and weights of one dense checkpoint without biases, adapters or "
-        "quantization."
-    )
-    if stray.name == "rope_freqs.weight":  # Llama 3.1's rotary scaling in GGUF
-        advice = "It scales the rotary embedding: use the Hugging Face checkpoint of this model."
-    return MistralcError(
-        f"{stray.where.path} has a tensor {stray.name} of shape {list(stray.shape)}; expected only "
-        f"the weights that the configuration describes. {advice}"
-    )
-
-
-def _check_tensor(tensor: StoredTensor, shape: tuple[int, ...], kind: Format) -> None:
-    if tensor.shape != shape:
-        raise MistralcError(
-            f"{tensor.where.path}: the tensor {tensor.name} has shape {list(tensor.shape)}; "
-            f"expected {list(shape)} from the configuration. Use the configuration and weights of "
-            "one checkpoint."
-        )
-    dtype = tensor.where.dtype
-    if dtype in TORCH_FLOATS or (kind == "gguf" and is_readable(dtype)):
-        return
-    quantized = " or a quantization that the gguf package can read" if kind == "gguf" else ""
-    raise MistralcError(
-        f"{tensor.where.path}: the tensor {tensor.name} is of type {dtype}; expected one of "
-        f"{', '.join(TORCH_FLOATS)}{quantized}. Use the unquantized checkpoint, and quantize with "
-        "--precision."
-    )
-
-
-def _check_tied(embedding: StoredTensor, head: StoredTensor) -> None:
-    """Raise unless a stored output layer equals the embedding that it is tied to, byte for byte."""
-    same = (embedding.shape, embedding.where.dtype) == (head.shape, head.where.dtype)
-    if not same or not torch.equal(map_bytes(embedding.where), map_bytes(head.where)):
-        raise MistralcError(
-            f"{head.where.path}: the tensor {head.name} differs from {embedding.name}, although "
-            f"the configuration says that they are tied; expected the same bytes, or no "
-            f"{head.name}. Set tie_word_embeddings to false if the output layer was trained on its "
-            "own; otherwise remove the tensor."
-        )
+    spec = spec_from_hf(config.values, config.origin)
+    return family_of(config), spec, quantization_of(directory, config)

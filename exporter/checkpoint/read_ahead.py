@@ -33,23 +33,28 @@ class ReadAhead:
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the weight, and have the ones after it read into the page cache."""
+        self.ahead(name)
+        return self._checkpoint.tensor(name)
+
+    def ahead(self, name: str) -> None:
+        """Have the weights after this one read into the page cache."""
         at = self._places[name]
         if at == 0:  # the embedding: a new pass begins
             self._asked = 0
         left = AHEAD
         for place, other in enumerate(self._names[at + 1 :], at + 1):
-            left -= self._checkpoint.stored[other].where.length
+            left -= self._checkpoint.stored[other].nbytes
             if left < 0:
                 break
             if place > self._asked:
                 self._asked = place
                 self._reader.submit(self._read, other)
-        return self._checkpoint.tensor(name)
 
     def _read(self, name: str) -> None:
         """Read a weight's bytes once, and leave them to the page cache."""
-        where = self._checkpoint.stored[name].where
-        with suppress(OSError), where.path.open("rb", buffering=0) as file:  # `tensor` reports it
-            for offset in range(where.offset, where.offset + where.length, STEP):
-                count = min(STEP, where.offset + where.length - offset)
-                os.preadv(file.fileno(), [memoryview(self._buffer)[:count]], offset)
+        with suppress(OSError):  # `tensor` reports it
+            for where in self._checkpoint.stored[name].ranges:
+                with where.path.open("rb", buffering=0) as file:
+                    for offset in range(where.offset, where.offset + where.length, STEP):
+                        count = min(STEP, where.offset + where.length - offset)
+                        os.preadv(file.fileno(), [memoryview(self._buffer)[:count]], offset)

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from exporter.checkpoint.fields import read_json
 from exporter.checkpoint.stored import FLOAT_NAMES, ByteRange, StoredTensor
+from exporter.fields import read_json
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
 
 _UNUSED_SIZES = {"F64": 8, "I32": 4, "I16": 2, "U64": 8, "U32": 4, "U16": 2, "BOOL": 1,
-                 "F8_E5M2": 1}  # fmt: skip
+                 "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
 _ITEM_SIZES = _UNUSED_SIZES | {
     one.safetensors: one.nbytes(1) for one in ELEMENT_TYPES.values()
 }  # of every type in the format, so that the sizes of tensors we ignore are checked too

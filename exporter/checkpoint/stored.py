@@ -18,6 +18,12 @@ TORCH_FLOATS: Mapping[str, torch.dtype] = {
 }
 """torch's dtype by our name, for the types that a graph may compute in."""
 
+_RAW: Mapping[str, torch.dtype] = {
+    **TORCH_FLOATS, "I8": torch.int8, "U8": torch.uint8, "I32": torch.int32, "U32": torch.int32,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
 FLOAT_NAMES: Mapping[str, str] = {ELEMENT_TYPES[name].safetensors: name for name in FLOATS}
 """Our name by the one in a weight file: safetensors and GGUF both say F32, F16 and BF16."""
 
@@ -67,8 +73,12 @@ def map_bytes(where: ByteRange) -> torch.Tensor:
 
 
 def map_tensor(stored: StoredTensor) -> torch.Tensor:
-    """Return a float tensor in its stored dtype and shape, memory-mapped if it is aligned."""
-    dtype = TORCH_FLOATS[stored.where.dtype]
+    """Return a tensor in its stored dtype and shape, memory-mapped if it is aligned.
+
+    Besides floats it takes the types that quantized weights are made of. Unsigned words of 32 bits
+    come as int32: they hold packed codes, whose bits are what counts.
+    """
+    dtype = _RAW[stored.where.dtype]
     data = map_bytes(stored.where)
     if stored.where.offset % dtype.itemsize:
         data = data.clone()  # torch needs a tensor to start at a multiple of its item size

@@ -15,7 +15,7 @@ from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks.corpus import read_corpus, windows
 from exporter.checks.evaluate import Evaluation, evaluate, steps
 from exporter.checks.texts import gate_text
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from exporter.options import GateOptions
 from graphs.build import Build
 from graphs.errors import MistralcError

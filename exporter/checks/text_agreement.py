@@ -5,7 +5,7 @@ manifest, also if that was nothing. Raises MistralcError for the first string or
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,34 +83,35 @@ def text_record(source: Path, files: TokenizerFiles, rows: int) -> dict[str, Any
     return record | ({"notes": list(notes)} if notes else {})
 
 
-def verify_text(bundle: Path, checkpoint: str, rows: int) -> dict[str, Any]:
+def verify_text(bundle: Path, checkpoint: str, lora: Sequence[str], rows: int) -> dict[str, Any]:
     """Compare the tokenizer in a finished bundle with that of its checkpoint; returns the record.
 
     Raises MistralcError as `text_record` does, or if the bundle's files are not those that an
     export of the checkpoint writes today.
     """
-    path, _ = locate(checkpoint)
-    files = read_tokenizer(path)
+    place = locate(checkpoint, lora)
+    files = read_tokenizer(place.text, place.path)
     if (bundle / "tokenizer.json").read_text(encoding="utf-8") != files.tokenizer_json:
         raise MistralcError(
             f"The tokenizer.json of {bundle} is not the one that {checkpoint} gives; expected the "
             "same. The checkpoint's tokenizer files were changed after the export, or another "
             "version of mistralc wrote the bundle: export again."
         )
-    return text_record(path, files, rows)
+    return text_record(place.text, files, rows)
 
 
-def plan_notes(source: str, rows: int) -> tuple[str, ...]:
+def plan_notes(source: str, lora: Sequence[str], rows: int) -> tuple[str, ...]:
     """What an export of `source` would note about its text files; nothing if there are none.
 
     Raises MistralcError as an export would if they cannot be carried over.
     """
-    path, _ = locate(source)
+    place = locate(source, lora)
+    path = place.text
     if path.is_file() and "tokenizer.ggml.model" not in read_gguf(path).metadata:
         return ()
     if path.is_dir() and not has_vocabulary(path):
         return ()
-    files = read_tokenizer(path)
+    files = read_tokenizer(path, place.path)
     return (*files.notes, *require_rows(files, rows))
 
 

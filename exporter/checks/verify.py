@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 
 from exporter.bundle.weights_file import FILE_NAME
 from exporter.checkpoint.open import Checkpoint, open_checkpoint
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks.reference_pass import Logits, case_texts
 from exporter.checks.texts import Case, LeftOut, cases
 from exporter.decoder.model import CPU, Decoder, logits_at
 from exporter.quantization.calibration_table import CalibrationTable
-from exporter.quantization.gguf_blocks import read_blocks
-from exporter.quantization.make_recipe import stored_recipe
+from exporter.quantization.make_recipe import carried_codes, stored_recipe
 from exporter.quantization.packing import unpack
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
-from exporter.quantization.rounding import Quantized
 from graphs.build import Build
 from graphs.dtypes import Dtype
 from graphs.errors import MistralcError
@@ -187,13 +186,15 @@ def bundle_reference(bundle: Path, manifest: Manifest, device: torch.device = CP
     return simulate(replace(recipe, repacked=read), file.get_tensor, device=device)
 
 
-def same_checkpoint(source: str, manifest: Manifest) -> Checkpoint:
+def same_checkpoint(source: str, manifest: Manifest, lora: Iterable[str] = ()) -> Checkpoint:
     """Open the checkpoint `source`. Raises MistralcError unless the bundle was made of it."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, tuple(lora))
     found, expected = checkpoint.fingerprint(), manifest.checkpoint["fingerprint"]
+    merged = manifest.checkpoint.get("adapters")
     if found != expected:
         raise MistralcError(
-            f"The bundle was made of {manifest.checkpoint['name']} (fingerprint {expected[:12]}…), "
+            f"The bundle was made of {manifest.checkpoint['name']}"
+            f"{f' with the adapters {merged}' if merged else ''} (fingerprint {expected[:12]}…), "
             f"and {source} is another checkpoint (fingerprint {found[:12]}…). Give the one it was "
             "made of, or leave --against out to compare with the bundle's own weights."
         )
@@ -205,12 +206,13 @@ def checkpoint_reference(
     manifest: Manifest,
     table: CalibrationTable | None,
     device: torch.device = CPU,
+    lora: Iterable[str] = (),
 ) -> Decoder:
     """Build the reference on the checkpoint `source`, which must be the one of the bundle.
 
     A bundle that was made with a table of calibration needs that table.
     """
-    checkpoint = same_checkpoint(source, manifest)
+    checkpoint = same_checkpoint(source, manifest, lora)
     facts = manifest.quantization or {}
     wanted = facts.get("calibration")
     if wanted != (None if table is None else table.fingerprint):
@@ -221,7 +223,7 @@ def checkpoint_reference(
             "Give the one it was made with as --calibration, or leave --against out."
         )
     recipe = stored_recipe(manifest.build, manifest.quantization)
-    exact = {name: read_blocks(checkpoint, name) for name in facts.get("repacked", ())}
+    exact = carried_codes(manifest.build, checkpoint)
     tensors = {} if table is None else table.tensors
     recipe = replace(recipe, tensors=tensors, repacked=exact)
     return simulate(recipe, ReadAhead(checkpoint), device=device)

@@ -18,6 +18,7 @@ from runtime.cli import options as common
 
 if TYPE_CHECKING:
     from exporter.estimate.model import Estimate, Fit
+    from exporter.quantization.policy import WeightFacts
 
 LEFT = ("--gpu", "--target", "fits")  # columns of words
 
@@ -54,7 +55,7 @@ def plan(
     targets = [asked or target_for_gpu(each.compute_capability) for each in gpus]
     for one in targets or [_first(asked)]:
         options.check(one)  # a wrong combination is refused before anything is read
-    spec, facts = read_facts(checkpoint)
+    spec, facts = read_facts(checkpoint, options.adapters.lora)
     fits = [
         fit(estimate(decide(spec, one, options, facts), facts), each)
         for each, one in zip(gpus, targets, strict=True)
@@ -62,14 +63,19 @@ def plan(
     needed = (
         fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts), facts)
     )
-    notes = plan_notes(checkpoint, spec.vocab_size)
+    notes = plan_notes(checkpoint, options.adapters.lora, spec.vocab_size)
     if as_json:
         result = {"checkpoint": checkpoint, **to_json(needed), "gpus": list(map(_fit, fits))}
         print(json.dumps(result | {"notes": list(notes)}))
     else:
-        _show(checkpoint, needed, fits)
+        _show(_named(checkpoint, facts), needed, fits)
         for note in notes:
             print(f"note: {note}.")
+
+
+def _named(checkpoint: str, facts: "WeightFacts") -> str:
+    """The checkpoint, and what of it would be left out."""
+    return f"{checkpoint} without {', '.join(facts.left_out)}" if facts.left_out else checkpoint
 
 
 def _first(asked: Target | None) -> Target:
@@ -87,7 +93,7 @@ def to_json(needed: "Estimate") -> dict[str, Any]:
         "target": build.target.name,
         "precision": build.precision.name,
         "activation": build.activation,
-        "spec": asdict(build.spec),
+        "spec": build.spec.to_json(),
         "ring": asdict(build.ring),
         "attention": {str(size): form for size, form in build.attention.items()},
         "passes": [step.name for step in passes_of(build)],
@@ -153,12 +159,14 @@ def _rows(checkpoint: str, needed: "Estimate") -> dict[str, str]:
     slots = ", ".join(f"{count:,}" for count in needed.ring_slots.values())
     rows = f"{ring.max_batch} rows of " if ring.max_batch > 1 else ""
     parts = {name: _size(size) for name, size in needed.activation_parts.items()}
+    scaling = spec.rope_scaling
     return {
         "checkpoint": f"{checkpoint}, {build.precision.name} for {build.target.name}",
         "parameters": f"{needed.parameters:,} ({needed.parameters / 1e9:,.2f} B)",
         "weights": f"{_size(needed.weight_bytes)}{_policy(needed)}",
         "window": f"{windows}; ring of {slots} slots, chunk {ring.chunk:,}",
         "attention": summarize(build.attention),
+        **({} if scaling is None or scaling.note is None else {"rotation": scaling.note}),
         "KV cache": f"{needed.kv_bytes_per_token:,} bytes a token, "
         f"{rows}ring {_size(needed.ring_bytes)} in all",
         "  without GQA": f"{times * needed.kv_bytes_per_token:,} bytes a token, "

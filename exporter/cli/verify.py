@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from exporter.options import AdapterOptions
 from graphs.errors import MistralcError, UsageError
 from runtime.cli import options as common
 from runtime.system.progress import stage_for
@@ -25,6 +26,7 @@ def verify(
         typer.Option(metavar="TABLE",
                      help="With --against: the table that the bundle was made with."),
     ] = None,
+    adapters: AdapterOptions,
     short: Annotated[
         bool, typer.Option("--short", help="Run only the quick cases that export runs.")
     ] = False,
@@ -56,12 +58,17 @@ def verify(
             "--calibration was given without --against: a bundle's own weights are quantized "
             "already. Add --against CHECKPOINT, or leave it out."
         )
+    if against is None and adapters.lora:
+        raise UsageError(
+            "--lora was given without --against: a bundle's own weights have its adapters merged. "
+            "Add --against CHECKPOINT, or leave it out."
+        )
     build = manifest.build
     with stage("Loading both", None):
         if against is None:
             reference = checks.bundle_reference(bundle, manifest, chosen)
         else:
-            reference = checks.checkpoint_reference(against, manifest, table, chosen)
+            reference = checks.checkpoint_reference(against, manifest, table, chosen, adapters.lora)
         session = load_session(bundle, build, manifest.files)
     tokens = sum(case.tokens for case in texts.cases(build, short=short))
     with stage("Comparing", tokens) as advance:
@@ -69,7 +76,8 @@ def verify(
     text = manifest.text
     if against is not None:
         with stage("Comparing the tokenizer", None):
-            text = checks_text.verify_text(bundle, against, build.spec.vocab_size)
+            rows = build.spec.vocab_size
+            text = checks_text.verify_text(bundle, against, adapters.lora, rows)
     source = "its own weights" if against is None else "the checkpoint"
     left_out = texts.cases_left_out(build) if short else []
     result = checks.to_json(agreements, source, left_out)

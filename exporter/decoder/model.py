@@ -1,9 +1,12 @@
-"""The Mistral decoder in PyTorch, from token ids to logits. Knows nothing about checkpoints.
+"""The decoder in PyTorch, from token ids to logits. Knows nothing about checkpoints.
 
 The decoder is written to be traced: ring slots, masks and rotary angles are arithmetic on
 `position_ids`, so the host supplies nothing but the next position. Run eagerly, it is the reference
 that `mistralc verify` compares a bundle with. Module names are those of Hugging Face, so that
 `state_dict()` keys are checkpoint names.
+
+There is one decoder. What families do differently is a value of `ModelSpec`, whose default is
+Mistral's: a part that a model lacks is an identity here, and leaves no node in the graph.
 
 All decoder mathematics is in this file. Calibration, which observes and replaces weights between
 two linears, calls the stages by name instead of repeating them:
@@ -17,9 +20,8 @@ Letters: B batch, S tokens, T logits wanted, C capacity, H query heads, K key/va
 D head size, E hidden, F feed-forward, V vocabulary.
 """
 
-import math
-from collections.abc import Callable, Container
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,23 +37,25 @@ from exporter.decoder.operators import (
     split_heads,
     tensor_scatter,
 )
+from exporter.decoder.rotary import inverse_frequencies, query_scale
 from graphs import window
-from graphs.spec import ModelSpec, RopeScaling
+from graphs.spec import Activation, ModelSpec
 
 Caches = list[Tensor]  # past_key.0, past_value.0, past_key.1, … each [B, K, C, D]
 CPU = torch.device("cpu")
-STORED_BLOCK = 1 << 22
-"""Weights converted at once: 16 MiB in float32 come from the heap again; 64 MiB are mapped anew."""
-KEPT_WEIGHTS = 500_000_000  # of a model whose decoded weights are kept in memory: 2 GB in float32
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}  # fmt: skip
 
 
 class Step(NamedTuple):
     """Rotary angles, ring slots and masks of one step, computed once for all layers."""
 
-    cos: Tensor  # [B, S, D/2]
-    sin: Tensor  # [B, S, D/2]
+    cos: Tensor  # [B, S, R/2]
+    sin: Tensor  # [B, S, R/2], R rotated features of a head
     write_indices: dict[int | None, Tensor]  # by window: the step's first slot, [B]
     masks: dict[int | None, Tensor]  # by window: the slots each token attends to, [B, 1, S, C]
+    query_scale: Tensor | None  # [B, 1, S, 1], for queries that are scaled by their position
 
 
 class RMSNorm(nn.Module):
@@ -71,15 +75,19 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the ring, up to the input of `o_proj`."""
 
-    def __init__(self, spec: ModelSpec, window_size: int | None) -> None:
+    def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
-        self.head_dim, self.window = spec.head_dim, window_size
+        self.spec, self.window, self.rotates = spec, spec.layer_windows[index], spec.rotates(index)
+        own = spec.attention
         q_size = spec.num_attention_heads * spec.head_dim
         kv_size = spec.num_key_value_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(spec.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=False)
+        self.q_proj = nn.Linear(spec.hidden_size, q_size, bias=own.bias)
+        self.k_proj = nn.Linear(spec.hidden_size, kv_size, bias=own.bias)
+        self.v_proj = nn.Linear(spec.hidden_size, kv_size, bias=own.bias)
+        self.o_proj = nn.Linear(q_size, spec.hidden_size, bias=own.output_bias)
+        if own.query_key_norms:
+            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
 
     def forward(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
         """Write the keys and values of x [B, S, E] into the ring, then attend to the ring.
@@ -87,42 +95,61 @@ class Attention(nn.Module):
         Returns the heads' output [B, S, H * D], which `Layer.add_attention` projects, and the two
         updated caches.
         """
-        q = split_heads(self.q_proj(x), self.head_dim)  # [B, H, S, D]
-        k = split_heads(self.k_proj(x), self.head_dim)  # [B, K, S, D]
-        v = split_heads(self.v_proj(x), self.head_dim)  # [B, K, S, D]
-        q = rotary_embedding(q, step.cos, step.sin)  # [B, H, S, D]
-        k = rotary_embedding(k, step.cos, step.sin)  # [B, K, S, D]
+        spec, own = self.spec, self.spec.attention
+        q = split_heads(self.q_proj(x), spec.head_dim)  # [B, H, S, D]
+        k = split_heads(self.k_proj(x), spec.head_dim)  # [B, K, S, D]
+        v = split_heads(self.v_proj(x), spec.head_dim)  # [B, K, S, D]
+        if own.query_key_norms:
+            q, k = self.q_norm(q), self.k_norm(k)  # [B, H, S, D], [B, K, S, D]
+        if self.rotates:
+            q = rotary_embedding(q, step.cos, step.sin)  # [B, H, S, D]
+            k = rotary_embedding(k, step.cos, step.sin)  # [B, K, S, D]
+        if step.query_scale is not None:
+            q = q * step.query_scale  # [B, H, S, D]
         slot = step.write_indices[self.window]  # [B]
         key = tensor_scatter(past[0], k, slot)  # [B, K, C, D]
         value = tensor_scatter(past[1], v, slot)  # [B, K, C, D]
-        heads = attention(q, key, value, step.masks[self.window])  # [B, H, S, D]
+        mask = step.masks[self.window]  # [B, 1, S, C]
+        heads = attention(q, key, value, mask, own.scale, own.softcap)  # [B, H, S, D]
         return merge_heads(heads), [key, value]
 
 
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202), up to the input of `down_proj`."""
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202), up to the input of `down_proj`."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        e, f = spec.hidden_size, spec.intermediate_size
+        self.gate_proj = nn.Linear(e, f, bias=spec.mlp_bias)
+        self.up_proj = nn.Linear(e, f, bias=spec.mlp_bias)
+        self.down_proj = nn.Linear(f, e, bias=spec.mlp_bias)
+        self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, S, E] to the gated product [B, S, F], which `Layer.add_mlp` projects."""
-        gated: Tensor = F.silu(self.gate_proj(x)) * self.up_proj(x)  # [B, S, F]
+        gated: Tensor = self.activation(self.gate_proj(x)) * self.up_proj(x)  # [B, S, F]
         return gated
 
 
 class Layer(nn.Module):
-    """One decoder layer, pre-norm: attention, then feed-forward, each added to its input."""
+    """One decoder layer: attention, then feed-forward, each added to its input.
 
-    def __init__(self, spec: ModelSpec, window_size: int | None) -> None:
+    The input of each is normalized, and with `post_norms` its result too. Modules have the names
+    that Hugging Face gives them, so `post_attention_layernorm` is the norm before the feed-forward
+    in Mistral and the one after attention in Gemma 2.
+    """
+
+    def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
-        self.self_attn = Attention(spec, window_size)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_norms, self.multiplier = spec.post_norms, spec.multipliers.residual
+        norm = partial(RMSNorm, spec.hidden_size, spec.rms_norm_eps)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(spec, index)
+        self.post_attention_layernorm = norm()
         self.mlp = FeedForward(spec)
+        if spec.post_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
 
     def forward(self, x: Tensor, step: Step, past: Caches) -> tuple[Tensor, Caches]:
         """Run x [B, S, E] through the layer; returns the same shape and the two updated caches."""
@@ -138,18 +165,25 @@ class Layer(nn.Module):
 
     def add_attention(self, x: Tensor, heads: Tensor) -> Tensor:
         """Project the heads' output [B, S, H * D] and add it to the residual x [B, S, E]."""
-        added: Tensor = x + self.self_attn.o_proj(heads)  # [B, S, E]
-        return added
+        result = self.self_attn.o_proj(heads)  # [B, S, E]
+        if self.post_norms:
+            result = self.post_attention_layernorm(result)  # [B, S, E]
+        return x + _scaled(result, self.multiplier)  # [B, S, E]
 
     def mlp_input(self, x: Tensor) -> Tensor:
         """Return what gate_proj and up_proj read, from the residual x; both [B, S, E]."""
-        normal: Tensor = self.post_attention_layernorm(x)  # [B, S, E]
+        before = (
+            self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
+        )
+        normal: Tensor = before(x)  # [B, S, E]
         return normal
 
     def add_mlp(self, x: Tensor, gated: Tensor) -> Tensor:
         """Project the gated product [B, S, F] and add it to the residual x [B, S, E]."""
-        added: Tensor = x + self.mlp.down_proj(gated)  # [B, S, E]
-        return added
+        result = self.mlp.down_proj(gated)  # [B, S, E]
+        if self.post_norms:
+            result = self.post_feedforward_layernorm(result)  # [B, S, E]
+        return x + _scaled(result, self.multiplier)  # [B, S, E]
 
 
 class Backbone(nn.Module):
@@ -158,14 +192,14 @@ class Backbone(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(Layer(spec, size) for size in spec.layer_windows)
+        self.layers = nn.ModuleList(Layer(spec, i) for i in range(spec.num_hidden_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
 
 class Decoder(nn.Module):
     """The whole model. `forward` is the graph contract of the bundle."""
 
-    inv_freq: Tensor  # [D/2], float32
+    inv_freq: Tensor  # [R/2], float32
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -193,17 +227,20 @@ class Decoder(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Return the residual stream [B, S, E] that enters the first layer, from ids [B, S]."""
         x: Tensor = self.model.embed_tokens(input_ids)  # [B, S, E]
-        return x
+        return _scaled(x, self.spec.multipliers.embedding)  # [B, S, E]
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits [..., V] of rows of the last layer's output, x [..., E]."""
         scores: Tensor = self.lm_head(self.model.norm(x))  # [..., V]
-        return scores
+        scores = _scaled(scores, self.spec.multipliers.logits)  # [..., V]
+        cap = self.spec.logit_softcap
+        return scores if cap is None else torch.tanh(scores / cap) * cap  # [..., V]
 
     def prepare(self, position_ids: Tensor, past: Caches, dtype: torch.dtype) -> Step:
         """Compute angles, slots and masks from position_ids [B, S], consecutive in each row."""
         first, last = position_ids.select(1, 0), position_ids.select(1, -1)  # [B]
-        angles = position_ids.unsqueeze(-1).float() * self.inv_freq  # [B, S, D/2]
+        angles = position_ids.unsqueeze(-1).float() * self.inv_freq  # [B, S, R/2]
+        factor = 1.0 if (scaling := self.spec.rope_scaling) is None else scaling.attention_factor
         # Positions get the mask's four axes before the comparison: TensorRT-RTX 1.7 fails to
         # compile (a duplicate "iota") if several layers share a mask that gets its axes later.
         queries = position_ids.unsqueeze(1).unsqueeze(-1)  # [B, 1, S, 1]
@@ -214,101 +251,17 @@ class Decoder(nn.Module):
             keys = window.slot_position(last.view(-1, 1, 1, 1), slots, capacity)  # [B, 1, 1, C]
             masks[size] = window.visible(queries, keys, size)  # [B, 1, S, C]
             write_indices[size] = first % capacity  # [B]
-        return Step(angles.cos().to(dtype), angles.sin().to(dtype), write_indices, masks)
+        cos = _scaled(angles.cos(), factor).to(dtype)  # [B, S, R/2]
+        sin = _scaled(angles.sin(), factor).to(dtype)  # [B, S, R/2]
+        scale = None
+        if self.spec.rope.query_scale:
+            scale = query_scale(self.spec, position_ids).to(dtype)  # [B, 1, S, 1]
+        return Step(cos, sin, write_indices, masks, scale)
 
 
-def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """Return the rotation of each pair of features per position, in radians: [D/2], float32.
-
-    theta^(-2i/D) (Su et al. 2021, arXiv:2104.09864), with the checkpoint's scaling. Computed in
-    float32 as in Hugging Face transformers: a difference of one unit in the last place grows to a
-    measurable angle at position 20,000.
-    """
-    exponents = torch.arange(0, spec.head_dim, 2).float() / spec.head_dim  # [D/2]
-    frequencies = 1.0 / spec.rope_theta**exponents  # [D/2]
-    scaling = spec.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    return _llama3(frequencies, scaling)
-
-
-def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divide low frequencies by `factor`, keep high ones, blend in between (Llama 3.1)."""
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # [D/2]
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # [D/2]
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-class StoredLinear(nn.Module):
-    """A float32 linear that reads and converts its weight on every call.
-
-    `read` returns the weight [N, K] of any float type, which may be a mapped file.
-    """
-
-    def __init__(self, read: Callable[[], Tensor]) -> None:
-        super().__init__()
-        self.read = read
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply x [..., K], converting some rows of the weight at a time; returns [..., N]."""
-        weight = self.read()
-        blocks = weight.split(max(1, STORED_BLOCK // weight.shape[1]))
-        parts = [F.linear(x, rows.to(x.device, torch.float32)) for rows in blocks]
-        return torch.cat(parts, dim=-1)
-
-
-class StoredEmbedding(StoredLinear):
-    """An embedding whose weight is read like that of `StoredLinear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Look up x [B, S]; returns [B, S, E] in float32."""
-        weight = self.read()
-        return F.embedding(x.to(weight.device), weight).to(x.device, torch.float32)
-
-
-def reader(spec: ModelSpec, weight: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
-    """Return what reads one weight: once if the model is small, else anew on every call.
-
-    Mapped weights cost nothing either way. A GGUF file's are decoded to float32, which for a 7B is
-    29 GB: decoded on every call, only one of them is in memory at a time.
-    """
-    read = partial(weight, name)
-    return cache(read) if spec.num_parameters <= KEPT_WEIGHTS else read
-
-
-def load_decoder(
-    spec: ModelSpec,
-    weight: Callable[[str], Tensor],
-    *,
-    only: Container[str] | None = None,
-    device: torch.device = CPU,
-) -> Decoder:
-    """Build the reference decoder: float32 arithmetic on the weights `weight(canonical name)`.
-
-    Weights mapped from a checkpoint stay mapped, so a 7B runs in a few hundred megabytes. With
-    `only`, just the modules of these names, such as `lm_head`, get their weights, for callers that
-    use single stages; `prepare` needs none. Norms and rotary frequencies are on `device`.
-    """
-    with torch.device("meta"):
-        decoder = Decoder(spec)
-    head = "model.embed_tokens" if spec.tie_word_embeddings else "lm_head"
-    read = cache(partial(reader, spec, weight))  # a tied embedding is read once
-    for name, module in list(decoder.named_modules()):
-        if only is not None and name not in only:
-            continue
-        if isinstance(module, nn.Linear):
-            stored = f"{head if name == 'lm_head' else name}.weight"
-            decoder.set_submodule(name, StoredLinear(read(stored)))
-        elif isinstance(module, nn.Embedding):
-            decoder.set_submodule(name, StoredEmbedding(read(f"{name}.weight")))
-        elif isinstance(module, RMSNorm):
-            gain = weight(f"{name}.weight").to(device, torch.float32)
-            module.weight = nn.Parameter(gain, requires_grad=False)
-    decoder.inv_freq = inverse_frequencies(spec).to(device)
-    return decoder.eval()
+def _scaled(x: Tensor, multiplier: float) -> Tensor:
+    """Return x times a constant of the model; x itself if that is 1."""
+    return x if multiplier == 1 else x * multiplier
 
 
 def empty_caches(spec: ModelSpec, batch: int, capacity: int, device: torch.device = CPU) -> Caches:

@@ -35,10 +35,14 @@ def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:  # noqa: ARG001
 
 @torch.library.custom_op("mistralc::rotary_embedding", mutates_args=())
 def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`RotaryEmbedding`: rotate x [B, heads, S, D] by angles [B, S, D/2], half-split layout."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, S, D/2]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((cos * first - sin * second, sin * first + cos * second), dim=-1)
+    """`RotaryEmbedding`: rotate x [B, heads, S, D] by angles [B, S, R/2], half-split layout.
+
+    Only the first R features of a head are rotated.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [B, 1, S, R/2]
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((cos * first - sin * second, sin * first + cos * second, rest), dim=-1)
 
 
 @rotary_embedding.register_fake
@@ -60,14 +64,34 @@ def _(past: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:  # noqa: A
 
 
 @torch.library.custom_op("mistralc::attention", mutates_args=())
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """`Attention` with grouped heads: query [B,H,S,D], key and value [B,K,C,D], mask [B,1,S,C]."""
-    # PyTorch's CPU kernel accumulates in float32 for any input type.
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`Attention` with grouped heads: query [B,H,S,D], key and value [B,K,C,D], mask [B,1,S,C].
+
+    `scale` is 1 / sqrt(D) if it is None. With `softcap` c, a score s becomes c tanh(s / c) before
+    it is masked (Gemma 2, arXiv:2408.00118).
+    """
+    if softcap is None:
+        # PyTorch's CPU kernel accumulates in float32 for any input type.
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (one.repeat_interleave(groups, 1).float() for one in (key, value))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query.float() @ key.transpose(-1, -2) * factor  # [B, H, S, C]
+    scores = torch.tanh(scores / softcap) * softcap  # [B, H, S, C]
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)  # [B, H, S, C]
+    return (shares @ value).to(query.dtype)  # [B, H, S, D]
 
 
 @attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG001
+def _(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None,  # noqa: ARG001
+    softcap: float | None = None,  # noqa: ARG001
+) -> Tensor:  # fmt: skip
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
@@ -116,15 +140,22 @@ def _to_rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
 
 
 def _to_rotary_embedding(x: Any, cos: Any, sin: Any) -> Any:
-    return op.RotaryEmbedding(x, cos, sin)
+    if 2 * cos.shape[-1] == x.shape[-1]:
+        return op.RotaryEmbedding(x, cos, sin)
+    return op.RotaryEmbedding(x, cos, sin, rotary_embedding_dim=2 * cos.shape[-1])
 
 
 def _to_tensor_scatter(past: Any, update: Any, write_indices: Any) -> Any:
     return op.TensorScatter(past, update, write_indices, axis=-2, mode="linear")
 
 
-def _to_attention(query: Any, key: Any, value: Any, mask: Any) -> Any:
-    return op.Attention(query, key, value, mask)[0]  # TensorRT refuses softmax_precision
+def _to_attention(
+    query: Any, key: Any, value: Any, mask: Any, scale: float | None = None,
+    softcap: float | None = None,
+) -> Any:  # fmt: skip
+    given = {"scale": scale, "softcap": softcap}
+    attributes = {name: number for name, number in given.items() if number is not None}
+    return op.Attention(query, key, value, mask, **attributes)[0]  # TensorRT: no softmax_precision
 
 
 def _to_gather_rows(x: Any, indices: Any) -> Any:

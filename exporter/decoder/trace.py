@@ -15,8 +15,9 @@ import torch
 from torch import export
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from exporter.decoder.model import Decoder, inverse_frequencies
+from exporter.decoder.model import Decoder
 from exporter.decoder.operators import TRANSLATIONS
+from exporter.decoder.rotary import inverse_frequencies
 from graphs.contract import Dim, TensorSpec, graph_inputs, graph_outputs
 from graphs.dtypes import ELEMENT_TYPES, Dtype
 from graphs.passes.weight_ref import ONNX_DTYPE, WeightRef

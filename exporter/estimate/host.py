@@ -14,7 +14,7 @@ from math import prod
 from exporter.checks.reference_pass import COMPARED
 from exporter.checks.texts import cases, gate_text
 from exporter.decide import NOTHING_KNOWN
-from exporter.decoder.model import KEPT_WEIGHTS
+from exporter.decoder.load import KEPT_WEIGHTS
 from exporter.quantization.policy import WeightFacts
 from graphs.build import Build
 from graphs.dtypes import FLOATS, item_size
@@ -44,12 +44,11 @@ BLOCKS, KEPT_BLOCKS = 420_000_000, 50_000_000
 it reads anew for every pass (0.30 to 0.55 GB for Mistral-7B), and of one whose weights it keeps."""
 PLAN_COPIES, PLAN_PROCESS = 1.14, 200_000_000
 """Bytes per weight byte, and bytes beside them, while TensorRT-RTX 1.7 streams a plan: 2.65 GB for
-a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.71 GB for one of 7.39 GB (int8wo)."""
+a plan of 2.27 GB, 16.52 GB for one of 14.49 GB (bf16), 8.02 GB for one of 7.41 GB (int8wo)."""
 UNPACKED = 0.55
 """Bytes more for each 4-bit weight: 1.57 GB for a plan of 0.85 GB, 8.63 GB for one of 4.01 GB."""
-UNPACKED_APART = 1.0
-"""And for each weight that is quantized alone, if single tokens have a profile of their own: 1.0 GB
-for 0.87 billion weights in 8 bits, 7.04 GB for 6.98 billion in 4; others need nothing more."""
+UNPACKED_APART = 0.43
+"""And if single tokens have a profile of their own: 11.64 GB for the same plan of 4.03 GB."""
 SESSION_COPIES, SESSION_COPIES_FLOAT = 1.0, 1.12
 """ONNX Runtime CPU's bytes per weight byte: 5.1 GB for Mistral-7B's 5.14 GB in int4wo; in float32
 1.09 GB more for 0.97 GB more weights (8 and 24 layers of width 1024)."""
@@ -70,7 +69,7 @@ HASH_RATE = 1.1e9  # bytes/s and core
 COMPILE_SECONDS = 6.0
 PLAN_RATE, PLAN_RATE_APART = 0.34e9, 0.21e9
 """Bytes/s of a plan, with one profile and with two: a 7B in bf16 takes 49 and 82 s."""
-NARROW_RATE = 0.086e9  # 4-bit weights/s and profile: a 7B in int4wo takes 99 and 187 s
+NARROW_RATE = 0.19e9  # 4-bit weights/s and profile: a 7B in int4wo takes 103 s with two
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,13 +178,12 @@ def _compile(build: Build, weights: int) -> HostStep:
     """TensorRT in a process of its own."""
     shapes, schemes = build.spec.weight_shapes(), build.storage.schemes
     narrow = sum(prod(shapes[name]) for name, scheme in schemes.items() if scheme.codes == "int4")
-    alone = sum(prod(shapes[name]) for name, scheme in schemes.items() if scheme.activation is None)
     profiles, rate = (2, PLAN_RATE_APART) if build.decodes_apart else (1, PLAN_RATE)
-    apart = UNPACKED_APART * alone if build.decodes_apart else 0
+    unpacked = UNPACKED + (UNPACKED_APART if build.decodes_apart else 0)
     return HostStep(
         name=COMPILE,
         seconds=profiles * (COMPILE_SECONDS + narrow / NARROW_RATE) + weights / rate,
-        memory_bytes=round(PLAN_COPIES * weights + UNPACKED * narrow + apart) + PLAN_PROCESS,
+        memory_bytes=round(PLAN_COPIES * weights + unpacked * narrow) + PLAN_PROCESS,
         in_child=True,
     )
 

@@ -4,47 +4,59 @@ The decisions are those of `graphs.build.Storage`; here they meet the checkpoint
 numbers of a calibration table.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from exporter.checkpoint.open import Checkpoint
+from exporter.checkpoint.quantized.value import Quantized
+from exporter.checkpoint.stored import TORCH_FLOATS
+from exporter.checkpoint.weight_source import WeightSource
 from exporter.options import QuantizeOptions
 from exporter.quantization.calibration_table import CalibrationTable
-from exporter.quantization.gguf_blocks import block_scheme, read_blocks
+from exporter.quantization.carry import StoredCodes
 from exporter.quantization.policy import WeightFacts
 from exporter.quantization.recipe import INPUT_SCALE, SMOOTHING, Recipe, touched
 from graphs.build import Build
+from graphs.dtypes import FLOATS
 from graphs.errors import MistralcError, UsageError
 from graphs.passes.quantized_weights import Quantization
 from graphs.precisions import Precision
-from graphs.quant_scheme import SCALE, ZERO_POINT, groups
+from graphs.quant_scheme import SCALE, ZERO_POINT, Scheme, groups
 from graphs.spec import ModelSpec
 
 
 def weight_facts(checkpoint: Checkpoint, table: CalibrationTable | None = None) -> WeightFacts:
     """What a checkpoint and a calibration table tell before a build is decided."""
     names = checkpoint.spec.weight_shapes()
-    blocks = {name: block_scheme(dtype) for name, dtype in checkpoint.dtypes.items()}
     return WeightFacts(
         types=frozenset(checkpoint.dtypes.values()),
-        blocks={name: scheme for name, scheme in blocks.items() if scheme is not None},
+        codes={name: StoredCodes(label=one.dtype, scheme=one.scheme, not_held=one.not_held,
+                                 scales=one.scales)
+               for name, one in checkpoint.stored.items() if one.dtype not in FLOATS},
+        method=checkpoint.method,
         calibrated=None if table is None else table.schemes,
         settled=frozenset() if table is None else frozenset(
             name for name in names if touched(name, checkpoint.spec, table.tensors)
         ),
+        left_out=checkpoint.left_out,
     )  # fmt: skip
 
 
 def check_calibration(
-    precision: Precision, options: QuantizeOptions, spec: ModelSpec, table: CalibrationTable | None
-) -> None:
-    """Raise UsageError or MistralcError unless the precision has the table that it needs."""
+    precision: Precision, options: QuantizeOptions, spec: ModelSpec, table: CalibrationTable | None,
+    own: Precision | None = None,
+) -> None:  # fmt: skip
+    """Raise UsageError or MistralcError unless the precision has the table that it needs.
+
+    A checkpoint whose `own` precision it is has scales for its inputs.
+    """
     if table is not None:
         _check_table(table, precision.name, options)
         _check_fit(table, spec)
-    elif precision.needs_calibration:
+    elif precision.needs_calibration and precision != own:
         raise UsageError(
             f"The precision {precision.name} rounds activations, whose ranges only samples of text "
             f"can tell. Run `mistralc calibrate CHECKPOINT -o TABLE --precision {precision.name}`, "
@@ -60,9 +72,41 @@ def make_recipe(build: Build, checkpoint: Checkpoint, table: CalibrationTable | 
         schemes=build.storage.schemes,
         layouts=build.storage.layouts,
         rounds_blocks=build.target.rounds_blocks,
-        tensors={} if table is None else table.tensors,
-        repacked={name: read_blocks(checkpoint, name) for name in build.storage.copied},
+        tensors=_carried_input_scales(build, checkpoint) if table is None else table.tensors,
+        repacked=carried_codes(build, checkpoint),
     )
+
+
+def carried_codes(build: Build, checkpoint: Checkpoint) -> dict[str, Callable[[], Quantized]]:
+    """Return functions that read the codes that the build takes from the checkpoint."""
+    stored = TORCH_FLOATS[build.activation]
+    return {
+        name: partial(_carried, checkpoint.stored[name], build.storage.schemes[name], stored)
+        for name in build.storage.copied
+    }
+
+
+def _carried(source: WeightSource, scheme: Scheme, stored: torch.dtype) -> Quantized:
+    found = source.quantized
+    if found is None:
+        raise ValueError(f"{source.name} has no codes")
+    return found[1]().held_in(scheme, stored)
+
+
+def _carried_input_scales(build: Build, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Return the input scale of every group whose codes are the checkpoint's.
+
+    The linears of a group read one value, which is rounded once: the largest scale clips nothing.
+    """
+    found = {}
+    for group in groups(build.spec):
+        scheme = build.storage.schemes.get(group.readers[0])
+        if scheme is None or scheme.activation is None:
+            continue
+        reads = [checkpoint.stored[name].input_scale for name in group.readers]
+        scale = max(read() for read in reads if read is not None)
+        found[group.name + INPUT_SCALE] = torch.tensor(scale)
+    return found
 
 
 def quantization(recipe: Recipe) -> Quantization:

@@ -1,14 +1,15 @@
 """Pack quantized weights in the layouts of `graphs.quant_scheme.stored_parts`, and unpack them.
 
-Rows are independent of each other in every part, so a weight may be packed a few rows at a time;
-only `transposed` codes need the whole weight.
+Rows are independent of each other in every part, so a weight may be packed a few rows at a time.
+The parts of some rows follow each other in the file, but lie side by side (in the last dimension)
+in the layout `transposed`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from exporter.quantization.rounding import Quantized
+from exporter.checkpoint.quantized.value import Quantized
 from graphs.quant_scheme import Scheme
 from graphs.targets import CodeLayout
 
@@ -39,11 +40,11 @@ def pack(quantized: Quantized, stored: torch.dtype, layout: CodeLayout) -> list[
         case "nbits":
             parts = [_nbits(codes, scheme)]
         case "transposed":
-            parts = [codes.T]
+            parts = [pack_int4(codes.T) if scheme.bits == 4 else codes.T]
         case "onnx":
             parts = [pack_int4(codes) if scheme.bits == 4 else codes]
     scale = quantized.scale if scheme.block is not None else quantized.scale[:, 0]
-    parts.append(scale.to(stored))
+    parts.append((scale.mT if layout == "transposed" and scale.dim() == 2 else scale).to(stored))
     if quantized.zero_point is not None:
         points = (quantized.zero_point.to(torch.int16) + LOWEST[scheme.bits]).to(torch.uint8)
         parts.append(pack_int4(points) if scheme.bits == 4 else points)
@@ -60,7 +61,7 @@ def unpack(
     rows, columns = shape
     codes, scale, *rest = parts
     if layout == "transposed":
-        codes = codes.T
+        codes, scale = (unpack_int4(codes) if scheme.bits == 4 else codes).T, scale.t()
     elif layout == "nbits":
         codes = codes.view(rows, -1)
         codes = unpack_unsigned(codes) if scheme.bits == 4 else codes
@@ -75,8 +76,8 @@ def unpack(
     if scheme.offset == "minimum":
         minimum = rest[0].float()
     return Quantized(
-        scheme=scheme, codes=codes, scale=scale.float().view(rows, blocks), zero_point=zero_point,
-        minimum=minimum,
+        scheme=scheme, codes=codes, scale=scale.float().reshape(rows, blocks),
+        zero_point=zero_point, minimum=minimum,
     )  # fmt: skip
 
 

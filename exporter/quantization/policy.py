@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from exporter.options import HEAD_PRECISIONS, QuantizeOptions
+from exporter.quantization.carry import StoredCodes
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision
@@ -24,35 +25,43 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 class WeightFacts:
     """What is known of a checkpoint's weights before they are read.
 
-    `types` are the types that they are stored in, empty if unknown. `blocks` has the schemes that
-    store the blocks of a GGUF file exactly, by weight. `calibrated` has the schemes that a
-    calibration table decided, None without a table; `settled` are the weights whose numbers it
-    decided too.
+    `types` are the types that they are stored in, empty if unknown. `codes` has what is stored as
+    codes, by weight; `method` names the quantization of a directory, None for floats and for GGUF.
+    `calibrated` has the schemes that a calibration table decided, None without a table; `settled`
+    are the weights whose numbers it decided too. `left_out` names the parts of the checkpoint that
+    are not of the text model.
     """
 
     types: frozenset[str] = frozenset()
-    blocks: Mapping[str, Scheme] = field(default_factory=dict)
+    codes: Mapping[str, StoredCodes] = field(default_factory=dict)
+    method: str | None = None
     calibrated: Mapping[str, Scheme] | None = None
     settled: frozenset[str] = frozenset()
+    left_out: tuple[str, ...] = ()
 
 
-def layouts(target: Target, schemes: Mapping[str, Scheme]) -> dict[str, CodeLayout]:
+def layouts(
+    spec: ModelSpec, target: Target, schemes: Mapping[str, Scheme]
+) -> dict[str, CodeLayout]:
     """How the target's backend wants codes to lie, by weight, where that is not `onnx`.
 
     Raises UsageError for a scheme with an offset if only `MatMulNBits` could compute it.
     """
+    shapes = spec.weight_shapes()
     found: dict[str, CodeLayout] = {}
     for name, scheme in schemes.items():
         layout: CodeLayout = "onnx"
-        if scheme.activation is None:
+        if scheme.activation is None and ELEMENT_TYPES[scheme.codes].is_integer:
             layout = target.weight_only_layout
-        elif ELEMENT_TYPES[scheme.codes].is_integer:
+        elif scheme.activation is not None and ELEMENT_TYPES[scheme.codes].is_integer:
             layout = target.rounded_integer_layout
         if layout != "nbits" and scheme.offset != "none":
             raise UsageError(
                 f"{name} was calibrated with zero points, which {target.title} does not compute. "
                 "Calibrate without --zero-points."
             )
+        if layout == "transposed" and shapes[name][0] * scheme.bits % 8:
+            layout = "onnx"  # an odd number of rows does not fill whole bytes
         if layout != "onnx":
             found[name] = layout
     return found
@@ -119,7 +128,8 @@ def fitting(
     found = {}
     for name, scheme in schemes.items():
         columns = shapes[name][1]
-        if target.always_blockwise and scheme.block is None and scheme.activation is None:
+        alone = scheme.activation is None and ELEMENT_TYPES[scheme.codes].is_integer
+        if target.always_blockwise and scheme.block is None and alone:
             # The closest to one scale per row that the backend supports.
             scheme = replace(scheme, block=target.default_block)
         if not target.partial_blocks and scheme.block is not None and columns % scheme.block:

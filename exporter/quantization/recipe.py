@@ -12,9 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from exporter.checkpoint.quantized.value import Quantized
 from exporter.checkpoint.stored import TORCH_FLOATS
 from exporter.quantization.packing import unpack_int4
-from exporter.quantization.rounding import Quantized, quantize
+from exporter.quantization.rounding import quantize
 from graphs.dtypes import Dtype
 from graphs.quant_scheme import SCALE, ZERO_POINT, Scheme, groups
 from graphs.spec import ModelSpec
@@ -26,9 +27,9 @@ SMOOTHING, INPUT_SCALE = ".smoothing", ".input_scale"  # after a group's name
 def smoothed(name: str, weight: Tensor, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensor:
     """Fold the smoothing of `tensors` into one weight, in float32; the model's result is the same.
 
-    Columns of a group's readers are multiplied by the group's scales. The gain or the rows of the
-    group's producer are divided by them. With grouped queries a row of v feeds several columns of
-    o, which therefore share one scale.
+    Columns of a group's readers are multiplied by the group's scales. The gain, or the rows and the
+    bias, of the group's producer are divided by them. With grouped queries a row of v feeds several
+    columns of o, which therefore share one scale.
     """
     result = weight
     for group in groups(spec):
@@ -37,7 +38,7 @@ def smoothed(name: str, weight: Tensor, spec: ModelSpec, tensors: Mapping[str, T
             continue
         if name in group.readers:
             result = result.float() * scales.float()
-        elif name == group.producer:
+        elif name in group.divided:
             produced = scales.float()
             if len(produced) != len(weight):  # [H * D], and the rows are [K * D]
                 heads = produced.view(spec.num_key_value_heads, -1, spec.head_dim)
@@ -52,7 +53,7 @@ def touched(name: str, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> bool:
         name in tensors
         or name + SCALE in tensors
         or any(
-            group.name + SMOOTHING in tensors and name in (*group.readers, group.producer)
+            group.name + SMOOTHING in tensors and name in (*group.readers, *group.divided)
             for group in groups(spec)
         )
     )

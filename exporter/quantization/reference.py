@@ -11,16 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.decoder.model import (
-    CPU,
-    Decoder,
-    RMSNorm,
-    StoredEmbedding,
-    StoredLinear,
-    load_decoder,
-)
+from exporter.checkpoint.quantized.value import Quantized, blocked
+from exporter.decoder.load import StoredEmbedding, StoredLinear, load_decoder
+from exporter.decoder.model import CPU, Decoder, RMSNorm
 from exporter.quantization.recipe import Recipe
-from exporter.quantization.rounding import Quantized, blocked, round_activation
+from exporter.quantization.rounding import round_activation
 from graphs.quant_scheme import Scheme
 
 BLOCK = 1 << 22  # numbers multiplied at once: 16 MiB in float32, which the heap keeps
@@ -32,11 +27,18 @@ processor's cache; with 64 MiB each is mapped anew, which took five times as lon
 class QuantizedLinear(nn.Module):
     """Fake-quantized linear: dequantizes its weight on every forward pass."""
 
-    def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
+    def __init__(
+        self, name: str, read: Callable[[], Tensor], recipe: Recipe, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.name, self.read, self.recipe = name, read, recipe
+        self.name, self.read, self.recipe, self.bias = name, read, recipe, bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [..., K] and add the bias [N], if there is one."""
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
+
+    def product(self, x: Tensor) -> Tensor:
         """Multiply x [..., K]."""
         scheme = self.recipe.schemes[self.name]
         if scheme.activation is not None:
@@ -114,11 +116,13 @@ class QuantizedEmbedding(QuantizedLinear):
 class Kept(QuantizedLinear):
     """Fake-quantized linear that keeps its dequantized weight: fast, 4 bytes per weight."""
 
-    def __init__(self, name: str, read: Callable[[], Tensor], recipe: Recipe) -> None:
-        super().__init__(name, read, recipe)
+    def __init__(
+        self, name: str, read: Callable[[], Tensor], recipe: Recipe, bias: Tensor | None = None
+    ) -> None:
+        super().__init__(name, read, recipe, bias)
         self.weight = torch.cat([dequantized(rows) for rows in self.blocks()])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """Multiply x [..., K], rounding it if the scheme rounds inputs."""
         scheme = self.recipe.schemes[self.name]
         if scheme.activation is not None:
@@ -149,14 +153,20 @@ def simulate(
         if name in recipe.schemes and isinstance(module, StoredEmbedding):
             decoder.set_submodule(path, QuantizedEmbedding(name, module.read, recipe))
         elif name in recipe.schemes and isinstance(module, StoredLinear):
-            linear = (Kept if keep else QuantizedLinear)(name, module.read, recipe)
-            decoder.set_submodule(path, linear)
+            kind = Kept if keep else QuantizedLinear
+            bias = _smoothed_bias(recipe, path, module)
+            decoder.set_submodule(path, kind(name, module.read, recipe, bias))
         elif isinstance(module, RMSNorm):
             gain = recipe.smoothed(name, module.weight.detach())
             module.weight = nn.Parameter(gain, requires_grad=False)
         elif isinstance(module, StoredLinear) and recipe.calibrated(name):
             module.read = partial(_smoothed, recipe, name, module.read)
+            module.bias = _smoothed_bias(recipe, path, module)
     return decoder
+
+
+def _smoothed_bias(recipe: Recipe, path: str, linear: StoredLinear) -> Tensor | None:
+    return None if linear.bias is None else recipe.smoothed(f"{path}.bias", linear.bias)
 
 
 def _moved(weight: Callable[[str], Tensor], device: torch.device, name: str) -> Tensor:

@@ -1,61 +1,17 @@
-"""Quantize a weight to codes and scales, and dequantize it.
+"""Quantize a weight to codes and scales.
 
 Every function is plain PyTorch on one weight [N, K], so the reference that finished bundles are
 compared with uses the same code.
 """
 
-from dataclasses import dataclass, replace
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from exporter.checkpoint.quantized.value import Quantized, blocked
 from graphs.dtypes import ELEMENT_TYPES, Codes, code_range
 from graphs.quant_scheme import Scheme
 
 SMALLEST = 1e-12  # smallest scale; a block of zeros would have 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quantized:
-    """A weight [N, K] as its scheme stores it; J is the number of blocks in a row.
-
-    `weight = scale * (codes - zero_point) + minimum`, each of the three [N, J].
-    """
-
-    scheme: Scheme
-    codes: Tensor  # [N, K]; int8 (also for int4, -8 to 7), or float8_e4m3fn
-    scale: Tensor  # [N, J], float32, rounded to what the bundle stores
-    zero_point: Tensor | None = None  # [N, J], int8
-    minimum: Tensor | None = None  # [N, J], float32
-
-    def to(self, device: torch.device) -> "Quantized":
-        """Return the same weight with its tensors on `device`."""
-        return replace(
-            self,
-            codes=self.codes.to(device),
-            scale=self.scale.to(device),
-            zero_point=None if self.zero_point is None else self.zero_point.to(device),
-            minimum=None if self.minimum is None else self.minimum.to(device),
-        )
-
-    def dequantized(self) -> Tensor:
-        """Return the dequantized weight [N, K], in float32."""
-        n, k = self.codes.shape
-        codes = blocked(self.codes.float(), self.scheme)  # [N, J, block]
-        if self.zero_point is not None:
-            codes = codes - self.zero_point.float().unsqueeze(-1)
-        weight = codes * self.scale.unsqueeze(-1)
-        if self.minimum is not None:
-            weight = weight + self.minimum.unsqueeze(-1)
-        return weight.view(n, -1)[:, :k]
-
-
-def blocked(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Cut the rows of a weight [N, K] into blocks [N, J, block], the last padded with zeros."""
-    n, k = weight.shape
-    blocks = scheme.blocks(k)
-    return F.pad(weight, (0, blocks * (scheme.block or k) - k)).view(n, blocks, -1)
 
 
 def quantize(

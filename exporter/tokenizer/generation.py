@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from exporter.checkpoint.fields import LARGEST_NUMBER
+from exporter.fields import LARGEST_NUMBER
 from graphs.errors import MistralcError, UsageError
 from runtime.decoding.sampling_defaults import sampling_params
 from runtime.text.tokenizer import is_token_id

@@ -52,11 +52,14 @@ class TokenizerFiles:
         return max((i, text) for text, i in vocabulary.items())
 
 
-def read_tokenizer(source: Path) -> TokenizerFiles:
-    """Read the tokenizer of a checkpoint: a directory, or a GGUF file. Raises MistralcError."""
+def read_tokenizer(source: Path, base: Path | None = None) -> TokenizerFiles:
+    """Read the tokenizer of a checkpoint: a directory, or a GGUF file. Raises MistralcError.
+
+    If `source` is the directory of an adapter, `base` is the checkpoint that it is merged into.
+    """
     if source.is_file():
         return convert_file(source)
-    files = read_text_files(source)
+    files = read_text_files(source, base)
     return _files(read_directory(files), files.vocabularies[0])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from exporter.checkpoint.fields import read_json
+from exporter.fields import read_json
 from graphs.errors import MistralcError
 
 _MODEL_FILE = re.compile(r".*\.model(?:\.(v\d+)(?:m\d+)?)?")
@@ -62,8 +62,12 @@ class TextFiles:
         return found if isinstance(found, str) else None
 
 
-def read_text_files(directory: Path) -> TextFiles:
-    """Read a directory. Raises MistralcError if it has no vocabulary, or a file is damaged."""
+def read_text_files(directory: Path, base: Path | None = None) -> TextFiles:
+    """Read a directory. Raises MistralcError if it has no vocabulary, or a file is damaged.
+
+    `base` is the directory of the base model, if this one is an adapter's: `config.json` and
+    `generation_config.json` are read there where the adapter has none.
+    """
     names = sorted(path.name for path in directory.iterdir() if path.is_file())
     vocabularies = [directory / name for name in _vocabularies(names)]
     if not vocabularies:
@@ -77,6 +81,10 @@ def read_text_files(directory: Path) -> TextFiles:
         field: read_json(directory / name).values if name in names else {}
         for field, name in _JSON.items()
     }
+    if base is not None and base.is_dir():
+        for field in ("config", "generation"):
+            if not contents[field] and (base / _JSON[field]).is_file():
+                contents[field] = read_json(base / _JSON[field]).values
     return TextFiles(
         directory=directory,
         vocabularies=tuple(vocabularies),

@@ -74,7 +74,8 @@ def _dequantized(
     matmul, weight = linear
     if layout == "transposed":
         codes, scale = _transposed(graph, linear, scheme, activation, widths)
-        dequantize = ir.node("DequantizeLinear", [codes, scale], {"axis": 1})
+        where = {"axis": 1} if scheme.block is None else {"axis": 0, "block_size": scheme.block}
+        dequantize = ir.node("DequantizeLinear", [codes, scale], where)
         _typed(dequantize.outputs[0], activation, weight.sizes[::-1])
         graph.insert_before(matmul, dequantize)
         return dequantize.outputs[0]
@@ -91,20 +92,32 @@ def _dequantized(
 def _transposed(
     graph: ir.Graph, linear: Linear, scheme: Scheme, activation: Dtype, widths: Sequence[int]
 ) -> tuple[ir.Value, ir.Value]:
-    """Codes [K, N] of all parts side by side, and their scales [N]."""
+    """Codes [K, N] and scales [N] or [J, N] of all parts side by side."""
     weight, (rows, columns) = linear.weight, linear.weight.sizes
-    pieces = []
+    codes, scales = [], []
     for part, width in zip(weight.parts, widths, strict=True):
-        codes, _ = stored_parts(part, (width, columns), scheme, activation, "transposed")
-        pieces.append(part_reference(graph, codes, (part,)))
-    _, scales = stored_parts(str(weight.name), (rows, columns), scheme, activation, "transposed")
-    scale = part_reference(graph, scales, tuple(part + SCALE for part in weight.parts))
-    if len(pieces) == 1:
-        return pieces[0], scale
-    join = ir.node("Concat", pieces, {"axis": 1})
-    join.outputs[0].type, join.outputs[0].shape = pieces[0].type, ir.Shape((columns, rows))
-    graph.insert_before(linear.matmul, join)
-    return join.outputs[0], scale
+        stored = stored_parts(part, (width, columns), scheme, activation, "transposed")
+        found = [part_reference(graph, one, (one.name,)) for one in stored]
+        codes.append(found[0])
+        scales.append(found[1])
+    if scheme.block is None:  # the scales [N] of all parts are adjacent in the file
+        _, all_scales = stored_parts(
+            str(weight.name), (rows, columns), scheme, activation, "transposed"
+        )
+        scales = [part_reference(graph, all_scales, tuple(part + SCALE for part in weight.parts))]
+    return _joined(graph, linear.matmul, codes), _joined(graph, linear.matmul, scales)
+
+
+def _joined(graph: ir.Graph, before: ir.Node, values: Sequence[ir.Value]) -> ir.Value:
+    """Constants [.., N] side by side; the backend joins them when it loads or builds the graph."""
+    if len(values) == 1:
+        return values[0]
+    join = ir.node("Concat", values, {"axis": 1})
+    sizes = [value.shape.numpy() for value in values if value.shape is not None]
+    total = sum(columns for _, columns in sizes)
+    join.outputs[0].type, join.outputs[0].shape = values[0].type, ir.Shape((sizes[0][0], total))
+    graph.insert_before(before, join)
+    return join.outputs[0]
 
 
 def _round_input(

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from graphs.attention_form import summarize
@@ -40,7 +40,7 @@ def describe(bundle: Bundle) -> str:
     """
     manifest = bundle.manifest
     rows = [
-        ("checkpoint", f"{manifest.checkpoint['name']} ({manifest.checkpoint['format']})"),
+        ("checkpoint", _checkpoint(manifest.checkpoint)),
         *_build(manifest.build),
         ("size", f"{manifest.file_bytes / 1e6:,.1f} MB in {len(manifest.files)} intact files"),
         ("verified", _verdict(bundle)),
@@ -51,6 +51,12 @@ def describe(bundle: Bundle) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _checkpoint(origin: Mapping[str, str]) -> str:
+    left_out = f" without {origin['left_out']}" if "left_out" in origin else ""
+    merged = f", with {origin['adapters']} merged" if "adapters" in origin else ""
+    return f"{origin['name']} ({origin['format']}){left_out}{merged}"
 
 
 def _build(build: Build) -> Iterator[tuple[str, str]]:
@@ -78,6 +84,8 @@ def _build(build: Build) -> Iterator[tuple[str, str]]:
         f"{contract.token_bytes:,} bytes a token",
     )
     yield "attention", summarize(build.attention)
+    if spec.rope_scaling is not None and spec.rope_scaling.note is not None:
+        yield "rotation", spec.rope_scaling.note
     if ring.max_batch > 1:
         yield "batch", f"up to {ring.max_batch} sequences"
 

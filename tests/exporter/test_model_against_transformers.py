@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from exporter.checkpoint.open import open_checkpoint
-from exporter.decoder.model import load_decoder
-from graphs.spec import ModelSpec, RingSpec, RopeScaling
+from exporter.decoder.load import load_decoder
+from graphs.rope import RopeScaling
+from graphs.spec import ModelSpec, RingSpec
 from runtime.decoding.ring import Ring
 from tests.support import tiny
 from tests.support.make_checkpoint import hf_config, tiny_spec, write_checkpoint

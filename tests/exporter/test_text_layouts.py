@@ -361,3 +361,14 @@ def test_a_pre_tokenizer_that_is_not_known_is_named(
     text_vocabularies.write_bpe_gguf(vocabularies, path, "kimi-k2")
     with pytest.raises(MistralcError, match="by the rules named 'kimi-k2'; expected one of `llama"):
         read_tokenizer(path)
+
+
+def test_an_adapters_tokenizer_keeps_the_base_models_settings(made: Made, tmp_path: Path) -> None:
+    base = made("hermes_json")
+    (base / "generation_config.json").write_text('{"eos_token_id": [2], "temperature": 0.5}')
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).rename(tmp_path / name)
+    files = read_tokenizer(tmp_path, base)
+    assert files.generation_config["eos_token_id"] == [2, PIECES]
+    assert files.generation_config["temperature"] == 0.5
+    assert read_tokenizer(tmp_path).generation_config == {"eos_token_id": [PIECES]}

@@ -15,7 +15,7 @@ import torch
 
 from exporter.decide import decide
 from exporter.decoder.model import Decoder
-from exporter.options import BuildOptions
+from exporter.options import BuildOptions, QuantizeOptions
 from exporter.quantization.packing import pack
 from exporter.quantization.recipe import Recipe
 from exporter.quantization.reference import simulate
@@ -156,15 +156,22 @@ def test_a_ring_that_does_not_grow_has_its_capacity_in_the_graph() -> None:
         assert bool(sizes) is build.target.ring_grows, f"{variant}: computed from the capacity"
 
 
-# Quantized weights on CUDA: MatMulNBits without rounded inputs
+# Quantized weights alone: MatMulNBits without rounded inputs on CUDA, DequantizeLinear in engines
 
 
 @cache
-def quantized(precision: str, *, tied: bool) -> tuple[ir.Model, Build, Decoder]:
-    """The graph of `cuda` in float32, which computes in float16 on a GPU, and its reference."""
+def quantized(
+    target: str, precision: str, *, tied: bool, block: int | None = None
+) -> tuple[ir.Model, Build, Decoder]:
+    """The graph of a GPU's target, in float32 instead of float16, and its reference."""
     spec = replace(SPECS["window and none"], tie_word_embeddings=tied)
-    options = BuildOptions(precision=precision, chunk=CHUNK, context=LENGTH + 3)
-    decided = decide(spec, TARGETS["cuda"], options)
+    decided = decide(
+        spec, replace(TARGETS[target], min_chunk=1),
+        BuildOptions(
+            precision=precision, chunk=CHUNK, context=LENGTH + 3,
+            quantize=QuantizeOptions(block=block),
+        ),
+    )  # fmt: skip
     build = replace(decided, contract=replace(decided.contract, activation="float32"))
     recipe = Recipe(
         spec=spec, activation="float32", schemes=build.storage.schemes,
@@ -189,18 +196,30 @@ def stored(spec: ModelSpec, recipe: Recipe) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["chunks", "single", "mixed"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("precision", ["int8wo", "int4wo"])
-def test_quantized_weights_compute_what_the_dequantized_ones_compute(
+def test_quantized_weights_on_cuda_compute_what_the_dequantized_ones_compute(
     precision: str, tied: bool, kind: str, batch: int
 ) -> None:
-    model, build, reference = quantized(precision, tied=tied)
+    model, build, reference = quantized("cuda", precision, tied=tied)
     check_numbers(model, build, reference, batch, turns(kind, LENGTH))
+
+
+@pytest.mark.parametrize(("precision", "block"), [("int8wo", None), ("int8wo", 32), ("int4wo", 32)])
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_quantized_weights_of_an_engine_compute_what_the_dequantized_ones_compute(
+    target: str, precision: str, block: int | None
+) -> None:
+    model, build, reference = quantized(target, precision, tied=False, block=block)
+    assert set(build.storage.layouts.values()) == {"transposed"}
+    assert not [node for node in model.graph if node.op_type == "Transpose" and reads(
+        node, 0, "DequantizeLinear")], "codes are stored as the product reads them"  # fmt: skip
+    check_numbers(model, build, reference, 1, turns("mixed", LENGTH))
 
 
 @pytest.mark.parametrize("precision", ["int8wo", "int4wo"])
 def test_quantized_weights_are_symmetric_blocks_of_32_whose_inputs_are_not_rounded(
     precision: str,
 ) -> None:
-    model, build, _ = quantized(precision, tied=True)
+    model, build, _ = quantized("cuda", precision, tied=True)
     schemes = build.storage.schemes.values()
     assert {(one.block, one.offset) for one in schemes} == {(32, "none")}
     assert not build.rounds_inputs

@@ -10,7 +10,8 @@ import pytest
 from graphs.contract import TensorSpec, capacity_letter, graph_inputs, graph_outputs
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
-from graphs.spec import ModelSpec, RingSpec, RopeScaling
+from graphs.rope import RopeScaling
+from graphs.spec import ModelSpec, RingSpec
 from tests.support.make_checkpoint import PRESETS, tiny_spec
 
 MISTRAL_7B = PRESETS["mistral-7b-v0.1"]

@@ -54,7 +54,7 @@ def test_a_manifest_field_of_the_wrong_type_is_named_in_the_refusal(
 
 @pytest.mark.parametrize(
     "changes", [{"rope_theta": 1e999}, {"layer_windows": [8.5]}, {"vocab_size": 2**63},
-                {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}],
+                {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}],
 )  # fmt: skip
 def test_a_manifest_with_an_impossible_model_is_refused(
     tmp_path: Path, changes: dict[str, Any]

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from calib.methods.observation import Observation, Observer
-from exporter.decoder.model import Decoder, load_decoder, logits_at
+from exporter.decoder.load import load_decoder
+from exporter.decoder.model import Decoder, logits_at
 from exporter.quantization.recipe import Recipe
 from graphs.spec import ModelSpec
 from tests.support import tiny

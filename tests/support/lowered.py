@@ -33,6 +33,8 @@ class GraphSession:
     def __init__(self, model: ir.Model, build: Build, batch: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
+        # ONNX Runtime makes MatMulNBits of DequantizeLinear and MatMul, and would round its inputs.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self._session = ort.InferenceSession(
             ir.to_proto(model).SerializeToString(), options, ["CPUExecutionProvider"]
         )

@@ -26,7 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # to run as a script
 
-from exporter.checkpoint import weight_names
+from exporter.families import names as weight_names
 from graphs.spec import ModelSpec
 
 Format = Literal["huggingface", "mistral", "gguf"]
@@ -185,7 +185,10 @@ def _write_shards(
     folder: Path, stem: str, spec: ModelSpec, dtype: str, seed: int, shard_size: int
 ) -> None:
     interleaved = stem == "consolidated"
-    rename = weight_names.mistral_name if interleaved else str
+
+    def rename(name: str) -> str:
+        return weight_names.stored_name(name, "mistral" if interleaved else "huggingface", spec)
+
     shards = _divide(spec, dtype, shard_size)
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
@@ -239,7 +242,7 @@ def _write_gguf(path: Path, spec: ModelSpec, dtype: str, seed: int) -> Path:
     kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
     for name, shape in spec.weight_shapes().items():
         writer.add_tensor_info(
-            weight_names.gguf_name(name), shape,
+            weight_names.stored_name(name, "gguf", spec), shape,
             np.dtype(np.float16),  # any type but uint8 keeps the shape as given
             math.prod(shape) * _TORCH[dtype].itemsize,
             raw_dtype=gguf.GGMLQuantizationType[kind],

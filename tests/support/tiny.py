@@ -15,7 +15,8 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from exporter.decoder.model import Decoder, load_decoder
+from exporter.decoder.load import load_decoder
+from exporter.decoder.model import Decoder
 from exporter.decoder.trace import trace
 from graphs.build import Build, Storage
 from graphs.contract import GraphContract
@@ -113,9 +114,12 @@ def fill_from(model: ir.Model, read: Callable[[str], torch.Tensor]) -> ir.Model:
         weight = weight_of(value)
         if weight is not None:
             numbers = torch.cat([read(part) for part in weight.parts]).numpy()
-            numbers, dtype = numbers.reshape(weight.sizes), weight.dtype
+            shape, dtype = weight.sizes, weight.dtype
+            if dtype == ir.DataType.INT4:  # two to a byte
+                value.const_value = ir.PackedTensor(numbers, dtype, shape=shape, name=weight.name)
+                continue
             value.const_value = ir.Tensor(
-                numbers.astype(dtype.numpy()), dtype=dtype, name=weight.name
+                numbers.reshape(shape).astype(dtype.numpy()), dtype=dtype, name=weight.name
             )
     return model
 

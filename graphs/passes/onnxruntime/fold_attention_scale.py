@@ -9,16 +9,17 @@ and sines does both, with two small products for all layers:
     (of q, and of k)         Attention   →   (of q, and of k)             Attention(scale=1)
 
 The keys in the cache are then scaled too, which only the attention sees. `GroupQueryAttention` has
-its angles as constants and scales those (`folds_scale`).
+its angles as constants and scales those (`folds_scale`). Where only a part of each head is rotated,
+or nothing, or queries are scaled after it, the operator scales the scores itself.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import onnx_ir as ir
 
 from graphs.attention_form import HEAD_MULTIPLE
-from graphs.passes.onnxruntime.group_query_attention import rotation_scale
 from graphs.passes.rule import Rule, constant, producer_of, shared
 from graphs.spec import ModelSpec
 
@@ -43,16 +44,18 @@ def _pattern(graph: ir.Graph) -> Iterator[Rotated]:
 
 
 def _check(found: Rotated) -> str | None:
-    if "scale" in found.attention.attributes:
-        return f"{found.attention.name} has its own scale"
+    part = found.query.attributes.get("rotary_embedding_dim")
+    if part is not None and part.as_int() != 0:  # 0 means all features
+        return f"{found.attention.name} rotates a part of each head"
     if found.query.inputs[1:3] != found.key.inputs[1:3]:
         return f"{found.attention.name}: queries and keys are rotated by different angles"
     return None
 
 
 def _rewrite(graph: ir.Graph, found: Rotated) -> None:
+    own = found.attention.attributes.get("scale")
+    scale = _head_dim(found.query) ** -0.25 if own is None else math.sqrt(own.as_float())
     found.attention.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
-    scale = rotation_scale(_head_dim(found.query))
     for index in (1, 2):
         angle = found.query.inputs[index]
         if angle is None:
@@ -86,9 +89,12 @@ def _scaled(graph: ir.Graph, angle: ir.Value, scale: float) -> ir.Value:
 
 
 def _expected(spec: ModelSpec) -> int:
-    if spec.head_dim % HEAD_MULTIPLE:
-        return spec.num_hidden_layers
-    return sum(size is not None for size in spec.layer_windows)
+    masked = [
+        i for i, size in enumerate(spec.layer_windows)
+        if size is not None or spec.head_dim % HEAD_MULTIPLE
+    ]  # fmt: skip
+    whole = spec.rotated_features == spec.head_dim and not spec.rope.query_scale
+    return sum(spec.rotates(i) for i in masked) if whole else 0
 
 
 FOLD_ATTENTION_SCALE = Rule(

@@ -38,14 +38,21 @@ def _rewrite(graph: ir.Graph, node: ir.Node) -> None:
     else:  # q, k and v [B, S, (H + 2K) D], last positions [B], their number, positions [B, S]
         axis = 1
         longer = {0: _padded(graph, node, 0, 3, axis), 5: _next(graph, node, 5),
-                  6: _next(graph, node, 6), 9: _padded(graph, node, 9, 2, axis)}  # fmt: skip
+                  6: _next(graph, node, 6)}  # fmt: skip
+        if node.inputs[1] is not None:  # k and v [B, S, K D] apart from q
+            longer |= {i: _padded(graph, node, i, 3, axis) for i in (1, 2)}
+        if len(node.inputs) > 9:
+            longer[9] = _padded(graph, node, 9, 2, axis)
     for index, value in longer.items():
         node.replace_input_with(index, value)
     _drop_last(graph, node, axis)
 
 
 def _padded(graph: ir.Graph, node: ir.Node, index: int, rank: int, axis: int) -> ir.Value:
-    """Input `index` of `node`, one longer on `axis`: zeros for queries, else the last repeated."""
+    """Input `index` of `node`, one longer on `axis`.
+
+    Queries are padded with zeros; keys, values, masks and positions repeat their last.
+    """
     pads = [0] * (2 * rank)
     pads[rank + axis] = PADDED
     amount = constant(graph, ir.tensor(pads, ir.DataType.INT64, f"pad_{axis}_of_{rank}"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from exporter.checks.evaluate import Evaluation, evaluate, steps
-from exporter.decoder.model import load_decoder
+from exporter.decoder.load import load_decoder
 from graphs.spec import ModelSpec
 from runtime.backends.session import Ids
 from runtime.measure.perplexity import divergences

@@ -89,7 +89,7 @@ def test_block_moments_can_be_rescaled_instead_of_observed_again() -> None:
 
 
 def test_query_heads_that_share_a_value_head_share_their_scales() -> None:
-    group = layer_groups(0)[1]
+    group = layer_groups(SPEC, 0)[1]
     values = tied(torch.rand(64), group, SPEC).view(2, 2, 16)  # [K, H / K, D]
     assert torch.equal(values[:, 0], values[:, 1])
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from calib.methods.clipping import SCALE_DTYPE, block_moments, fit_scales, output_error
 from calib.methods.gptq import drift_corrected, gptq_codes
-from exporter.quantization.rounding import Quantized, quantize
+from exporter.checkpoint.quantized.value import Quantized
+from exporter.quantization.rounding import quantize
 from graphs.quant_scheme import Scheme
 
 SCHEMES = {

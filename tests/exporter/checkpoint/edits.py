@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.checkpoint import weight_names
 from exporter.checkpoint.open import open_checkpoint
+from exporter.families import names as weight_names
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 from tests.support.make_checkpoint import chunks, tiny_spec
@@ -75,7 +75,7 @@ def write_gguf(
             weight = weight_names.to_interleaved(weight, heads)
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         data = gguf.quants.quantize(weight.numpy(), kind)
-        writer.add_tensor(weight_names.gguf_name(name), data, raw_dtype=kind)
+        writer.add_tensor(weight_names.stored_name(name, "gguf", spec), data, raw_dtype=kind)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()

@@ -1,6 +1,7 @@
 """Configurations into ModelSpec: what is read, and what is refused by name."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from exporter.checkpoint.config_gguf import spec_from_gguf
 from exporter.checkpoint.config_hf import override_window, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
 from graphs.errors import MistralcError, UsageError
-from graphs.spec import ModelSpec, RopeScaling
+from graphs.rope import Rope, RopeScaling
+from graphs.spec import ModelSpec
 from tests.support.make_checkpoint import PRESETS, hf_config, mistral_params, tiny_spec
 
 LLAMA3 = RopeScaling(
@@ -171,7 +173,7 @@ REFUSED_HF: list[tuple[dict[str, Any], str]] = [
     (hf(architectures=[3]), "architecture is 3"),
     (hf(architectures=["MistralForCausalLM", "LlamaForCausalLM"]), "architectures"),
     (hf(architectures=..., model_type=...), "model_type"),
-    (hf(architectures=..., model_type="qwen2"), "qwen2"),
+    (hf(architectures=..., model_type="qwen2_moe"), "qwen2_moe"),
     (hf(model_type="mixtral"), "mixtral"),
     (hf(attention_bias=True), "attention_bias"),
     (hf(mlp_bias=True), "mlp_bias"),
@@ -208,7 +210,11 @@ REFUSED_HF: list[tuple[dict[str, Any], str]] = [
     (hf(layer_types=["full_attention", "chunked_attention"]), "chunked_attention"),
     (hf(layer_types=["full_attention", "sliding_attention"], sliding_window=None), "layer_types"),
     (hf(rope_scaling="linear"), "rope_scaling"),
-    (hf(rope_scaling={"type": "yarn", "factor": 4.0}), "yarn"),
+    (hf(rope_scaling={"type": "yarn"} | {"beta_fast": 1.0, "beta_slow": 2.0}), "beta_fast"),
+    (hf(rope_scaling={"type": "yarn", "factor": 4.0, "llama_4_scaling_beta": 0.1}), "llama_4"),
+    (hf(rope_scaling={"type": "longrope", "factor": 4.0}), "short_factor"),
+    (hf(rope_scaling={"type": "longrope", "short_factor": [1.0], "long_factor": [0]}), "long_fac"),
+    (hf(rope_scaling={"type": "su", "short_factor": [1.0], "long_factor": [2.0]}), "1 factors for"),
     (hf(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "dynamic"),
     (hf(rope_scaling={"rope_type": "linear", "type": "yarn", "factor": 4.0}), "linear/yarn"),
     (hf(rope_scaling={"factor": 4.0}), "factor"),
@@ -263,13 +269,30 @@ def test_params_without_a_context_get_that_of_the_reference_code() -> None:
     assert spec_from_params(shorter).max_position_embeddings == 4096
 
 
+YARN = {"factor": 16.0, "original_max_position_embeddings": 64, "beta": 32.0, "alpha": 1.0,
+        "apply_scale": False}  # fmt: skip
+
+
+def test_params_of_ministral_3_have_yarn_and_scaled_queries() -> None:
+    """As vLLM and llama.cpp read them: beta and alpha are the turns, `apply_scale` the factor."""
+    scaled = {"original_max_position_embeddings": 64, "beta": 0.1}
+    spec = spec_from_params(params(yarn=YARN, llama_4_scaling=scaled, vision_encoder={"dim": 8}))
+    yarn = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64,
+            "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
+    assert spec.rope_scaling == RopeScaling(**yarn)
+    assert spec.rope == Rope(query_scale=0.1, query_scale_length=64)
+    applied = spec_from_params(params(yarn=YARN | {"apply_scale": True})).rope_scaling
+    assert applied == RopeScaling(**yarn, attention_factor=0.1 * math.log(16) + 1)
+
+
 REFUSED_PARAMS: list[tuple[dict[str, Any], str]] = [
     (params(moe={"num_experts": 8, "num_experts_per_tok": 2}), "moe"),
     (params(lora={"rank": 8}), "lora"),
-    (params(vision_encoder={"hidden_size": 8}), "vision_encoder"),
     (params(quantization={"qformat_weight": "fp8_e4m3"}), "quantization"),
-    (params(yarn={"factor": 16}), "yarn"),
-    (params(llama_4_scaling={"beta": 0.1}), "llama_4_scaling"),
+    (params(yarn={"factor": 16}), "original_max_position_embeddings"),
+    (params(yarn=YARN | {"extra": 1}), "extra"),
+    (params(llama_4_scaling={"beta": 0.1}), "original_max_position_embeddings"),
+    (params(audio={"hidden_size": 8}), "audio"),
     (params(qk_norm=True), "qk_norm"),
     (params(model_type="mamba"), "mamba"),
     (params(activation="gelu"), "gelu"),
@@ -330,15 +353,16 @@ def test_gguf_settings_are_read() -> None:
 
 
 REFUSED_GGUF: list[tuple[dict[str, Any], str]] = [
-    ({"general__architecture": "mistral3"}, "mistral3"),
-    ({"general__architecture": "qwen2"}, "qwen2"),
+    ({"general__architecture": "mistral4"}, "mistral4"),
+    ({"general__architecture": "qwen2"}, "qwen2.embedding_length"),
     ({"general__architecture": ...}, "general.architecture"),
     ({"split__count": 3}, "split.count"),
     ({"llama__expert_count": 8}, "expert_count"),
     ({"llama__attention__causal": False}, "attention.causal"),
     ({"llama__attention__scale": 0.5}, "llama.attention.scale"),
     ({"llama__logit_scale": 0.5}, "llama.logit_scale"),
-    ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+    ({"llama__rope__scaling__type": "longrope"}, "longrope"),
+    ({"llama__rope__scaling__attn_factor": 1.5}, "attn_factor"),
     ({"llama__rope__dimension_count": 8}, "rope.dimension_count"),
     ({"llama__attention__value_length": 8}, "value_length"),
     ({"llama__attention__head_count": [4, 2]}, "head_count"),

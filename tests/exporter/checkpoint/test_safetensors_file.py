@@ -44,7 +44,7 @@ def test_a_tensor_at_an_odd_offset_is_read(directory: Path) -> None:
 
 def test_shards_hold_the_same_weights_as_one_file(directory: Path, sharded: Path) -> None:
     whole, parts = open_checkpoint(directory), open_checkpoint(sharded)
-    assert len({tensor.where.path for tensor in parts.stored.values()}) > 2
+    assert len({source.path for source in parts.stored.values()}) > 2
     for name in whole.stored:
         assert torch.equal(whole.tensor(name), parts.tensor(name))
 

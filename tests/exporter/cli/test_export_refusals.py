@@ -120,7 +120,10 @@ def test_nan_and_infinite_weights_are_refused(
     [
         ({"num_local_experts": 8}, ("num_local_experts", "mixture of experts", "another")),
         ({"attention_bias": True}, ("attention_bias", "biases", "another")),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("yarn", "linear", "another")),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+            ("dynamic", "linear", "another"),
+        ),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"architectures": ["GemmaForCausalLM"]}, ("GemmaForCausalLM", "MistralForCausalLM")),
         ({"num_hidden_layers": None}, ("num_hidden_layers", "missing")),

@@ -6,7 +6,6 @@ import gguf
 import pytest
 
 from exporter.checkpoint.open import open_checkpoint
-from exporter.quantization.gguf_blocks import read_blocks
 from graphs.quant_scheme import groups
 from tests.exporter.checkpoint.edits import write_gguf
 from tests.support.make_checkpoint import tiny_spec
@@ -21,7 +20,9 @@ def test_gguf_blocks_are_read_exactly(kind: str, tmp_path: Path) -> None:
     for group in groups(spec):
         for name in group.readers:
             assert opened.dtypes[name] == kind
-            exact = read_blocks(opened, name)().dequantized()
+            quantized = opened.stored[name].quantized
+            assert quantized is not None
+            exact = quantized[1]().dequantized()
             expected = opened.tensor(
                 name
             )  # dequantized by the gguf package, rows in the same order

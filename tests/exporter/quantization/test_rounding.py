@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from exporter.quantization.rounding import blocked, quantize
+from exporter.checkpoint.quantized.value import blocked
+from exporter.quantization.rounding import quantize
 from graphs.quant_scheme import Scheme
 from tests.exporter.quantization.schemes import SCHEMES, matrix
 

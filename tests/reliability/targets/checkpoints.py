@@ -60,13 +60,12 @@ def _read_weights(path: Path) -> None:
     opened = open_checkpoint(path)
     for name, shape in opened.spec.weight_shapes().items():
         stored = opened.stored[name]
-        inside = stored.where.offset + stored.where.length <= stored.where.path.stat().st_size
-        assert inside, f"{name} extends beyond the end of its file"
+        for where in stored.ranges:
+            inside = where.offset + where.length <= where.path.stat().st_size
+            assert inside, f"{name} extends beyond the end of its file"
         assert tuple(opened.tensor(name).shape) == shape, name
-        if stored.where.dtype in TORCH_FLOATS:
-            assert (
-                stored.where.length == math.prod(shape) * TORCH_FLOATS[stored.where.dtype].itemsize
-            )
+        if stored.dtype in TORCH_FLOATS:
+            assert stored.nbytes == math.prod(shape) * TORCH_FLOATS[stored.dtype].itemsize
     assert len(opened.fingerprint()) == 64
 
 

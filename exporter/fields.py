@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+
 from graphs.errors import MistralcError
 
 LARGEST_INTEGER = 2**31 - 1  # the largest dimension that ONNX and TensorRT take in practice
@@ -39,6 +41,26 @@ class Fields:
         if type(value) not in (int, float) or not 0 < value < LARGEST_NUMBER:
             raise self.invalid(key, "a number above 0")
         return float(value)
+
+    def decimal(self, key: str, default: float | None = None) -> float:
+        """Return a number above 0 that was stored as float32 as its shortest decimal.
+
+        GGUF stores 1e-5 as 9.999999747378752e-06.
+        """
+        value = self.number(key, default)
+        short = np.float32(value)
+        return float(str(short)) if float(short) == value else value
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of finite numbers above 0 as floats, at least one."""
+        expected = "a list of numbers above 0"
+        values = self._get(key, expected, None)
+        good = isinstance(values, list) and all(
+            type(one) in (int, float) and 0 < one < LARGEST_NUMBER for one in values
+        )
+        if not good or not values:
+            raise self.invalid(key, expected)
+        return tuple(map(float, values))
 
     def flag(self, key: str, default: bool) -> bool:
         """Return true or false."""
