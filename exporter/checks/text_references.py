@@ -7,14 +7,15 @@ files, llama.cpp (`llama-cpp-python`) for GGUF. They are imported here and nowhe
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from exporter.checks.text_samples import Chat
 from exporter.tokenizer.sentencepiece import SPACE
-from exporter.tokenizer.text_files import TextFiles, is_tekken, read_text_files
+from exporter.tokenizer.text_files import TextFiles, read_text_files
+from exporter.tokenizer.transformers_rules import reads_as_llama
 from runtime.text.tokenizer import Tokenizer
 
 Ids = list[int]
@@ -53,17 +54,22 @@ def references(source: Path, ours: Tokenizer) -> Iterator[Reference | Missing]:
         yield _opened("llama-cpp-python", lambda: _llama_cpp(source, ours))
         return
     files = read_text_files(source)
-    if files.vocabularies[0].name in ("tokenizer.json", "vocab.json"):
+    first, own_chats = files.vocabularies[0], files.chat_template is None
+    if files.tekken is not None and (first == files.tekken or first.name == "tokenizer.json"):
+        path = files.tekken
+        yield _opened("mistral-common", lambda: _mistral_common(path, chats=own_chats))
+        if not own_chats:
+            yield _opened("transformers", lambda: _tekken_chats(path, files, ours))
+    elif first.name in ("tokenizer.json", "vocab.json"):
         yield from _transformers(files, ours)
-    elif files.tokenizer_class == "LlamaTokenizer":
-        yield _opened("transformers", lambda: _auto_tokenizer(files, ours, final=False))
-        yield _opened("sentencepiece", lambda: _llama_pieces(files))
-        yield _opened("transformers", lambda: _llama_chats(files))
-    elif is_tekken(files.vocabularies[0].name):
-        yield _opened("mistral-common", lambda: _mistral_common(files.vocabularies[0]))
     else:
-        yield _opened("sentencepiece", lambda: _sentencepiece(files.vocabularies[0]))
-        yield _opened("mistral-common", lambda: _mistral_common(files.vocabularies[0], True))
+        if files.tokenizer_class == "LlamaTokenizer":
+            yield _opened("transformers", lambda: _auto_tokenizer(files, ours, final=False))
+        yield _opened("sentencepiece", lambda: _pieces(files))
+        if own_chats:
+            yield _opened("mistral-common", lambda: _mistral_common(first, additional=True))
+        else:
+            yield _opened("transformers", lambda: _rendered_chats(files))
 
 
 def _opened(distribution: str, open_it: Callable[[], Reference]) -> Reference | Missing:
@@ -88,9 +94,6 @@ def _auto_tokenizer(files: TextFiles, ours: Tokenizer, *, final: bool = True) ->
     library = _quiet_transformers()
     directory = str(files.directory)
     opened = library.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    if type(opened).__name__ == "MistralCommonBackend":
-        path = files.tekken or files.vocabularies[0]
-        return _mistral_common(path)
     # A class of its own may discard a part of tokenizer.json, which then counts.
     final = final and type(opened).__name__ == "TokenizersBackend"
     return _of_transformers("AutoTokenizer", opened, ours, final=final)
@@ -104,15 +107,14 @@ def _fast_tokenizer(files: TextFiles, ours: Tokenizer) -> Reference:
     return _of_transformers("PreTrainedTokenizerFast", opened, ours)
 
 
-def _llama_pieces(files: TextFiles) -> Reference:
+def _pieces(files: TextFiles) -> Reference:
     """SentencePiece, with the rule of transformers' LlamaTokenizer for the space before a text.
 
     LlamaTokenizer itself is no measure for a model file: transformers 5 merges runs of spaces
     otherwise than SentencePiece does, and AutoTokenizer drops a Mistral model's first space.
     """
-    library = importlib.import_module("sentencepiece")
-    processor = library.SentencePieceProcessor(model_file=str(files.vocabularies[0]))
-    first_only = not files.settings.get("legacy")
+    processor = _processor(files)
+    first_only = reads_as_llama(files, {})
 
     def encode(text: str) -> Ids:
         if not first_only or text[:1] not in (" ", SPACE):
@@ -124,17 +126,19 @@ def _llama_pieces(files: TextFiles) -> Reference:
     return Reference(name=name, encode=encode, with_bos=False)
 
 
-def _llama_chats(files: TextFiles) -> Reference:
+def _processor(files: TextFiles) -> Any:
+    library = importlib.import_module("sentencepiece")
+    return library.SentencePieceProcessor(model_file=str(files.vocabularies[0]))
+
+
+def _rendered_chats(files: TextFiles) -> Reference:
     """Chats as transformers renders them; SentencePiece reads what is between control tokens."""
     library = _quiet_transformers()
     opened = library.LlamaTokenizer.from_pretrained(str(files.directory), local_files_only=True)
-    pieces = _llama_pieces(files)
+    pieces, processor = _pieces(files), _processor(files)
     added = {t.content: i for i, t in opened.backend_tokenizer.get_added_tokens_decoder().items()}
     control = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))))
-    processor = importlib.import_module("sentencepiece").SentencePieceProcessor(
-        model_file=str(files.vocabularies[0])
-    )
-    everywhere = bool(files.settings.get("legacy"))
+    everywhere = not reads_as_llama(files, {})
 
     def inside(text: str) -> Ids:
         """What follows a control token: without the space, unless each text has one."""
@@ -144,10 +148,7 @@ def _llama_chats(files: TextFiles) -> Reference:
         return ids
 
     def chat(messages: Chat) -> Ids:
-        text = opened.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False,
-            add_generation_prompt=messages[-1]["role"] != "assistant",
-        )  # fmt: skip
+        text = _render(opened, messages)
         ids: Ids = []
         position = 0
         for match in control.finditer(text):
@@ -158,10 +159,26 @@ def _llama_chats(files: TextFiles) -> Reference:
         rest = text[position:]
         return ids + (inside(rest) if rest else [])
 
-    return Reference(
-        name=f"transformers {version('transformers')} LlamaTokenizer (chats)",
-        encode=pieces.encode, with_bos=False, additional=True,
-        chat=chat if opened.chat_template is not None else None,
+    name = f"transformers {version('transformers')} (chats)"
+    return Reference(name=name, encode=pieces.encode, with_bos=False, additional=True, chat=chat)
+
+
+def _render(opened: Any, messages: Chat) -> str:
+    text: str = opened.apply_chat_template(
+        [dict(message) for message in messages], tokenize=False,
+        add_generation_prompt=messages[-1]["role"] != "assistant",
+    )  # fmt: skip
+    return text
+
+
+def _tekken_chats(path: Path, files: TextFiles, ours: Tokenizer) -> Reference:
+    """Chats with the checkpoint's own template, read by transformers' copy of the vocabulary."""
+    module = importlib.import_module("transformers.integrations.mistral.tokenizer")
+    opened = module.convert_tekken_tokenizer(str(path), chat_template=files.chat_template)
+    return replace(
+        _of_transformers("convert_tekken_tokenizer", opened, ours),
+        name=f"transformers {version('transformers')} (chats)",
+        encode=_mistral_common(path).encode, additional=True,
     )  # fmt: skip
 
 
@@ -204,7 +221,7 @@ def _quiet_transformers() -> Any:
     return library
 
 
-def _mistral_common(path: Path, additional: bool = False) -> Reference:
+def _mistral_common(path: Path, *, chats: bool = True, additional: bool = False) -> Reference:
     instruct = importlib.import_module("mistral_common.protocol.instruct.request")
     tokenizers = importlib.import_module("mistral_common.tokens.tokenizers.mistral")
     opened = tokenizers.MistralTokenizer.from_file(str(path))
@@ -220,14 +237,9 @@ def _mistral_common(path: Path, additional: bool = False) -> Reference:
         return ids
 
     name = f"mistral-common {version('mistral-common')}"
-    return Reference(name=name, encode=encode, with_bos=True, chat=chat, additional=additional)
-
-
-def _sentencepiece(path: Path) -> Reference:
-    library = importlib.import_module("sentencepiece")
-    processor = library.SentencePieceProcessor(model_file=str(path))
-    name = f"sentencepiece {version('sentencepiece')}"
-    return Reference(name=name, encode=processor.encode, with_bos=False)
+    return Reference(
+        name=name, encode=encode, with_bos=True, chat=chat if chats else None, additional=additional
+    )
 
 
 def _llama_cpp(path: Path, ours: Tokenizer) -> Reference:

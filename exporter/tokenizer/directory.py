@@ -24,6 +24,7 @@ from exporter.tokenizer.sentencepiece import PieceType
 from exporter.tokenizer.source import Source, from_sentencepiece, read_source, to_json
 from exporter.tokenizer.text_files import TextFiles, is_sentencepiece
 from exporter.tokenizer.transformers_rules import (
+    MISTRAL,
     as_llama,
     has_wrong_split,
     reads_as_llama,
@@ -195,6 +196,8 @@ def _with_settings(source: Source, files: TextFiles) -> Source:
             f"The tokenizer {files.directory} has no token {bos!r:.60}, which config.json names as "
             "BOS. Download tokenizer and settings from the same source."
         )
+    mistral = files.model_type is None or files.model_type in MISTRAL
+    own_format = source.chat_template if mistral else None
     named = _first_given(text_of(settings.get("bos_token")), source.bos, bos)
     source = replace(
         source,
@@ -203,7 +206,7 @@ def _with_settings(source: Source, files: TextFiles) -> Source:
         unk_token=_first_given(text_of(settings.get("unk_token")), source.unk_token),
         pad_token=_first_given(text_of(settings.get("pad_token")), source.pad_token),
         add_bos=_first_given(settings.get("add_bos_token"), source.add_bos),
-        chat_template=_first_given(files.chat_template, source.chat_template),
+        chat_template=_first_given(files.chat_template, own_format),
         stop_ids=_stop_ids(
             _first_given(generation.get("eos_token_id"), config.get("eos_token_id")),
             files.directory,

@@ -18,7 +18,10 @@ _AS_WRITTEN = frozenset({
     "granite", "ministral", "ministral3", "mistral", "mistral3", "mixtral", "phi3", "pixtral",
     "qwen2", "qwen3",
 })  # fmt: skip
-_MISTRAL = frozenset({"ministral", "mistral", "mistral3", "pixtral", "voxtral"})
+MISTRAL = frozenset({"ministral", "ministral3", "mistral", "mistral3", "mixtral"})
+"""Families whose vocabularies have chat formats of Mistral's own."""
+
+_PATCHED = frozenset({"ministral", "mistral", "mistral3", "pixtral", "voxtral"})
 
 MISTRAL_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
@@ -33,10 +36,11 @@ def reads_as_llama(files: TextFiles, document: Mapping[str, Any]) -> bool:
     """Whether LlamaTokenizer's rule for the first space is to be applied to this vocabulary.
 
     A SentencePiece model without a tokenizer.json has that space before every text already, as
-    `legacy: true` asks.
+    `legacy: true` asks, and as Mistral's own chat formats need it.
     """
     if is_sentencepiece(files.vocabularies[0].name):
-        return files.tokenizer_class == "LlamaTokenizer" and not files.settings.get("legacy")
+        plain = files.settings.get("legacy") or files.chat_template is None
+        return files.tokenizer_class == "LlamaTokenizer" and not plain
     byte_level = any(
         step.get("type") == "ByteLevel"
         for part in ("pre_tokenizer", "decoder")
@@ -88,7 +92,7 @@ def has_wrong_split(files: TextFiles, document: Mapping[str, Any]) -> bool:
     """
     version = str(files.config.get("transformers_version") or "0").split(".")[0]
     return (
-        files.model_type in _MISTRAL
+        files.model_type in _PATCHED
         and (not version.isdigit() or int(version) < 5)
         and len(document["model"]["vocab"]) > 100_000
         and document.get("pre_tokenizer") is not None

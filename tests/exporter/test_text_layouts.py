@@ -102,6 +102,17 @@ def test_open_hermes_has_one_id_for_its_marks_and_stops_at_the_end_of_a_turn(
     assert ours.decode([start, end]) == ""
 
 
+def test_mistrals_chat_format_is_given_to_mistrals_models_only(made: Made) -> None:
+    folder = made("hermes")
+    _change(folder, "tokenizer_config.json", chat_template=None, legacy=None)
+    files = read_tokenizer(folder)
+    assert "[INST]" in files.tokenizer_config["chat_template"]
+    chat = files.open().encode_chat([{"role": "user", "content": "Hi"}])
+    assert chat == [1, *files.open().encode("[INST] Hi [/INST]", add_bos=False)]
+    _change(folder, "config.json", model_type="llama")
+    assert read_tokenizer(folder).tokenizer_config["chat_template"] is None
+
+
 def test_thoughts_and_tool_calls_stay_visible(made: Made) -> None:
     folder = made("qwen2")
     settings = json.loads((folder / "tokenizer_config.json").read_text())

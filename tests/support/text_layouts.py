@@ -239,6 +239,20 @@ def native_tekken(_vocabularies: Vocabularies, folder: Path) -> None:
     _small_tekken(folder)
 
 
+def tekken_with_template(_vocabularies: Vocabularies, folder: Path) -> None:
+    """tekken.json with a chat template of the checkpoint's own."""
+    _small_tekken(folder)
+    config(folder, "mistral", 4000)
+    (folder / "chat_template.jinja").write_text(INST, encoding="utf-8")
+
+
+def sentencepiece_with_template(vocabularies: Vocabularies, folder: Path) -> None:
+    """tokenizer.model, added_tokens.json and a template, but no tokenizer class."""
+    hermes(vocabularies, folder)
+    (folder / "special_tokens_map.json").unlink()
+    write(folder, "tokenizer_config.json", {"eos_token": "<|im_end|>", "chat_template": CHATML})
+
+
 def tekken_beside_wrong_json(_vocabularies: Vocabularies, folder: Path) -> None:
     """A right tekken.json beside a tokenizer.json with another expression, and a newer token."""
     from exporter.tokenizer import tekken
@@ -370,7 +384,8 @@ LAYOUTS: Mapping[str, Layout] = {
     for made in (
         hermes, hermes_not_legacy, hermes_json, older_json_with_decoder,
         older_json_with_added_tokens, named_only, llama2, llama1, phi3, gemma2,
-        native_sentencepiece, native_tekken, tekken_beside_wrong_json, nemo_json, llama3, qwen2,
+        native_sentencepiece, native_tekken, tekken_with_template,
+        sentencepiece_with_template, tekken_beside_wrong_json, nemo_json, llama3, qwen2,
         qwen2_pairs, smollm2, granite, smollm3,
     )
 }  # fmt: skip
