@@ -38,7 +38,7 @@ CHOSEN      := $(filter-out file,$(foreach name,CHECKPOINT TARGET PRECISION BUND
 .NOTPARALLEL:
 .PHONY: help setup plan doctor calibrate export generate chat serve triton sign inspect verify eval report diff bench \
         bench-positions bench-load bench-operators bench-prompt-lookup bench-flat bench-serve bench-sampling \
-        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-gpu \
+        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-families bench-gpu \
         prove-cuda rehearse-gpu pack-gpu polygraphy test lint type format docs reliability clean
 
 help: ## List the targets
@@ -165,6 +165,9 @@ bench-export: $(READY) ## Time, memory and disk of exporting CHECKPOINT into FOL
 
 bench-engines: $(READY) ## Bytes of a decoded token by engines of Mistral-7B's width; ARGS=--write writes docs/
 	$(BIN)/python -m benchmarks.engines $(ARGS)
+
+bench-families: $(READY) ## Every family of models against transformers, and as a bundle for each target
+	$(BIN)/python -m benchmarks.families $(ARGS)
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)

@@ -23,7 +23,7 @@ from graphs.build import Build, Storage
 from graphs.contract import GraphContract
 from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision, quantized_precisions
-from graphs.quant_scheme import Scheme, default_scheme
+from graphs.quant_scheme import Scheme
 from graphs.spec import ModelSpec, RingSpec
 from graphs.targets import TARGETS, Target
 
@@ -55,7 +55,10 @@ def decide(
     if options.window is not None:
         spec = override_window(spec, options.window)
     _check_model(spec, target)
-    ring = decide_ring(spec, target, options)
+    context = decide_context(spec, options)
+    if context is not None:
+        spec = within_context(spec, context)
+    ring = decide_ring(spec, target, options, context)
     if spec.rope_scaling is not None:
         context = None if spec.slides else ring.context
         spec = replace(spec, rope_scaling=spec.rope_scaling.for_context(context))
@@ -93,19 +96,40 @@ def decide_precision(
     return own or PRECISIONS[target.precision_for(facts.types)]
 
 
-def decide_ring(spec: ModelSpec, target: Target, options: BuildOptions) -> RingSpec:
-    """Choose the ring. Small windows get small chunks, so that little of the ring is slack."""
-    context = options.context or min(spec.max_position_embeddings, LARGEST_CONTEXT)
-    if options.context is not None and spec.slides:
+def decide_context(spec: ModelSpec, options: BuildOptions) -> int | None:
+    """The longest text in tokens; None if every layer has a window that some text exceeds."""
+    longest = max(size or 0 for size in spec.windows)
+    if options.context is None:
+        return None if spec.slides else min(spec.max_position_embeddings, LARGEST_CONTEXT)
+    if spec.slides and options.context >= longest:
         raise UsageError(
             f"--context is {options.context}, but every layer of this checkpoint has a window of "
-            f"{spec.windows[0]} tokens, so there is no longest text. Leave it out."
+            f"{'' if len(spec.windows) == 1 else 'at most '}{longest} tokens, so there is no "
+            "longest text. Leave it out, or give less than the window for a smaller ring."
         )
-    if context > spec.max_position_embeddings:
+    if options.context > spec.max_position_embeddings:
         raise UsageError(
-            f"--context is {context}; the checkpoint was trained for at most "
+            f"--context is {options.context}; the checkpoint was trained for at most "
             f"{spec.max_position_embeddings} positions. Give at most that, or use --window."
         )
+    return options.context
+
+
+def within_context(spec: ModelSpec, context: int) -> ModelSpec:
+    """Leave out windows that no text of `context` tokens reaches the end of.
+
+    Such a layer sees all keys, so that it computes the same and needs a ring of the context only.
+    """
+    windows = (size if size is not None and size < context else None for size in spec.layer_windows)
+    return replace(spec, layer_windows=tuple(windows))
+
+
+def decide_ring(
+    spec: ModelSpec, target: Target, options: BuildOptions, context: int | None
+) -> RingSpec:
+    """Choose the ring. Small windows get small chunks, so that little of the ring is slack."""
+    if context is None:  # no longest text: the number has no effect
+        context = min(spec.max_position_embeddings, LARGEST_CONTEXT)
     smallest = min((size for size in spec.windows if size is not None), default=context)
     chunk = options.chunk or max(target.min_chunk, min(target.largest_default_chunk, smallest))
     if chunk < target.min_chunk:
@@ -154,7 +178,7 @@ def _take_codes(
     """Keep the checkpoint's codes where they match what was asked for; returns those weights.
 
     In the checkpoint's own precision all codes match, also those of other widths that a mixture has
-    for some layers. `schemes` is changed.
+    for some layers, and nothing else of a quantized directory is rounded. `schemes` is changed.
     """
     own = own_precision(spec, target, facts.codes)
     copied = []
@@ -169,15 +193,10 @@ def _take_codes(
             continue
         schemes[name] = scheme
         copied.append(name)
-    if precision == own and precision.needs_calibration:
-        _without_inputs(target, schemes, set(copied))
+    if precision == own and facts.method is not None:
+        for name in schemes.keys() - set(copied):
+            del schemes[name]  # a float, or codes that no scheme holds: stored as floats
     return copied
-
-
-def _without_inputs(target: Target, schemes: dict[str, Scheme], copied: set[str]) -> None:
-    """Store the weights whose inputs have no scale in the checkpoint in 8 bits, inputs in float."""
-    for name in schemes.keys() - copied:
-        schemes[name] = default_scheme("int8wo", block=target.default_block)
 
 
 def _kept_head(

@@ -144,7 +144,8 @@ class BuildOptions:
     context: Annotated[
         int | None,
         typer.Option(min=1, metavar="N",
-                     help="Longest text of a model without a window (default: 4096)."),
+                     help="Longest text, of a model without a window (default: 4096) or with a "
+                     "longer one."),
     ] = None  # fmt: skip
     chunk: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Most prompt tokens per step.")

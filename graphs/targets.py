@@ -77,6 +77,7 @@ class Target:
     partial_blocks: bool = False  # the block need not divide the input features
     quantizes_tied_embedding: bool = False
     weight_only_float8: bool = False  # float8 weights beside inputs that are not rounded
+    float8_blocks: bool = False  # and their scales may be for blocks, not only for rows
     quantizes_calibrated_head: bool = False  # the output layer, where inputs are rounded
     supports_batch_invariance: bool = False
 
@@ -150,6 +151,7 @@ TARGETS: Mapping[str, Target] = {
             partial_blocks=True,
             quantizes_tied_embedding=True,
             weight_only_float8=True,
+            float8_blocks=True,
             quantizes_calibrated_head=True,
             supports_batch_invariance=True,
         ),
@@ -189,6 +191,7 @@ TARGETS: Mapping[str, Target] = {
             caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,  # shorter steps: a duplicate "iota", or no attention kernel
             weight_only_layout="transposed",
+            weight_only_float8=True,
             default_block=128,
         ),
         Target(
@@ -206,6 +209,7 @@ TARGETS: Mapping[str, Target] = {
             caps_scores=False,  # "Setting softcap is not supported in TensorRT Attention."
             min_chunk=64,
             weight_only_layout="transposed",
+            weight_only_float8=True,
             default_block=128,
         ),
     )

@@ -27,8 +27,20 @@ _INVERSE_FREQUENCIES = r"(.+\.)?rotary_emb\.inv_freq"
 # Scales of a quantized KV cache; ours is in floats.
 _CACHE_SCALES = r".+\.(self_attn|attention)\.(\w_proj\.)?[kqv]_(scale|zero_point)"
 _IGNORED = re.compile(f"{_INVERSE_FREQUENCIES}|{_CACHE_SCALES}")
+# What peft, torch.compile and data-parallel training wrap a model in.
+_WRAPPERS = ("base_model.model.", "_orig_mod.", "module.", "_fsdp_wrapped_module.")
 
 Sources = Mapping[str, WeightSource]
+
+
+def unwrapped(found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Strip the prefixes of training's wrappers from the names, if all names begin with them."""
+    names = dict(found)
+    while prefix := next((p for p in _WRAPPERS if all(n.startswith(p) for n in names)), None):
+        if not names:
+            break
+        names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+    return names
 
 
 def sources_of(

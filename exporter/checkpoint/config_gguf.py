@@ -145,12 +145,6 @@ class _Architecture:
 
 def _check_supported(own: _Architecture, family: Family) -> None:
     fields = own.fields
-    if fields.has("split.count") and fields.integer("split.count") > 1:
-        raise MistralcError(
-            f"{fields.origin}: this is one of {fields.integer('split.count')} parts of a model "
-            "(`split.count`); expected a single GGUF file. Merge the parts with llama.cpp's "
-            "`llama-gguf-split --merge`."
-        )
     if fields.values.get(own.key("expert_count")):
         raise MistralcError(
             f"{fields.origin}: `{own.key('expert_count')}` asks for a mixture of experts; expected "

@@ -38,6 +38,12 @@ def spec_from_hf(config: Mapping[str, Any], origin: str = "config.json") -> Mode
 
 def family_of(fields: Fields) -> Family:
     """Return the family of a `config.json`, if `architectures` and `model_type` agree."""
+    if fields.has("peft_type"):
+        raise MistralcError(
+            f"{fields.origin} is the configuration of an adapter (`peft_type` is "
+            f"{fields.text('peft_type')}); expected that of a model. Rename it to "
+            "adapter_config.json, and give `BASE --lora` and this directory."
+        )
     names = fields.values.get("architectures") or []
     expected = f"one of {', '.join(BY_ARCHITECTURE)}"
     if not isinstance(names, list) or len(names) > 1:

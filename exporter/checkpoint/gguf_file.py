@@ -75,8 +75,15 @@ def dequantize(stored: StoredTensor, start: int, stop: int) -> torch.Tensor:
     rows = map_bytes(stored.where).view(*stored.shape[:-1], -1)
     if len(stored.shape) > 1:
         rows = rows[start:stop]
-    weight = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind))
+    weight: torch.Tensor = torch.from_numpy(gguf.quants.dequantize(rows.numpy(), kind))
     return weight[start:stop] if len(stored.shape) == 1 else weight
+
+
+def block_size(dtype: str) -> int:
+    """Return the bytes of one block of this type."""
+    gguf = _package()
+    size: int = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]][1]
+    return size
 
 
 @cache

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from exporter.checkpoint import hub_cache
 from exporter.checkpoint.adapters.read import CONFIG as ADAPTER_CONFIG
 from exporter.checkpoint.adapters.read import Adapter, is_adapter, parse, read_adapter
 from exporter.families.family import Format
@@ -38,21 +39,37 @@ def locate(source: str | Path, lora: Sequence[str] = ()) -> Place:
 
     `source` may itself be an adapter whose base model is a local path; it is merged first.
     """
-    if source == SMOLLM2:
-        path, label, given = _smollm2(), SMOLLM2, list(lora)
-    else:
-        named = Path(source).expanduser().absolute()
-        if not named.exists():
-            raise MistralcError(
-                f"There is no checkpoint at {named}; expected a Hugging Face or Mistral directory, "
-                f"a .gguf file, or the name {SMOLLM2}. Check the path."
-            )
-        path, label, given = named, str(named), list(lora)
-        if named.is_dir() and is_adapter(named):
-            path, given = _base_of(named, given)
+    path, label = _named(source)
+    given = list(lora)
+    if path.is_dir() and is_adapter(path):
+        path, given = _base_of(path, given)
     adapters = tuple(read_adapter(*parse(one)) for one in given)
     texts = [one.path for one in adapters if any((one.path / name).is_file() for name in _TEXT)]
     return Place(path=path, label=label, text=texts[-1] if texts else path, adapters=adapters)
+
+
+def _named(source: str | Path) -> tuple[Path, str]:
+    """The file or directory that a source names, and what to call it."""
+    if source == SMOLLM2:
+        return _smollm2(), SMOLLM2
+    path = Path(source).expanduser().absolute()
+    if path.is_dir() and hub_cache.is_repository(path):
+        return hub_cache.snapshot(path), hub_cache.name_of(path)
+    if path.exists():
+        return path, str(path)
+    name = str(source)
+    if not hub_cache.looks_like_hub_id(name):
+        raise MistralcError(
+            f"There is no checkpoint at {path}; expected a Hugging Face or Mistral directory, a "
+            f".gguf file, or the name {SMOLLM2}. Check the path."
+        )
+    found = hub_cache.cached(name)
+    if found is None:
+        raise MistralcError(
+            f"There is no checkpoint at {path}, and no model {name} in the cache of the Hugging "
+            f"Face hub; mistralc downloads nothing. Download it first: `hf download {name}`."
+        )
+    return found, name
 
 
 def _base_of(directory: Path, lora: list[str]) -> tuple[Path, list[str]]:
@@ -71,12 +88,15 @@ def _base_of(directory: Path, lora: list[str]) -> tuple[Path, list[str]]:
         )
     name = read_adapter(directory).base
     if name is not None:
-        for path in (Path(name).expanduser().absolute(), (directory / name).absolute()):
+        places = [Path(name).expanduser().absolute(), (directory / name).absolute()]
+        if hub_cache.looks_like_hub_id(name) and (found := hub_cache.cached(name)) is not None:
+            places.append(found)
+        for path in places:
             if path.exists():
                 return path, [str(directory), *lora]
     raise MistralcError(
         f"{directory} is an adapter for {name or 'a model that its configuration does not name'}, "
-        f"which is no local path; expected the base model. Give it: `export BASE --lora "
+        f"which is neither a path here nor in the hub's cache. Give it: `export BASE --lora "
         f"{directory}`."
     )
 
@@ -107,29 +127,38 @@ def format_of(path: Path) -> Format:
         )
     names = {file.name for file in path.iterdir()}
     huggingface, mistral = "config.json" in names, "params.json" in names
-    if huggingface and mistral and not _has_weights(names, "model"):
-        return "mistral" if _has_weights(names, "consolidated") else "huggingface"
+    if huggingface and mistral:
+        incomplete = not weights_present(path, "huggingface") and weights_present(path, "mistral")
+        return "mistral" if incomplete else "huggingface"
     if huggingface or mistral:
         return "huggingface" if huggingface else "mistral"
     raise _no_configuration(path, names)
-
-
-def _has_weights(names: set[str], stem: str) -> bool:
-    return f"{stem}.safetensors" in names or f"{stem}.safetensors.index.json" in names
 
 
 def _no_configuration(path: Path, names: set[str]) -> MistralcError:
     gguf_files = sorted(name for name in names if name.endswith(".gguf"))
     if gguf_files:
         advice = f"Give the path of the GGUF file itself: {path / gguf_files[0]}."
+    elif any(re.fullmatch(r"consolidated.*\.safetensors", name) for name in names):
+        advice = "The weights are in Mistral's own form: download their params.json too."
     elif any(name.endswith(".safetensors") for name in names):
         advice = "Download the configuration that was published with the weights."
+    elif inner := _checkpoints_inside(path, names):
+        advice = f"Give the directory inside it: {' or '.join(map(str, inner[:5]))}."
     else:
         advice = f"Give the directory of a checkpoint, or the name {SMOLLM2}."
     return MistralcError(
         f"{path} is {'not a checkpoint' if names else 'an empty directory'}; expected config.json "
         f"(Hugging Face) or params.json (Mistral) in it. {advice}"
     )
+
+
+def _checkpoints_inside(path: Path, names: set[str]) -> list[Path]:
+    """Directories inside this one that hold a configuration."""
+    return [
+        path / name for name in sorted(names)
+        if any((path / name / file).is_file() for file in _CONFIGURATIONS)
+    ]  # fmt: skip
 
 
 def find_weight_file(directory: Path, kind: Format) -> Path:

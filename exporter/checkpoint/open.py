@@ -19,7 +19,7 @@ import torch
 
 from exporter.checkpoint.adapters.merge import resized
 from exporter.checkpoint.adapters.read import Adapter
-from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model
+from exporter.checkpoint.canonical import canonical, source_of, sources_of, text_model, unwrapped
 from exporter.checkpoint.config_gguf import (
     FACTORS,
     LONG_FACTORS,
@@ -135,6 +135,7 @@ def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
             family, spec, quantization = _configured(path, kind)
             weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
+            found = unwrapped(found)
         sources, left_out = text_model(family, sources_of(found, kind, quantization))
         if family.head_may_be_tied and _HEAD not in sources:
             spec = replace(spec, tie_word_embeddings=True)

@@ -33,7 +33,8 @@ class WeightSource:
     `verbatim` is the byte range that holds the weight as it is, None if it is computed. `scheme`
     and `read_codes` belong together: codes that can be carried over bit for bit. `input_scale`
     reads the static scale of an input that `scheme` rounds. `scales` is the type that holds scales
-    and minimums as they are; `not_held` says why stored codes fit no scheme.
+    and minimums as they are; `not_held` says why stored codes fit no scheme; `rounds_inputs` that
+    the method rounds inputs while it computes, with scales that it does not store.
     """
 
     name: str
@@ -48,6 +49,7 @@ class WeightSource:
     input_scale: Callable[[], float] | None = None
     scales: str = "float32"
     not_held: str = ""
+    rounds_inputs: bool = False
     readable: bool = True  # whether the values mean something to us: `read_rows` may be called
 
     @property

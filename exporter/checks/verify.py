@@ -224,7 +224,7 @@ def checkpoint_reference(
         )
     recipe = stored_recipe(manifest.build, manifest.quantization)
     exact = carried_codes(manifest.build, checkpoint)
-    tensors = {} if table is None else table.tensors
+    tensors = recipe.tensors if table is None else table.tensors
     recipe = replace(recipe, tensors=tensors, repacked=exact)
     return simulate(recipe, ReadAhead(checkpoint), device=device)
 

@@ -48,6 +48,8 @@ def export(
     state = "verified" if manifest.verification else "to be verified on a host with its GPU"
     size = manifest.file_bytes / 1e6
     print(f"{path}: {size:,.0f} MB, {manifest.target}, {manifest.precision}, {state}.")
+    for line in manifest.checkpoint.get("codes", "").splitlines():
+        print(f"  {line}.")
     for note in (manifest.text or {}).get("notes", ()):
         print(f"Note: {note}.")
     print("Next:")

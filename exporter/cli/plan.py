@@ -44,6 +44,7 @@ def plan(
     from exporter.checks.text_agreement import plan_notes
     from exporter.decide import decide, read_facts
     from exporter.estimate.model import estimate, fit
+    from exporter.quantization.carry import describe_carried
 
     chosen = None if gpu is None else find_gpu(gpu)
     asked = None if target is None else target_named(target)
@@ -63,12 +64,14 @@ def plan(
     needed = (
         fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts), facts)
     )
+    codes = describe_carried(needed.build, facts.codes)
     notes = plan_notes(checkpoint, options.adapters.lora, spec.vocab_size)
     if as_json:
-        result = {"checkpoint": checkpoint, **to_json(needed), "gpus": list(map(_fit, fits))}
-        print(json.dumps(result | {"notes": list(notes)}))
+        result = {"checkpoint": checkpoint, **to_json(needed), "codes": codes,
+                  "gpus": list(map(_fit, fits)), "notes": list(notes)}  # fmt: skip
+        print(json.dumps(result))
     else:
-        _show(_named(checkpoint, facts), needed, fits)
+        _show(_named(checkpoint, facts), needed, codes, fits)
         for note in notes:
             print(f"note: {note}.")
 
@@ -130,7 +133,7 @@ def _fit(one: "Fit") -> dict[str, Any]:
     }
 
 
-def _show(checkpoint: str, needed: "Estimate", fits: list["Fit"]) -> None:
+def _show(checkpoint: str, needed: "Estimate", codes: list[str], fits: list["Fit"]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -138,7 +141,8 @@ def _show(checkpoint: str, needed: "Estimate", fits: list["Fit"]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column(overflow="fold")  # a long path stays whole
-    for name, value in (_rows(checkpoint, needed) | _host_rows(needed)).items():
+    stored = {"stored codes": "\n".join(codes)} if codes else {}
+    for name, value in (_rows(checkpoint, needed) | stored | _host_rows(needed)).items():
         table.add_row(name, value)
     if len(fits) == 1:
         for name, value in _gpu_rows(needed, fits[0]).items():

@@ -30,7 +30,10 @@ class StoredAs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One family. `name` is transformers' `model_type`, `title` what people call it.
+    """One family. `name` is transformers' `model_type`, `title` the models that people know.
+
+    `adds` says what it computes that Llama does not, and `needs` names the facts of a target
+    (`graphs/targets.py`) without which that is refused; both are for the README.
 
     `read_config` reads a `config.json`. `read_gguf` completes the spec that the keys common to all
     GGUF architectures give; `gguf_keys` are the others that it reads, without the architecture. A
@@ -44,6 +47,7 @@ class Family:
 
     name: str
     title: str
+    adds: str
     architectures: tuple[str, ...]
     read_config: Callable[[Fields], ModelSpec]
     tensors: Callable[[ModelSpec, Format, str], StoredAs]
@@ -54,6 +58,7 @@ class Family:
     prefixes: Mapping[str, str] = field(default_factory=dict, hash=False)
     left_out: tuple[str, ...] = ()
     head_may_be_tied: bool = False
+    needs: tuple[str, ...] = ()
 
     def text_name(self, name: str) -> str | None:
         """Return the name of a file's tensor in the text model; None if it is of another model."""

@@ -84,10 +84,13 @@ def _cap(fields: Fields, key: str, default: float) -> float | None:
 GEMMA2 = Family(
     name="gemma2",
     title="Gemma 2",
+    adds="soft caps of scores and logits; a window in every other layer; four norms; GeGLU; a "
+    "scaled embedding",
     architectures=("Gemma2ForCausalLM",),
     read_config=read_config,
     tensors=tensors,
     gguf_names=("gemma2",),
     gguf_keys=frozenset({"attn_logit_softcapping", "final_logit_softcapping"}),
     read_gguf=read_gguf,
+    needs=("caps_scores",),
 )

@@ -49,7 +49,8 @@ def read_gguf(fields: Fields, spec: ModelSpec) -> ModelSpec:
 
 GRANITE = Family(
     name="granite",
-    title="Granite 3",
+    title="Granite 3 (dense)",
+    adds="multipliers of the embedding, scores, branches and logits",
     architectures=("GraniteForCausalLM",),
     read_config=read_config,
     tensors=named,

@@ -25,7 +25,8 @@ def read_config(fields: Fields) -> ModelSpec:
 
 LLAMA = Family(
     name="llama",
-    title="Llama 1 to 3",
+    title="Llama 1, 2, 3, 3.1, 3.2 (text), 3.3, TinyLlama, SmolLM2",
+    adds="biases, where the configuration says so",
     architectures=("LlamaForCausalLM",),
     read_config=read_config,
     tensors=named,

@@ -19,10 +19,12 @@ def read_config(fields: Fields) -> ModelSpec:
 
 MISTRAL = Family(
     name="mistral",
-    title="Mistral",
+    title="Mistral 7B, Nemo, Small (2501), Large, Codestral 22B, Mathstral, Devstral (2505)",
+    adds="a sliding window, or none",
     architectures=("MistralForCausalLM",),
     read_config=read_config,
     tensors=named,
+    gguf_names=("llama",),
     left_out=(  # in Mistral's own files of models with images
         "vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.",
     ),
@@ -30,6 +32,7 @@ MISTRAL = Family(
 MINISTRAL = Family(
     name="ministral",
     title="Ministral 8B",
+    adds="windows by layer",
     architectures=("MinistralForCausalLM",),
     read_config=read_config,
     tensors=named,

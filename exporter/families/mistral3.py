@@ -75,7 +75,8 @@ def read_text_part(fields: Fields) -> ModelSpec:
 
 MINISTRAL3 = Family(
     name="ministral3",
-    title="Ministral 3 and Devstral 2",
+    title="Ministral 3, Devstral 2",
+    adds="YaRN; queries scaled by their position",
     architectures=("Ministral3ForCausalLM",),
     read_config=read_ministral3,
     tensors=named,
@@ -86,7 +87,8 @@ MINISTRAL3 = Family(
 
 MISTRAL3 = Family(
     name="mistral3",
-    title="Mistral Small 3.1 and 3.2, Magistral, Ministral 3 and Devstral with images, text part",
+    title="Mistral Small 3.1 and 3.2, Magistral, Ministral 3, Devstral Small 2, all with images",
+    adds="the text part only, of the architecture Mistral or Ministral 3",
     architectures=("Mistral3ForConditionalGeneration",),
     read_config=read_text_part,
     tensors=named,

@@ -65,7 +65,8 @@ def _without_idle_window(spec: ModelSpec) -> ModelSpec:
 
 PHI3 = Family(
     name="phi3",
-    title="Phi-3, Phi-3.5, Phi-4",
+    title="Phi-3 mini and medium, Phi-3.5 mini, Phi-4, Phi-4 mini",
+    adds="fused projections; LongRoPE; a part of each head rotated; a window",
     architectures=("Phi3ForCausalLM",),
     read_config=read_config,
     tensors=tensors,

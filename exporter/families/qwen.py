@@ -59,6 +59,7 @@ def add_norms(_: Fields, spec: ModelSpec) -> ModelSpec:
 QWEN2 = Family(
     name="qwen2",
     title="Qwen2, Qwen2.5",
+    adds="biases of q, k and v; a window in upper layers",
     architectures=("Qwen2ForCausalLM",),
     read_config=read_qwen2,
     tensors=named_half_split,
@@ -66,7 +67,8 @@ QWEN2 = Family(
 )
 QWEN3 = Family(
     name="qwen3",
-    title="Qwen3",
+    title="Qwen3 (dense)",
+    adds="norms of queries and keys; a window in upper layers",
     architectures=("Qwen3ForCausalLM",),
     read_config=read_qwen3,
     tensors=named_half_split,

@@ -68,6 +68,7 @@ def read_gguf(_: Fields, spec: ModelSpec) -> ModelSpec:
 SMOLLM3 = Family(
     name="smollm3",
     title="SmolLM3",
+    adds="layers without rotation",
     architectures=("SmolLM3ForCausalLM",),
     read_config=read_config,
     tensors=named,

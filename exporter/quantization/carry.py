@@ -30,12 +30,14 @@ class StoredCodes:
 
     `label` names the form. `scheme` holds its codes as they are, None if no scheme can, for the
     reason `not_held`. `scales` is the type that holds its scales and minimums without rounding.
+    `rounds_inputs` says that the checkpoint's own runtime rounds inputs with scales of the moment.
     """
 
     label: str
     scheme: Scheme | None = None
     not_held: str = ""
     scales: str = "float32"
+    rounds_inputs: bool = False
 
 
 def held(scheme: Scheme, columns: int, target: Target, precision: Precision) -> Scheme | None:
@@ -45,7 +47,8 @@ def held(scheme: Scheme, columns: int, target: Target, precision: Precision) -> 
             return scheme
         scheme = replace(scheme, activation=None)
     if not ELEMENT_TYPES[scheme.codes].is_integer:
-        return scheme if target.weight_only_float8 else None
+        fits = scheme.block is None or target.float8_blocks
+        return scheme if target.weight_only_float8 and fits else None
     if target.weight_only_layout == "nbits":
         return _in_blocks(scheme, columns, NBITS_BLOCKS, partial=target.partial_blocks)
     if scheme.offset != "none":
@@ -116,18 +119,22 @@ def own_precision(
     """Return the precision in which the target carries most codes over, None if less than half."""
     shapes = spec.weight_shapes()
     linears = {name: prod(shapes[name]) for group in groups(spec) for name in group.readers}
-    ranked = []
+    ranked: list[tuple[int, int, int, Precision]] = []
     for name in target.activations:
         one = PRECISIONS[name]
         if not one.quantized:
             continue
         schemes = carried_schemes(spec, target, one, stored)
-        own = sum(linears[n] for n, s in schemes.items()
-                  if (s.codes, s.activation) == (one.codes, one.activation_codes))  # fmt: skip
-        same = sum(linears[n] for n, s in schemes.items() if s.codes == one.codes)
-        ranked.append((sum(linears[n] for n in schemes), own, same, one))
-    carried, _, same, best = max(ranked, key=lambda rank: rank[:3], default=(0, 0, 0, None))
-    return best if 2 * carried >= sum(linears.values()) and same else None
+        # By the stored codes: those of a group may have been widened to share a scheme.
+        own = {n: scheme for n in schemes if (scheme := stored[n].scheme) is not None}
+        alike = {n for n, scheme in own.items() if scheme.codes == one.codes}
+        rounded = {n for n in alike if own[n].activation == schemes[n].activation}
+        sizes = [sum(linears[n] for n in names) for names in (schemes, rounded, alike)]
+        ranked.append((sizes[0], sizes[1], sizes[2], one))
+    if not ranked:
+        return None
+    carried, _, alike_size, best = max(ranked, key=lambda rank: rank[:3])
+    return best if 2 * carried >= sum(linears.values()) and alike_size else None
 
 
 def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[str]:
@@ -139,7 +146,7 @@ def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[st
     lost: Counter[tuple[str, str, str]] = Counter()
     for name, one in stored.items():
         if name in copied:
-            kept[one.label, _kept_as(one, schemes[name], build)] += 1
+            kept[one.label, _kept_as(name, one, build)] += 1
         else:
             exact = build.activation == "float32"
             stored_as = f"{'stored as' if exact else 'rounded to'} {build.activation}"
@@ -150,17 +157,31 @@ def describe_carried(build: Build, stored: Mapping[str, StoredCodes]) -> list[st
              for (label, how), count in kept.items()]  # fmt: skip
     lines += [f"{count} weights of {label}: dequantized exactly and {how}{why}"
               for (label, how, why), count in lost.items()]  # fmt: skip
+    rounded = [n for n in schemes if n not in stored and n not in copied]
+    return lines + _describe_others(rounded, build)
+
+
+def _describe_others(rounded: list[str], build: Build) -> list[str]:
+    """Say which weights are rounded although the checkpoint stores them as floats."""
+    heads = [name for name in rounded if not name.startswith("model.layers.")]
+    lines = [f"the output layer: rounded to {build.storage.schemes[name].codes} "
+             "(--keep lm_head stores it as it is)" for name in heads]  # fmt: skip
+    if len(rounded) > len(heads):
+        codes = sorted({build.storage.schemes[name].codes for name in rounded})
+        count = len(rounded) - len(heads)
+        lines.append(f"{count} weights of floats: rounded to {' and '.join(codes)}")
     return lines
 
 
-def _kept_as(one: StoredCodes, scheme: Scheme, build: Build) -> str:
+def _kept_as(name: str, one: StoredCodes, build: Build) -> str:
     parts = []
-    if scheme.activation is not None:
+    static = one.scheme is not None and one.scheme.activation is not None
+    if build.storage.schemes[name].activation is not None:
         parts.append("inputs rounded with the checkpoint's scales")
-    elif one.scheme is not None and one.scheme.activation is not None:
-        parts.append(f"inputs in {build.activation}")
-    elif "dynamic" in one.label:
-        parts.append(f"inputs in {build.activation}, not rounded")
+    elif static or one.rounds_inputs:
+        blocks = build.target.rounds_blocks and build.storage.layouts.get(name) == "nbits"
+        how = "rounded to int8 block by block" if blocks else f"in {build.activation}, not rounded"
+        parts.append(f"inputs {how}")
     if build.activation not in (one.scales, "float32"):
         parts.append(f"scales rounded from {one.scales} to {build.activation}")
     return "".join(f"; {part}" for part in parts)

@@ -34,7 +34,7 @@ def weight_facts(checkpoint: Checkpoint, table: CalibrationTable | None = None) 
     return WeightFacts(
         types=frozenset(checkpoint.dtypes.values()),
         codes={name: StoredCodes(label=one.dtype, scheme=one.scheme, not_held=one.not_held,
-                                 scales=one.scales)
+                                 scales=one.scales, rounds_inputs=one.rounds_inputs)
                for name, one in checkpoint.stored.items() if one.dtype not in FLOATS},
         method=checkpoint.method,
         calibrated=None if table is None else table.schemes,

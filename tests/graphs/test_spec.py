@@ -10,8 +10,8 @@ import pytest
 from graphs.contract import TensorSpec, capacity_letter, graph_inputs, graph_outputs
 from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import MistralcError
-from graphs.rope import RopeScaling
-from graphs.spec import ModelSpec, RingSpec
+from graphs.rope import Rope, RopeScaling
+from graphs.spec import AttentionSpec, ModelSpec, Multipliers, RingSpec
 from tests.support.make_checkpoint import PRESETS, tiny_spec
 
 MISTRAL_7B = PRESETS["mistral-7b-v0.1"]
@@ -68,6 +68,13 @@ def test_a_spec_is_frozen():
 # JSON
 
 LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=64)
+LONGROPE = RopeScaling(
+    rope_type="longrope", short_factor=(1.0, 2.0), long_factor=(1.0, 4.0), is_long=True
+)
+GEMMA = tiny_spec(
+    attention=AttentionSpec(scale=0.1, softcap=50.0), multipliers=Multipliers(embedding=8.0),
+    post_norms=True, activation="gelu_tanh", logit_softcap=30.0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -78,12 +85,56 @@ LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embed
         tiny_spec(layer_windows=(4, None)),
         tiny_spec(rope_scaling=RopeScaling(rope_type="linear", factor=2.0)),
         tiny_spec(rope_scaling=LLAMA3),
+        tiny_spec(rope_scaling=LONGROPE, rope=Rope(features=4, layers_without=(1,))),
+        GEMMA,
         MISTRAL_7B,
     ],
 )
 def test_a_spec_survives_json(spec: ModelSpec):
     text = json.dumps(spec.to_json())
     assert ModelSpec.from_json(json.loads(text)) == spec
+
+
+def test_a_mistrals_json_is_what_earlier_versions_wrote():
+    """Manifests and fingerprints of bundles without the newer parts stay as they are."""
+    data = tiny_spec(rope_scaling=LLAMA3).to_json()
+    assert list(data) == [
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+        "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
+        "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings", "layer_windows",
+    ]  # fmt: skip
+    assert list(data["rope_scaling"]) == [
+        "rope_type", "factor", "low_freq_factor", "high_freq_factor",
+        "original_max_position_embeddings",
+    ]  # fmt: skip
+    assert GEMMA.to_json().keys() - data.keys() == {
+        "attention", "multipliers", "post_norms", "activation", "logit_softcap",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data.update(rope={"features": 3}),
+        lambda data: data.update(rope={"features": 18}),
+        lambda data: data.update(rope={"layers_without": [-1]}),
+        lambda data: data.update(attention={"bias": 1}),
+        lambda data: data.update(attention={"softcap": 0}),
+        lambda data: data.update(multipliers={"logits": -1.0}),
+        lambda data: data.update(activation="relu"),
+        lambda data: data.update(post_norms="yes"),
+        lambda data: data.update(logit_softcap=math.nan),
+        lambda data: data.update(
+            rope_scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
+        ),
+        lambda data: data.update(rope_scaling={"rope_type": "yarn", "is_long": 3}),
+    ],
+)
+def test_parts_that_no_model_has_are_refused(damage: Any):
+    data = tiny_spec().to_json()
+    damage(data)
+    with pytest.raises(MistralcError, match="Check"):
+        ModelSpec.from_json(data)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +165,27 @@ def test_a_tied_embedding_is_counted_and_listed_once():
     untied, tied = tiny_spec(), tiny_spec(tie_word_embeddings=True)
     assert untied.weight_shapes().keys() - tied.weight_shapes().keys() == {"lm_head.weight"}
     assert untied.num_parameters - tied.num_parameters == 320 * 64
+
+
+def test_parts_add_their_weights_and_biases_lie_side_by_side():
+    """So that merged weights, and merged biases, are one range of the bundle's file each."""
+    plain = tiny_spec(num_hidden_layers=1)
+    biased = replace(plain, attention=AttentionSpec(bias=True, query_key_norms=True), mlp_bias=True)
+    names = [name.removeprefix("model.layers.0.") for name in biased.weight_shapes()]
+    start = names.index("self_attn.q_proj.weight")
+    assert names[start : start + 8] == [
+        *(f"self_attn.{part}_proj.weight" for part in "qkv"),
+        *(f"self_attn.{part}_proj.bias" for part in "qkv"),
+        "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+    ]  # fmt: skip
+    added = set(names) - {n.removeprefix("model.layers.0.") for n in plain.weight_shapes()}
+    assert {name for name in added if name.startswith("mlp.")} == {
+        "mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias",
+    }  # fmt: skip
+    norms = replace(plain, post_norms=True).weight_shapes().keys() - plain.weight_shapes().keys()
+    assert {name.rsplit(".", 2)[1] for name in norms} == {
+        "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    }  # fmt: skip
 
 
 def test_weights_have_hugging_face_names_and_shapes():

@@ -1,6 +1,6 @@
 """PEFT adapters for tiny checkpoints, made and merged by peft. Asserts nothing."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def make(
         if parameter.requires_grad:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.05 * noise * parameter.data.abs().mean().clamp_min(0.3)
-    adapted.to(dtype).save_pretrained(folder, save_embedding_layers=saved)
+    adapted.to(dtype).save_pretrained(str(folder), save_embedding_layers=saved)
     return folder
 
 
@@ -58,7 +58,10 @@ def merge(
     model = _base(base, resize, dtype)
     for path, weight in adapters:
         adapted = PeftModel.from_pretrained(model, path)
-        _each_layer(adapted, lambda layer, by=weight: layer.set_scale("default", by))
+        layers: list[Any] = list(adapted.modules())
+        for module in layers:
+            if hasattr(module, "set_scale") and hasattr(module, "lora_A"):
+                module.set_scale("default", weight)
         model = adapted.merge_and_unload()
     return model
 
@@ -69,9 +72,3 @@ def _base(path: Path, resize: int, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         model.resize_token_embeddings(model.config.vocab_size + resize, mean_resizing=False)
     return model
-
-
-def _each_layer(model: Any, change: Callable[[Any], None]) -> None:
-    for module in model.modules():
-        if hasattr(module, "set_scale") and hasattr(module, "lora_A"):
-            change(module)

@@ -5,7 +5,7 @@ norms, biases and factors are all different from those that change nothing.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -147,14 +147,34 @@ def text_part(kind: str) -> tuple[transformers.PreTrainedModel, Any]:
     return transformers.Mistral3ForConditionalGeneration(config), config
 
 
+WIDE: Mapping[str, Any] = {
+    "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
+}  # fmt: skip
+"""Sizes for which TensorRT has its kernels. Heads are four times as large as otherwise."""
+
+
 @cache
-def model(name: str) -> transformers.PreTrainedModel:
+def model(name: str, *, wide: bool = False) -> transformers.PreTrainedModel:
     """The model of an example, with random weights, for eager use in float32."""
     example = EXAMPLES[name]
-    kind: Callable[..., Any] = getattr(transformers, example.model)
-    config = kind.config_class(**{**SIZES, **example.settings})
+    kind: Any = getattr(transformers, example.model)
+    settings = _widened(example.settings) if wide else example.settings
+    config = kind.config_class(**{**SIZES, **settings})
     config._attn_implementation = "eager"
     return randomized(kind(config), seed=len(name))
+
+
+def _widened(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of an example for the sizes of `WIDE`."""
+    found = {**settings, **WIDE}
+    if "head_dim" in found:
+        found["head_dim"] *= 4
+    rope = dict(found.get("rope_parameters", {}))
+    for key in ("short_factor", "long_factor"):
+        if key in rope:
+            rope[key] = [one for one in rope[key] for _ in range(4)]
+            found["rope_parameters"] = rope
+    return found
 
 
 def randomized(found: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
@@ -165,8 +185,9 @@ def randomized(found: transformers.PreTrainedModel, seed: int) -> transformers.P
         with torch.no_grad():
             weight.normal_(0, _spread(name, weight), generator=draw)
             if _is_gain(name, weight) and not stores_gain_minus_1:
-                weight += 1
-    return found.eval().float()
+                weight.add_(1)
+    found.train(mode=False)
+    return found
 
 
 def _is_gain(name: str, weight: nn.Parameter) -> bool:
@@ -181,9 +202,9 @@ def _spread(name: str, weight: nn.Parameter) -> float:
     return float(weight.shape[-1] ** -0.5)
 
 
-def write(directory: Path, name: str) -> Path:
+def write(directory: Path, name: str, *, wide: bool = False) -> Path:
     """Write the checkpoint of an example as transformers does."""
-    model(name).save_pretrained(directory)
+    model(name, wide=wide).save_pretrained(directory)
     return directory
 
 

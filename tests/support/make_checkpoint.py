@@ -101,7 +101,7 @@ def write_checkpoint(
         _write_json(folder / "config.json", hf_config(spec, dtype))
     else:
         _write_json(folder / "params.json", mistral_params(spec))
-    _write_tokenizer(folder, spec)
+    write_tokenizer(folder, spec)
     return folder
 
 
@@ -314,7 +314,7 @@ def _word(number: int) -> str:
     return (_word(number // 70 - 1) if number >= 70 else "") + syllable
 
 
-def _write_tokenizer(folder: Path, spec: ModelSpec) -> None:
+def write_tokenizer(folder: Path, spec: ModelSpec) -> None:
     _write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     if spec.vocab_size < _SMALLEST_VOCABULARY:
         return

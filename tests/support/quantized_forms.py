@@ -8,6 +8,7 @@ layouts are written here, and were each compared once with the library that defi
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from exporter.checkpoint import weight_names
+from exporter.families import names as weight_names
+from exporter.families.family import Format
 from graphs.quant_scheme import groups
 from graphs.spec import ModelSpec
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
@@ -62,7 +64,7 @@ class Written:
 
 def write_form(folder: Path, form: Form, spec: ModelSpec = SPEC) -> Written:
     """Write a random checkpoint of this form. A fixed seed: all forms hold the same model."""
-    kind = "mistral" if form.native else "huggingface"
+    kind: Format = "mistral" if form.native else "huggingface"
     path = write_checkpoint(folder, spec, format=kind, dtype="float16")
     file = path / ("consolidated.safetensors" if form.native else "model.safetensors")
     tensors = load_file(file)
@@ -71,7 +73,7 @@ def write_form(folder: Path, form: Form, spec: ModelSpec = SPEC) -> Written:
         names += ["model.embed_tokens.weight", "lm_head.weight"]
     made = {}
     for name in names:
-        stored = weight_names.mistral_name(name) if form.native else name
+        stored = weight_names.stored_name(name, kind, spec)
         one = form.make(tensors.pop(stored).float())
         owner = stored.removesuffix(".weight")
         tensors |= {f"{owner}.{part}": value.contiguous() for part, value in one.tensors.items()}
@@ -113,7 +115,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _grouped(weight: Tensor, group: int) -> Tensor:
-    return weight.unflatten(1, (-1, group))  # [N, G, group]
+    found: Tensor = weight.unflatten(1, (-1, group))  # [N, G, group]
+    return found
 
 
 def _affine(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,6 +167,7 @@ def gptq(
 ) -> Made:  # fmt: skip
     """`order` is None, `plain` (g_idx that says nothing new) or `scattered` (act-order)."""
     n, k = weight.shape
+    group = k if group == -1 else group
     middle = 1 << (bits - 1)
     arranged = weight
     features = torch.arange(k)
@@ -300,3 +304,73 @@ def mlx(weight: Tensor, bits: int = 4, group: int = 64) -> Made:
                "biases": bias.half()}  # fmt: skip
     value = _spread(scale, group) * codes + _spread(bias, group)
     return Made(tensors=tensors, weight=value, codes=(codes - (1 << (bits - 1))).to(torch.int8))
+
+
+# The forms
+
+
+def _gptq_config(**more: Any) -> dict[str, Any]:
+    return {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False} | more
+
+
+_AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+_STATIC_FP8 = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+_MODELOPT = {"producer": {"name": "modelopt", "version": "0.47.0"}}
+
+
+def _modelopt_config(**settings: Any) -> dict[str, Any]:
+    return _MODELOPT | {"quantization": {"exclude_modules": ["lm_head"]} | settings}
+
+
+FORMS = (
+    Form(name="AWQ", make=awq, config=_AWQ, precision="int4wo"),
+    Form(name="AWQ, quant_config.json", make=partial(awq, group=64), file="quant_config.json",
+         config={"w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"},
+         precision="int4wo"),
+    Form(name="GPTQ symmetric", make=partial(gptq, symmetric=True),
+         config=_gptq_config(sym=True), precision="int4wo"),
+    Form(name="GPTQ asymmetric", make=partial(gptq, order="plain"),
+         config=_gptq_config(desc_act=False), precision="int4wo"),
+    Form(name="GPTQ v2", make=partial(gptq, minus=0),
+         config=_gptq_config(checkpoint_format="gptq_v2"), precision="int4wo"),
+    Form(name="GPTQ act-order", make=partial(gptq, order="scattered"),
+         config=_gptq_config(desc_act=True)),
+    Form(name="GPTQ, one group", make=partial(gptq, group=-1, symmetric=True),
+         config=_gptq_config(group_size=-1, sym=True), precision="int4wo"),
+    Form(name="GPTQ 8 bits", make=partial(gptq, bits=8, group=128),
+         config=_gptq_config(bits=8, group_size=128), precision="int8wo"),
+    Form(name="GPTQ 3 bits", make=partial(gptq, bits=3), config=_gptq_config(bits=3),
+         precision="int4wo"),
+    Form(name="GPTQ, quantize_config.json", make=partial(gptq, group=128),
+         file="quantize_config.json",
+         config={"bits": 4, "group_size": 128, "desc_act": False, "sym": False},
+         precision="int4wo"),
+    Form(name="FP8 static", make=partial(float8, names=("weight_scale_inv", "activation_scale")),
+         config=_STATIC_FP8, precision="fp8"),
+    Form(name="FP8 static, AutoFP8", make=float8, config=_STATIC_FP8, precision="fp8"),
+    Form(name="FP8 in blocks", make=partial(float8, names=("weight_scale_inv", None), block=128),
+         config={"quant_method": "fp8", "activation_scheme": "dynamic",
+                 "weight_block_size": [128, 128]}, precision="fp8"),
+    Form(name="FP8, Mistral's own", native=True, key="quantization",
+         make=partial(float8, names=("qscale_weight", "qscale_act")),
+         config={"qformat_weight": "fp8_e4m3", "qscheme_act": "TENSOR"}, precision="fp8"),
+    Form(name="ModelOpt FP8", make=float8, file="hf_quant_config.json",
+         config=_modelopt_config(quant_algo="FP8", kv_cache_quant_algo=None), precision="fp8"),
+    Form(name="ModelOpt INT4 AWQ", make=modelopt_int4, file="hf_quant_config.json",
+         config=_modelopt_config(quant_algo="W4A16_AWQ", group_size=64), precision="int4wo"),
+    Form(name="ModelOpt INT4 AWQ with factors", make=partial(modelopt_int4, factors=True),
+         file="hf_quant_config.json",
+         config=_modelopt_config(quant_algo="W4A16_AWQ", group_size=64, pre_quant_scale=True)),
+    Form(name="bitsandbytes nf4", make=bnb4,
+         config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    Form(name="bitsandbytes nf4, doubly quantized", make=partial(bnb4, nested=True),
+         config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    Form(name="bitsandbytes fp4", make=partial(bnb4, kind="fp4"), config={"load_in_4bit": True}),
+    Form(name="bitsandbytes int8", make=bnb8,
+         config={"quant_method": "bitsandbytes", "load_in_8bit": True}, precision="int8wo"),
+    Form(name="MLX 4 bits", make=mlx, key="quantization", everything=True,
+         config={"bits": 4, "group_size": 64}, precision="int4wo"),
+    Form(name="MLX 8 bits", make=partial(mlx, bits=8, group=32), key="quantization",
+         everything=True, config={"bits": 8, "group_size": 32, "mode": "affine"},
+         precision="int8wo"),
+)  # fmt: skip

@@ -111,10 +111,10 @@ def _inputs(group: Fields) -> scaled.Inputs:
         return scaled.Inputs()
     kind = (str(section.values.get("type", "int")), section.integer("num_bits", 8))
     if section.values.get("dynamic"):
-        return scaled.Inputs(label="dynamic inputs")
+        return scaled.Inputs(label="dynamic inputs", dynamic=True)
     symmetric = kind[0] == "float" or section.flag("symmetric", default=True)
     if section.values.get("strategy") not in (None, "tensor") or not symmetric:
-        return scaled.Inputs(label="inputs that no target rounds so")
+        return scaled.Inputs(label="inputs that no target rounds so", dynamic=True)
     return scaled.Inputs(codes=_TYPES.get(kind), label="static inputs")
 
 
@@ -163,8 +163,9 @@ def _packed(module: Module, weights: Fields, inputs: scaled.Inputs) -> WeightSou
     label = f"compressed-tensors {bits} bits, group {width or 'all'}, {inputs.label}"
     if order is None or _trivial(order, width):
         return module.source(
-            label, (rows, columns), parts, scheme=scheme, read=read, scales=scale.where.dtype
-        )
+            label, (rows, columns), parts, scheme=scheme, read=read, scales=scale.where.dtype,
+            rounds_inputs=inputs.dynamic,
+        )  # fmt: skip
     scattered = map_tensor(order).long()
 
     def read_scattered(start: int, stop: int) -> Tensor:

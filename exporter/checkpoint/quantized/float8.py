@@ -43,7 +43,7 @@ def native_sources(found: Tensors, fields: Fields) -> dict[str, WeightSource]:
 def _sources(
     found: Tensors, method: str, *, static: bool, block: tuple[int, int] | None
 ) -> dict[str, WeightSource]:
-    inputs = scaled.Inputs(label="dynamic inputs")
+    inputs = scaled.Inputs(label="dynamic inputs", dynamic=True)
     if static:
         inputs = scaled.Inputs(codes="float8e4m3", label="static inputs")
     return {

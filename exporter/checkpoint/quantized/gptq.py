@@ -33,9 +33,9 @@ FORMATS = {"gptq": 1, "gptq_v2": 0}  # added to a stored zero point
 def sources(found: Tensors, fields: Fields) -> dict[str, WeightSource]:
     """Return the source of every quantized weight. Raises MistralcError for other layouts."""
     plus = _zero_offset(fields)
-    bits = bits_of(fields, BITS)
+    bits, group = bits_of(fields, BITS), _group_size(fields)
     return {
-        f"{module.name}.weight": _source(module, bits, plus, _group_size(fields))
+        f"{module.name}.weight": _source(module, bits, plus, group)
         for module in modules(found, "qweight")
     }
 

@@ -32,7 +32,10 @@ def sources(found: Tensors, fields: Fields) -> dict[str, WeightSource]:
         raise scaled.unknown(fields.origin, f"ModelOpt {algorithm or 'mixed'}", ", ".join(_KNOWN))
     inputs = scaled.Inputs(codes=_STATIC.get(algorithm), label="static inputs")
     if algorithm not in _STATIC:
-        inputs = scaled.Inputs(label="inputs in float or dynamic")
+        dynamic = algorithm == "FP8_PER_CHANNEL_PER_TOKEN"
+        inputs = scaled.Inputs(
+            label="dynamic inputs" if dynamic else "inputs in float", dynamic=dynamic
+        )
     size = fields.integer("group_size", 128)
     block = (size, size) if algorithm == "FP8_PB_WO" else None
     return {

@@ -69,6 +69,7 @@ class Module:
         why: str = "",
         input_scale: Callable[[], float] | None = None,
         scales: str = "float32",
+        rounds_inputs: bool = False,
     ) -> WeightSource:
         """Return the source of the module's weight [N, K].
 
@@ -91,6 +92,7 @@ class Module:
             ranges=tuple(self.tensors[part].where for part in parts),
             read_rows=read_rows, scheme=scheme, read_codes=read_codes if held else None,
             input_scale=input_scale, not_held=why, scales=scales,
+            rounds_inputs=rounds_inputs,
         )  # fmt: skip
 
 

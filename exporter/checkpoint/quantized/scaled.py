@@ -25,7 +25,7 @@ from exporter.checkpoint.stored import StoredTensor, map_tensor
 from exporter.checkpoint.weight_source import WeightSource
 from graphs.dtypes import Codes
 from graphs.errors import MistralcError
-from graphs.quant_scheme import Scheme
+from graphs.quant_scheme import Offset, Scheme
 
 CODES: dict[str, Codes] = {"I8": "int8", "F8_E4M3": "float8e4m3"}
 SCALE_TYPES = (*FLOAT_TYPES, "F8_E8M0")
@@ -45,52 +45,57 @@ class Inputs:
     """How a method rounds the inputs of its linears: statically with one scale, or otherwise."""
 
     codes: Codes | None = None  # static, one symmetric scale for the whole tensor
+    dynamic: bool = False  # with scales of the moment
     label: str = "inputs in float"
 
 
 def source(
-    module: Module,
-    method: str,
-    inputs: Inputs,
-    names: Names,
+    module: Module, method: str, inputs: Inputs, names: Names,
     block: tuple[int, int] | None = None,
-) -> WeightSource:
+) -> WeightSource:  # fmt: skip
     """Return the source of one weight. `block` is the rows and columns that share a scale."""
     stored = module.part("weight", *CODES, "F8_E5M2")
     if len(stored.shape) != 2:
         raise module.unfit("weight", "two dimensions")
     shape = (stored.shape[0], stored.shape[1])
     scale_name = module.first(*names.scale) or names.scale[0]
-    scale = module.part(scale_name, *SCALE_TYPES)
+    scale, input_name = module.part(scale_name, *SCALE_TYPES), module.first(*names.input_scale)
     width, label = _block(module, scale_name, shape, block)
-    zero = module.get(names.zero_point)
-    codes = CODES.get(stored.where.dtype)
-    input_name = module.first(*names.input_scale)
-    rounded = inputs.codes if input_name is not None and codes == inputs.codes else None
-    if width is not None or zero is not None:
-        rounded = None  # the targets' integer and float8 products take one scale per row
-    pre = module.get("pre_quant_scale", *FLOAT_TYPES)
-    scheme = None
-    if codes is not None and pre is None:
-        offset = "none" if zero is None else "zero_point"
-        scheme = Scheme(codes=codes, block=width, offset=offset, activation=rounded)  # type: ignore[arg-type]
-    read = _reader(stored, scale, zero, shape, width, scheme, pre)
-    parts = ["weight", scale_name, *(n for n in (names.zero_point,) if zero is not None)]
-    parts += [input_name] if input_name is not None else []
-    parts += ["pre_quant_scale"] if pre is not None else []
-    why = (
-        ""
-        if scheme is not None
-        else "inputs are multiplied by a factor per feature (pre_quant_scale)"
-    )
+    zero = _zero_point(module, names.zero_point, scale)
+    pre, codes = module.get("pre_quant_scale", *FLOAT_TYPES), CODES.get(stored.where.dtype)
+    # Products of rounded inputs take one scale per row.
+    rowwise = width is None and zero is None and codes == inputs.codes
+    static = inputs.codes if rowwise and input_name is not None else None
+    scheme, why = None, ""
     if codes is None:
         why = "the codes are float8 with 5 bits of exponent"
-    name = f"{method} {stored.where.dtype}, a scale per {label}, {inputs.label}"
+    elif pre is not None:
+        why = "inputs are multiplied by a factor per feature (pre_quant_scale)"
+    else:
+        offset: Offset = "none" if zero is None else "zero_point"
+        scheme = Scheme(codes=codes, block=width, offset=offset, activation=static)
+    parts = ("weight", scale_name, names.zero_point, input_name or "", "pre_quant_scale")
     return module.source(
-        name, shape, parts, scheme=scheme, read=read, why=why,
-        input_scale=scalar(module.part(input_name)) if rounded and input_name else None,
-        scales="float32" if scale.where.dtype == "F8_E8M0" else scale.where.dtype,
-    )  # fmt: skip
+        f"{method} {stored.where.dtype}, a scale per {label}, {inputs.label}",
+        shape,
+        [part for part in parts if part in module.tensors],
+        scheme=scheme,
+        read=_reader(stored, scale, zero, shape, width, scheme, pre),
+        why=why,
+        input_scale=scalar(module.part(input_name)) if static and input_name else None,
+        rounds_inputs=inputs.dynamic,
+        scales=scale.where.dtype if scale.where.dtype in FLOAT_TYPES else "float32",
+    )
+
+
+def _zero_point(module: Module, name: str, scale: StoredTensor) -> StoredTensor | None:
+    """Return the zero points of a weight, None if there are none or all are 0."""
+    stored = module.get(name, "I8", "F8_E4M3", *FLOAT_TYPES)
+    if stored is None or not map_tensor(stored).float().any():
+        return None
+    if stored.shape != scale.shape or stored.where.dtype != "I8":
+        raise module.unfit(name, f"{list(scale.shape)} integers of 8 bits, as the scales")
+    return stored
 
 
 def _block(
@@ -120,7 +125,7 @@ def _reader(
     def read(start: int, stop: int) -> Quantized:
         rows = row_numbers(start, stop)
         offset = None if zero is None else per_block(map_tensor(zero), rows, shape).to(torch.int8)
-        assumed = Scheme(codes="float8e4m3", block=width)
+        assumed = Scheme(codes="float8e4m3", block=width)  # the codes are multiplied as floats
         return Quantized(
             scheme=scheme or assumed, codes=map_tensor(stored)[start:stop],
             scale=per_block(map_tensor(scale), rows, shape), zero_point=offset,

@@ -1,8 +1,11 @@
 """AWQ's smoothing: exact in float, and better than none for inputs with outliers."""
 
+from typing import cast
+
 import pytest
 import torch
 
+from calib.layers.layer_pass import quantized_layer, run_layer
 from calib.methods import awq
 from calib.methods.clipping import (
     SCALE_DTYPE,
@@ -13,9 +16,12 @@ from calib.methods.clipping import (
     rescaled_moments,
 )
 from calib.methods.smoothing import smoothing_scales, tied
-from exporter.quantization.recipe import SMOOTHING
+from exporter.decoder.model import Layer
+from exporter.quantization.recipe import SMOOTHING, Recipe
+from exporter.quantization.reference import simulate
 from exporter.quantization.rounding import quantize
 from graphs.quant_scheme import Offset, Scheme, groups, layer_groups
+from graphs.spec import AttentionSpec, ModelSpec, Multipliers
 from tests.support import tiny
 from tests.support.calibration_samples import folded, logits, observed, with_outliers
 from tests.support.make_checkpoint import tiny_spec
@@ -94,15 +100,47 @@ def test_query_heads_that_share_a_value_head_share_their_scales() -> None:
     assert torch.equal(values[:, 0], values[:, 1])
 
 
-def test_folding_smoothing_into_the_weights_changes_nothing_in_float() -> None:
-    generator = torch.Generator().manual_seed(3)
-    tensors = {}
-    for group in groups(SPEC):
-        k = SPEC.weight_shapes()[group.readers[0]][1]
-        size = tied(torch.rand(k, generator=generator) + 0.1, group, SPEC)
+BIASES = tiny_spec(attention=AttentionSpec(bias=True, output_bias=True), mlp_bias=True)
+GEMMA = tiny_spec(
+    attention=AttentionSpec(softcap=5.0, query_key_norms=True), post_norms=True,
+    activation="gelu_tanh", multipliers=Multipliers(embedding=3.0, residual=0.5),
+)  # fmt: skip
+
+
+FLOAT = Recipe(spec=BIASES, activation="float32")
+
+
+def random_smoothing(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    generator, tensors = torch.Generator().manual_seed(3), {}
+    for group in groups(spec):
+        k = spec.weight_shapes()[group.readers[0]][1]
+        size = tied(torch.rand(k, generator=generator) + 0.1, group, spec)
         tensors[group.name + SMOOTHING] = smoothing_scales(size, torch.ones(k), 1.0, 0.0)
-    difference = logits(folded(SPEC, tensors)) - logits(tiny.decoder(SPEC))
+    return tensors
+
+
+@pytest.mark.parametrize("spec", [SPEC, BIASES, GEMMA], ids=["mistral", "biases", "gemma"])
+def test_folding_smoothing_into_the_weights_changes_nothing_in_float(spec: ModelSpec) -> None:
+    difference = logits(folded(spec, random_smoothing(spec))) - logits(tiny.decoder(spec))
     assert difference.abs().max() < 1e-4  # float32 rounding of two layers; 1e-5 was measured
+
+
+def test_a_calibrated_layer_is_that_of_the_reference() -> None:
+    """Both fold smoothing into quantized linears, float ones, and the biases of both."""
+    schemes = {name: INT4 for group in groups(BIASES) for name in group.readers if "mlp" in name}
+    tensors = random_smoothing(BIASES)
+    recipe = Recipe(spec=BIASES, activation="float32", schemes=schemes, tensors=tensors)
+    weight = tiny.weights(BIASES).__getitem__
+    reference = simulate(recipe, weight)
+    x = torch.randn(1, 9, BIASES.hidden_size, generator=torch.Generator().manual_seed(4))
+    for index, expected in enumerate(reference.model.layers):
+        layer = quantized_layer(recipe, index, weight, torch.device("cpu"))
+        with torch.inference_mode():
+            got = run_layer(reference, layer, x)
+            wanted = run_layer(reference, cast(Layer, expected), x)
+            plain = run_layer(reference, quantized_layer(FLOAT, index, weight, x.device), x)
+        assert torch.allclose(got, wanted, atol=1e-5)
+        assert not torch.allclose(got, plain, atol=1e-2), "4-bit codes are seen"
 
 
 def test_scales_are_bounded_around_a_mean_of_one() -> None:

@@ -56,10 +56,16 @@ def write_gguf(
     spec: ModelSpec,
     kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
     extra: dict[str, np.ndarray[Any, Any]] | None = None,
+    blocks: dict[str, tuple[np.ndarray[Any, Any], str]] | None = None,
+    parts: int = 0,
     **metadata: int,
 ) -> Path:
-    """Write a GGUF file with the gguf package; `kinds` are block types by canonical name."""
-    writer = gguf.GGUFWriter(path, "llama")
+    """Write a GGUF file with the gguf package; `kinds` are block types by canonical name.
+
+    `blocks` are ready rows of a block type, in the file's order. With `parts`, each file has that
+    many tensors.
+    """
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=parts)
     numbers = {
         "block_count": spec.num_hidden_layers, "context_length": 512,
         "embedding_length": spec.hidden_size, "feed_forward_length": spec.intermediate_size,
@@ -70,6 +76,11 @@ def write_gguf(
         writer.add_uint32(f"llama.{key}", value)
     writer.add_layer_norm_rms_eps(1e-5)
     for name in spec.weight_shapes():
+        if name in (blocks or {}):
+            data, type_name = (blocks or {})[name]
+            raw = gguf.GGMLQuantizationType[type_name]
+            writer.add_tensor(weight_names.stored_name(name, "gguf", spec), data, raw_dtype=raw)
+            continue
         weight = drawn(spec, name)
         if (heads := weight_names.rotated_heads(spec, name)) is not None:
             weight = weight_names.to_interleaved(weight, heads)

@@ -9,6 +9,7 @@ import torch
 
 from exporter.checkpoint.open import Checkpoint, open_checkpoint, read_spec
 from graphs.errors import MistralcError, UsageError
+from tests.support import families, quantized_forms
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 pytest.importorskip("peft")
@@ -95,13 +96,40 @@ def test_an_adapter_fits_a_base_in_any_format(kind: str, tmp_path: Path) -> None
         assert torch.equal(expected.tensor(name), found.tensor(name)), name
 
 
+@pytest.mark.parametrize("name", ["phi3", "gemma2", "qwen2"])
+def test_fused_projections_and_other_norms_are_merged_before_they_are_taken_apart(
+    name: str, tmp_path: Path
+) -> None:
+    base = families.write(tmp_path / "base", name)
+    options = {"target_modules": "all-linear", "modules_to_save": ["input_layernorm"]}
+    adapter = adapters.make(base, tmp_path / "adapter", options)
+    adapters.merge(base, [(adapter, 1.0)]).save_pretrained(tmp_path / "merged")
+    got, expected = open_checkpoint(base, [str(adapter)]), open_checkpoint(tmp_path / "merged")
+    for weight in expected.spec.weight_shapes():
+        assert torch.equal(got.tensor(weight), expected.tensor(weight)), weight
+
+
+def test_an_adapter_is_added_to_the_exact_values_of_a_quantized_base(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "hf", quantized_forms.SPEC)
+    adapter = adapters.make(base, tmp_path / "adapter", adapters.FORMS["LoRA"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change = open_checkpoint(base, [str(adapter)]).tensor(name) - open_checkpoint(base).tensor(name)
+    awq = next(form for form in quantized_forms.FORMS if form.name == "AWQ")
+    quantized = quantized_forms.write_form(tmp_path / "awq", awq).path
+    plain, merged = open_checkpoint(quantized), open_checkpoint(quantized, [str(adapter)])
+    assert plain.stored[name].scheme is not None
+    assert merged.stored[name].scheme is None
+    assert merged.dtypes[name] == "float32"
+    torch.testing.assert_close(merged.tensor(name) - plain.tensor(name), change, rtol=0, atol=1e-6)
+
+
 def test_an_adapters_directory_finds_its_base(base: Path, tmp_path: Path) -> None:
     adapter = adapters.make(base, tmp_path / "adapter", adapters.FORMS["LoRA"])
     alone, named = open_checkpoint(adapter), open_checkpoint(base, [str(adapter)])
     assert alone.fingerprint() == named.fingerprint()
     assert alone.source == str(adapter)
     _edit(adapter, base_model_name_or_path="mistralai/Mistral-7B-v0.1")
-    with pytest.raises(MistralcError, match=f"Mistral-7B-v0.1, which is no local.*{adapter}"):
+    with pytest.raises(MistralcError, match=f"Mistral-7B-v0.1, which is neither a path.*{adapter}"):
         open_checkpoint(adapter)
 
 

@@ -104,7 +104,7 @@ def test_without_a_gpu_the_table_has_them_all(mistralc: Command, config_only: Pa
             ("--target", "cpu", "--precision", "bf16"),
             "the target cpu takes fp32, int8wo, int4wo",
         ),
-        (("--context", "100"), "every layer of this checkpoint has a window"),
+        (("--context", "5000"), "every layer of this checkpoint has a window"),
         (("--context", "100", "--window", "10"), "exclude each other"),
     ],
 )

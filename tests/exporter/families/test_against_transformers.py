@@ -96,6 +96,11 @@ def test_every_family_is_compared() -> None:
     assert compared == {family.name for family in FAMILIES}
 
 
+def test_what_a_family_needs_of_a_target_is_what_its_models_have(opened: Opened) -> None:
+    capped = {one.family.name for one in opened.values() if one.spec.attention.softcap is not None}
+    assert capped == {one.name for one in FAMILIES if "caps_scores" in one.needs} == {"gemma2"}
+
+
 WITHOUT: dict[str, Any] = {
     "rope_scaling": None, "rope": Rope(), "multipliers": Multipliers(), "activation": "silu",
     "logit_softcap": None,

@@ -11,6 +11,7 @@ from exporter.decide import decide
 from exporter.decoder.model import logits_at
 from exporter.export import ExportOptions, export
 from exporter.options import BuildOptions, QuantizeOptions
+from exporter.quantization.carry import StoredCodes
 from exporter.quantization.make_recipe import weight_facts
 from exporter.quantization.policy import WeightFacts, output_scheme
 from exporter.quantization.recipe import Recipe, smoothed
@@ -107,22 +108,25 @@ def test_cuda_takes_zero_points_of_a_table_and_makes_none_itself() -> None:
     ("target", "options", "copied"),
     [
         ("cpu", QuantizeOptions(), True), ("cpu", QuantizeOptions(symmetric=True), False),
-        ("cuda", QuantizeOptions(), False), ("rtx", QuantizeOptions(), False),
+        ("cpu", QuantizeOptions(block=64), None), ("cuda", QuantizeOptions(), True),
+        ("rtx", QuantizeOptions(), False), ("rtx", QuantizeOptions(block=128), None),
     ],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("offset", ["none", "minimum"])
 def test_a_gguf_files_blocks_are_kept_where_the_target_computes_them(
-    target: str, options: QuantizeOptions, copied: bool, offset: Offset
+    target: str, options: QuantizeOptions, copied: bool | None, offset: Offset
 ) -> None:
+    """`copied`: blocks with minimums are kept; None: none are, a block of another size is asked."""
     linears = [name for group in groups(SPEC) for name in group.readers]
-    blocks = dict.fromkeys(linears, Scheme(codes="int4", block=32, offset=offset))
+    scheme = Scheme(codes="int4", block=32, offset=offset)
+    codes = dict.fromkeys(linears, StoredCodes(label="Q4", scheme=scheme))
     chosen = BuildOptions(precision="int4wo", quantize=options)
-    storage = decide(SPEC, TARGETS[target], chosen, WeightFacts(blocks=blocks)).storage
-    symmetric = offset == "none" and target != "rtx"  # whose blocks are of another size
-    assert set(storage.copied) == (set(linears) if copied or symmetric else set())
-    if target == "cuda":
-        assert {storage.schemes[name].offset for name in linears} == {"none"}
+    storage = decide(SPEC, TARGETS[target], chosen, WeightFacts(codes=codes)).storage
+    kept = copied or (copied is False and offset == "none")
+    assert set(storage.copied) == (set(linears) if kept else set())
+    if kept:
+        assert {storage.schemes[name] for name in linears} == {scheme}
 
 
 def test_an_unsupported_block_is_refused() -> None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from exporter.families.catalogue import FAMILIES
+from exporter.families.family import Family
 from graphs.precisions import PRECISIONS, Precision
 from graphs.targets import TARGETS, Target
 from tests.support.documents import DOCS, README, ROOT, between, replace_between
@@ -75,6 +77,21 @@ def _stored(precision: Precision) -> str:
         return precision.summary
     least = ".".join(map(str, precision.min_compute_capability))
     return f"{precision.summary}; GPUs from compute capability {least}"
+
+
+def families() -> str:
+    """A row for each family: its models, what it adds, its names in files, and its targets."""
+    rows = [
+        [one.title, one.adds, ", ".join(f"`{name}`" for name in one.architectures),
+         ", ".join(f"`{name}`" for name in one.gguf_names), _targets_of(one)]
+        for one in FAMILIES
+    ]  # fmt: skip
+    return _table(["models", "beside what Llama has", "architecture", "in GGUF", "targets"], rows)
+
+
+def _targets_of(family: Family) -> str:
+    able = [n for n, one in TARGETS.items() if all(getattr(one, fact) for fact in family.needs)]
+    return "all" if len(able) == len(TARGETS) else ", ".join(f"`{name}`" for name in able)
 
 
 def facts_of_targets() -> str:
@@ -159,6 +176,7 @@ def _session(arguments: tuple[str, ...]) -> str:
 PARTS: Mapping[str, Part] = {
     one.name: one
     for one in (
+        Part(README, "families", families),
         Part(README, "precisions by target", precisions_by_target),
         Part(README, "targets", facts_of_targets),
         Part(README, "peers", peers),
