@@ -58,8 +58,8 @@ def compare_text(source: Path, files: TokenizerFiles) -> dict[str, Any]:
     """Compare the tokenizer of a bundle with that of its checkpoint; returns the record of it.
 
     `source` is the checkpoint: a directory or a GGUF file. The record has `compared_with`, the
-    numbers of `strings` and `chats`, and, if a program that is not the last word read something
-    otherwise, `otherwise`. Raises MistralcError if the ids differ.
+    numbers of `strings` and `chats`, and `overruled` if a program that may be overruled gave other
+    ids. Raises MistralcError if the ids differ.
     """
     key = _key(source, files)
     if key not in _known:
@@ -120,7 +120,7 @@ class Examined:
     """The programs that agree; those that were overruled; why others could not be asked."""
 
     agreed: tuple[Compared, ...]
-    otherwise: tuple[Compared, ...]
+    overruled: tuple[Compared, ...]
     missing: tuple[str, ...]
 
 
@@ -130,7 +130,7 @@ def examine(source: Path, ours: Tokenizer) -> Examined:
     Raises MistralcError if one that cannot be overruled disagrees, or if all do.
     """
     agreed: list[Compared] = []
-    otherwise: list[Compared] = []
+    overruled: list[Compared] = []
     missing: list[str] = []
     for reference in references(source, ours):
         if isinstance(reference, Missing):
@@ -144,10 +144,10 @@ def examine(source: Path, ours: Tokenizer) -> Examined:
         elif reference.final:
             raise _differs(found)
         else:
-            otherwise.append(found)
-    if otherwise and not agreed:
-        raise _differs(otherwise[0])
-    return Examined(agreed=tuple(agreed), otherwise=tuple(otherwise), missing=tuple(missing))
+            overruled.append(found)
+    if overruled and not agreed:
+        raise _differs(overruled[0])
+    return Examined(agreed=tuple(agreed), overruled=tuple(overruled), missing=tuple(missing))
 
 
 def compare_with(reference: Reference, ours: Tokenizer) -> Compared:
@@ -197,11 +197,11 @@ def _record(found: Examined) -> dict[str, Any]:
         "strings": max(one.strings for one in found.agreed),
         "chats": max(one.chats for one in found.agreed),
     }
-    if found.otherwise:
-        record["otherwise"] = [
-            f"{one.reference.name} reads {len(one.differences)} of {one.strings + one.chats} "
-            f"otherwise: {one.differences[0]!s}"
-            for one in found.otherwise
+    if found.overruled:
+        record["overruled"] = [
+            f"{one.reference.name} gives other ids for {len(one.differences)} of "
+            f"{one.strings + one.chats}: {one.differences[0]!s}"
+            for one in found.overruled
         ]
     return record
 

@@ -110,8 +110,8 @@ def _fast_tokenizer(files: TextFiles, ours: Tokenizer) -> Reference:
 def _pieces(files: TextFiles) -> Reference:
     """SentencePiece, with the rule of transformers' LlamaTokenizer for the space before a text.
 
-    LlamaTokenizer itself is no measure for a model file: transformers 5 merges runs of spaces
-    otherwise than SentencePiece does, and AutoTokenizer drops a Mistral model's first space.
+    LlamaTokenizer itself is not used for a model file: transformers 5 merges runs of spaces
+    differently from SentencePiece, and AutoTokenizer drops a Mistral model's first space.
     """
     processor = _processor(files)
     first_only = reads_as_llama(files, {})

@@ -86,9 +86,9 @@ def _completed(source: Source, files: TextFiles, path: Path) -> Source:
             changed = with_mistral_split(changed)
         else:
             notes.append(
-                "tokenizer.json splits text otherwise than Mistral's tekken.json, and transformers "
-                "reads it as it is: with tekken.json in the directory, or `fix_mistral_regex: "
-                "true` in tokenizer_config.json, text is split as in training"
+                "tokenizer.json does not split text as Mistral's tekken.json does; the bundle "
+                "follows it, as transformers does. To split as in training, add tekken.json to the "
+                "directory, or `fix_mistral_regex: true` to tokenizer_config.json"
             )
     listed = read_entries(original["added_tokens"])
     tokens = declared_tokens(files, vocabulary, listed)

@@ -171,8 +171,8 @@ def _converted(
     notes = []
     if metadata.get("ggml.model") == "gpt2" and not metadata.get("ggml.pre"):
         notes.append(
-            "the GGUF file does not say how to split text (`tokenizer.ggml.pre`), and llama.cpp's "
-            "`default` is used: the model was probably trained otherwise"
+            "the GGUF file does not say how to split text (`tokenizer.ggml.pre`), so llama.cpp's "
+            "`default` is used; the model was probably trained with another rule"
         )
     return Converted(
         document=made,

@@ -25,7 +25,7 @@ from runtime.text.tokenizer import Tokenizer, is_token_id, parse_tokenizer
 
 # Tokens that end a turn in chat formats, for checkpoints that name only the end of a document.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-# Marks of turns. `<think>` and `<tool_call>` are no marks: they are a part of the answer's text.
+# Marks of turns. `<think>` and `<tool_call>` are not among them: they belong to the answer's text.
 _MARK = re.compile(r"<\|[^|]+\|>|<(start|end)_of_turn>|\[/?(INST|SYSTEM_PROMPT)\]")
 
 
@@ -33,7 +33,7 @@ _MARK = re.compile(r"<\|[^|]+\|>|<(start|end)_of_turn>|\[/?(INST|SYSTEM_PROMPT)\
 class TokenizerFiles:
     """`tokenizer.json` as text; `tokenizer_config.json` and `generation_config.json` as data.
 
-    `notes` are sentences for the user: what the bundle does otherwise than a file says.
+    `notes` are sentences for the user: where the bundle differs from what a file says.
     """
 
     tokenizer_json: str

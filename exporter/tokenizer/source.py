@@ -17,7 +17,7 @@ from graphs.errors import MistralcError
 class Source:
     """A tokenizer and the settings for its use; None means not given.
 
-    `notes` are sentences for the user: what the bundle does otherwise than a file says.
+    `notes` are sentences for the user: where the bundle differs from what a file says.
     """
 
     tokenizer_json: str

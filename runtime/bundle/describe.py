@@ -174,7 +174,7 @@ def _audit(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _text(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """What the tokenizer was compared with, and what the bundle does otherwise than the files."""
+    """What the tokenizer was compared with, and where the bundle differs from its files."""
     record = manifest.text
     if record is None:
         return
@@ -183,7 +183,7 @@ def _text(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "text", f"{record['strings']} strings{chats} read as {record['compared_with']} does"
     else:
         yield "text", f"compared with {record['compared_with']}"
-    for note in (*record.get("otherwise", ()), *record.get("notes", ())):
+    for note in (*record.get("overruled", ()), *record.get("notes", ())):
         yield "", note
 
 

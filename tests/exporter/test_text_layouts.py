@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import regex
+import tokenizers
 
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.checks import text_references
@@ -17,10 +19,13 @@ from exporter.checks.text_references import Missing, references
 from exporter.checks.text_samples import chats, strings
 from exporter.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from exporter.tokenizer.read import TokenizerFiles, read_tokenizer, require_rows
+from exporter.tokenizer.text_files import read_text_files
+from exporter.tokenizer.transformers_rules import has_wrong_split, with_mistral_split
 from graphs.errors import MistralcError
 from tests.support import text_layouts, text_vocabularies
 from tests.support.text_layouts import LAYOUTS
 from tests.support.text_vocabularies import PIECES, STRINGS, Vocabularies, plain
+from tests.support.vocabularies import SENTENCEPIECE
 
 Made = Callable[[str], Path]
 
@@ -100,6 +105,37 @@ def test_open_hermes_has_one_id_for_its_marks_and_stops_at_the_end_of_a_turn(
     assert ids.count(end) == 1
     assert end in ours.stop_ids
     assert ours.decode([start, end]) == ""
+
+
+def test_the_split_that_mistral_corrected_is_put_right_as_transformers_does(made: Made) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = made("llama3")
+    _change(folder, "config.json", model_type="mistral")
+    files = read_text_files(folder)
+    document = json.loads((folder / "tokenizer.json").read_text())
+    assert not has_wrong_split(files, document), "a vocabulary of 1,505 is not tekken's"
+    document["model"]["vocab"] = dict.fromkeys(map(str, range(100_001)), 0)
+    assert has_wrong_split(files, document)
+    patched = PreTrainedTokenizerFast._patch_mistral_regex(
+        tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder),
+        is_local=True, fix_mistral_regex=True,
+    )  # fmt: skip
+    ours = with_mistral_split(document)
+    assert ours["pre_tokenizer"] == json.loads(patched.to_str())["pre_tokenizer"]
+    assert not has_wrong_split(files, ours)
+    _change(folder, "config.json", transformers_version="5.1.0")
+    assert not has_wrong_split(read_text_files(folder), document)
+
+
+def test_a_control_piece_that_a_fine_tune_renamed_has_its_new_name(tmp_path: Path) -> None:
+    shutil.copy(SENTENCEPIECE["v3"], tmp_path / "tokenizer.model")
+    tokens = text_layouts.decoder(text_layouts.entry(10, "<|im_start|>"))
+    _change(tmp_path, "tokenizer_config.json", added_tokens_decoder=tokens)
+    document = json.loads(read_tokenizer(tmp_path).tokenizer_json)
+    renamed = next(entry for entry in document["added_tokens"] if entry["id"] == 10)
+    assert (renamed["content"], renamed["special"]) == ("<|im_start|>", True)
+    assert "[control_8]" not in document["model"]["vocab"]
 
 
 def test_mistrals_chat_format_is_given_to_mistrals_models_only(made: Made) -> None:
@@ -194,7 +230,7 @@ def _damaged(files: TokenizerFiles, **changes: Any) -> TokenizerFiles:
     )
 
 
-def test_a_tokenizer_that_reads_otherwise_is_refused_with_an_example(made: Made) -> None:
+def test_a_tokenizer_that_gives_other_ids_is_refused_with_an_example(made: Made) -> None:
     folder = made("llama3")
     files = read_tokenizer(folder)
     assert compare_text(folder, files)["strings"] == 300
@@ -215,7 +251,9 @@ def test_a_class_that_discards_a_part_of_the_file_is_overruled_and_named(made: M
     folder = made("smollm2")
     record = compare_text(folder, read_tokenizer(folder))
     assert "PreTrainedTokenizerFast" in record["compared_with"]
-    assert re.search(r"AutoTokenizer \(GPT2Tokenizer\) reads \d+ of 330", record["otherwise"][0])
+    assert re.search(
+        r"AutoTokenizer \(GPT2Tokenizer\) gives other ids for \d+ of 330", record["overruled"][0]
+    )
 
 
 def test_the_record_says_that_nothing_was_compared(
