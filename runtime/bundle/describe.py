@@ -180,7 +180,10 @@ def _text(manifest: Manifest) -> Iterator[tuple[str, str]]:
         return
     if record["strings"]:
         chats = f" and {record['chats']} chats" if record["chats"] else ""
-        yield "text", f"{record['strings']} strings{chats} read as {record['compared_with']} does"
+        yield (
+            "text",
+            f"{record['strings']} strings{chats}: the token ids of {record['compared_with']}",
+        )
     else:
         yield "text", f"compared with {record['compared_with']}"
     for note in (*record.get("overruled", ()), *record.get("notes", ())):

@@ -132,7 +132,7 @@ def test_plan_export_inspect_and_verify_say_what_is_carried_and_what_was_compare
     rows = next(each for each in record["notes"] if "more rows than there are tokens" in each)
     assert rows.startswith("the embedding has 20 more")
     shown = mistralc("inspect", bundle)
-    assert "300 strings and 30 chats read as transformers" in shown.out
+    assert "300 strings and 30 chats: the token ids of transformers" in shown.out
     assert note in shown.out
     assert rows in shown.out
     again = mistralc("verify", bundle, "--against", checkpoint, "--short")
