@@ -153,6 +153,9 @@ bench-quantized: $(READY) ## Forms of quantized checkpoints: precision, codes ke
 bench-precisions: $(READY) ## Size and perplexity of every precision; writes docs/calibration.md, half an hour
 	$(BIN)/python -m benchmarks.precisions build/precisions $(ARGS)
 
+bench-text: $(READY) ## Token ids of every layout of tokenizer files beside other programs; ARGS=--write writes docs/
+	$(BIN)/python -m benchmarks.text_layouts $(ARGS)
+
 bench-peers: $(READY) ## Beside other runtimes, those of OTHER_PYTHON (extra peers); ARGS=--write writes docs/
 	$(BIN)/python -m benchmarks.peers.prepare build/peers --peers-python $(OTHER_PYTHON)
 	$(BIN)/python -m benchmarks.peers.compare build/peers --peers-python $(OTHER_PYTHON) $(ARGS)
