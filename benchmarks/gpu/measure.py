@@ -7,7 +7,7 @@ bandwidth a step uses, compared with the data sheet and with copies within the G
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -52,23 +52,15 @@ def sessions(
 ) -> Iterator[tuple[Any, float | None]]:
     """A session for each batch size, and the seconds that loading took.
 
-    Where a backend can, the sessions share the weights of the first, which is loaded once; the
-    seconds of the others are then None.
+    All share the weights of the first, which is loaded once; the seconds of the others are None.
     """
-    first: Any = None
-    with ExitStack() as opened:
-        for batch in batches:
-            shared = getattr(first, "with_rows", None)
-            with ExitStack() as one:
-                if shared is not None:
-                    yield one.enter_context(closing(shared(batch))), None
-                    continue
-                began = perf_counter()
-                session: Any = load_session(bundle, build, files, batch=batch)
-                seconds = perf_counter() - began
-                first = session if hasattr(session, "with_rows") else None
-                (one if first is None else opened).enter_context(closing(session))
-                yield session, seconds
+    began = perf_counter()
+    first: Any = load_session(bundle, build, files, batch=batches[0])
+    with closing(first):
+        yield first, perf_counter() - began
+        for batch in batches[1:]:
+            with closing(first.with_rows(batch)) as session:
+                yield session, None
 
 
 def measure_batch(

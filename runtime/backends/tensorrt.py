@@ -9,7 +9,6 @@ here together with the copies to and from the host.
 import mmap
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
-from functools import cache as once
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -26,8 +25,7 @@ from runtime.backends.plan_contract import Profiles, check_plan
 from runtime.backends.plan_validity import COPY, DRIVER, MEMORY, REBUILD, validity
 from runtime.backends.session import Caches, Ids, Logits, Slots
 from runtime.backends.step_bounds import check_capacities, check_step
-
-KEPT_ERRORS = 20  # of TensorRT's log, to explain a failure
+from runtime.backends.tensorrt_library import last_errors, log_of
 
 _REMEDY: Mapping[str, str] = {
     REBUILD: "Export the checkpoint again, for this GPU and with this version of TensorRT, or "
@@ -51,6 +49,7 @@ class TrtSession:
     `cache` is the file for the kernels that TensorRT-RTX compiles (`kernel_cache.kernels_file`).
     `weight_budget` is the number of bytes of weights that stay on the GPU, for a plan built with
     weight streaming; None keeps as many as fit. `captured` says whether decoding is a CUDA graph.
+    With `shared`, the engine is that session's (`with_rows`).
     """
 
     def __init__(
@@ -62,14 +61,16 @@ class TrtSession:
         batch: int = 1,
         cache: Path | None = None,
         weight_budget: int | None = None,
+        shared: "TrtSession | None" = None,
     ) -> None:
         self.partial = False  # shapes and addresses are those of all rows
         self.spec, self.ring, self.batch, self.target = contract.spec, contract.ring, batch, target
         self._trt = tensorrt_library.load(target)
-        self._log = _log(target)
+        self._log = log_of(target)
         self._log.errors.clear()
         self._cache = cache
-        self._kernels: Any = None
+        self._kernels: Any = None if shared is None else shared._kernels
+        self._plan, self._contract = plan, contract
         self._decode: Any = None
         self._prefill: Any = None
         self._graph: Any = None
@@ -78,15 +79,28 @@ class TrtSession:
         self._gpu = Gpu(target.name)
         with ExitStack() as undo:
             undo.callback(self._release)
-            engine = self._load(plan, contract.ring_bytes)
+            if shared is None:
+                engine = self._load(plan, contract.ring_bytes)
+            else:
+                self._owned += shared._owned[:2]  # the runtime and the engine
+                engine = self._owned[1]
             profiles = check_plan(self._trt, engine, contract, batch)
             self._buffers = StepBuffers(self._gpu, contract, batch)
-            self._set_budget(engine, weight_budget)
+            if shared is None:
+                self._set_budget(engine, weight_budget)
+            else:
+                self._streams = shared._streams
             scratch = self._scratch(engine, profiles)
             self._decode = self._context(engine, profiles.decode, scratch, decode=True)
             self._prefill = self._context(engine, profiles.prefill, scratch, decode=False)
             self._warm_up()
             undo.pop_all()
+
+    def with_rows(self, batch: int) -> "TrtSession":
+        """A session with a ring of `batch` rows of its own that shares this one's weights."""
+        return TrtSession(
+            self._plan, self._contract, self.target, batch=batch, cache=self._cache, shared=self
+        )
 
     def resize(self, capacities: Mapping[int | None, int]) -> None:
         """Check the capacities, by window: this ring is full from the start and never resized."""
@@ -294,7 +308,7 @@ class TrtSession:
             raise self._failed(f"accept the shape or address of {name or 'a profile'}")
 
     def _failed(self, doing: str) -> MistralcError:
-        errors = _last_errors(self._log)
+        errors = last_errors(self._log)
         if "memory" in errors.lower():
             free, total = self._gpu.free()
             return MistralcError(
@@ -311,33 +325,9 @@ class TrtSession:
 def _not_loaded(plan: Path, trt: Any, log: Any) -> MistralcError:
     """The error for a refused plan: TensorRT's verdict on its header, else its logged errors."""
     verdict = validity(plan, trt.__name__)
-    why = " and ".join(verdict.reasons) or _last_errors(log)
+    why = " and ".join(verdict.reasons) or last_errors(log)
     remedy = " ".join(_REMEDY[kind] for kind in verdict.remedies or (COPY,))
     return MistralcError(
         f"TensorRT {trt.__version__} could not load {plan} ({plan.stat().st_size:,} bytes): {why}. "
         f"{remedy} `mistralc doctor` checks the bundle and this host."
     )
-
-
-def _last_errors(log: Any) -> str:
-    return " ".join(" ".join(log.errors).split())[:600] or "it gave no reason"
-
-
-@once
-def _log(target: Target) -> Any:
-    """One logger for the process, because TensorRT keeps the first that it is given."""
-    trt = tensorrt_library.load(target)
-
-    class Log(trt.ILogger):  # type: ignore[name-defined, misc]
-        """Keeps the last errors."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            """Keep `message` if it is an error."""
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors = [*self.errors[1 - KEPT_ERRORS :], message]
-
-    return Log()

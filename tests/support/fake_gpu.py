@@ -21,7 +21,7 @@ import pytest
 from graphs.contract import GraphContract
 from graphs.dtypes import Dtype
 from graphs.spec import ModelSpec, RingSpec
-from runtime.backends import cuda_device, onnxruntime_cuda, tensorrt, tensorrt_library
+from runtime.backends import cuda_device, onnxruntime_cuda, tensorrt_library
 from runtime.system import host
 
 real = pytest.importorskip("cuda.bindings.runtime")
@@ -38,6 +38,7 @@ class FakeCudart:
     def __init__(self, total: int = TOTAL) -> None:
         self.total, self.live, self.used = total, {}, 0
         self.captured: list[Callable[[], None]] | None = None
+        self.streams = 0  # all have one number: their work runs at once
         self.calls: list[str] = []
         self.fail: dict[str, Any] = {}  # by function: the error that it returns
 
@@ -59,11 +60,14 @@ class FakeCudart:
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, Any]:
         assert flags == real.cudaStreamNonBlocking
+        self.streams += 1
         self.live["stream"] = 0
         return OK, real.cudaStream_t(7)
 
     def cudaStreamDestroy(self, stream: Any) -> tuple[Any]:
-        del self.live["stream"]
+        self.streams -= 1
+        if self.streams == 0:
+            del self.live["stream"]
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]:
@@ -112,14 +116,15 @@ class FakeCudart:
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[Any, Any]:
         assert flags == 0
-        self.live["graph"] = list(graph)
-        return OK, self.live["graph"]
+        made = list(graph)
+        self.live[f"graph {id(made)}"] = made
+        return OK, made
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[Any]:
         return (OK,)
 
     def cudaGraphExecDestroy(self, graph: Any) -> tuple[Any]:
-        del self.live["graph"]
+        del self.live[f"graph {id(graph)}"]
         return (OK,)
 
     def cudaGraphLaunch(self, graph: Any, stream: Any) -> tuple[Any]:
@@ -308,9 +313,9 @@ def fake_tensorrt(spec: ModelSpec, ring: RingSpec, total: int = TOTAL) -> Iterat
     with fake_cuda(total) as cudart, pytest.MonkeyPatch.context() as patch:
         module = FakeTrt(cudart, spec, ring)
         patch.setattr(tensorrt_library, "load", lambda target: module)
-        tensorrt._log.cache_clear()
+        tensorrt_library.log_of.cache_clear()
         yield module
-        tensorrt._log.cache_clear()
+        tensorrt_library.log_of.cache_clear()
 
 
 @contextmanager

@@ -61,6 +61,22 @@ def test_rows_of_a_batch_are_independent(plan: Path):
         assert np.abs(found[row] - expected).max() <= FLOAT32 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_sessions_with_more_rows_share_one_engine(target: str, plan: Path):
+    ring = RingSpec(chunk=3, context=1, max_batch=3)
+    with fake_tensorrt(SPEC, ring) as fake:
+        with open_plan(plan, target, ring=ring) as one:
+            check_decode(one, SPEC, ring, FLOAT32)
+            held = fake.cudart.used
+            with one.with_rows(3) as three:
+                assert len(fake.engines) == 1, "the plan was loaded again"
+                assert three.captured
+                check_scheduler(three, SPEC, ring)
+            assert fake.cudart.used == held, "its memory was not freed"
+            check_decode(one, SPEC, ring, FLOAT32)
+        assert not fake.cudart.live
+
+
 def test_the_scheduler_serves_requests_on_the_rows_of_a_batch(plan: Path):
     ring = RingSpec(chunk=3, context=1, max_batch=3)
     with fake_tensorrt(SPEC, ring), open_plan(plan, ring=ring, batch=3) as rows:
