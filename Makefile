@@ -38,7 +38,7 @@ CHOSEN      := $(filter-out file,$(foreach name,CHECKPOINT TARGET PRECISION BUND
 .NOTPARALLEL:
 .PHONY: help setup plan doctor calibrate export generate chat serve triton sign inspect verify eval report diff bench \
         bench-positions bench-load bench-operators bench-prompt-lookup bench-flat bench-serve bench-sampling \
-        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-families bench-gpu \
+        bench-precisions bench-peers bench-modelopt bench-export bench-engines bench-families bench-adapters bench-gpu \
         prove-cuda rehearse-gpu pack-gpu polygraphy test lint type format docs reliability clean
 
 help: ## List the targets
@@ -153,6 +153,9 @@ bench-quantized: $(READY) ## Forms of quantized checkpoints: precision, codes ke
 bench-precisions: $(READY) ## Size and perplexity of every precision; writes docs/calibration.md, half an hour
 	$(BIN)/python -m benchmarks.precisions build/precisions $(ARGS)
 
+bench-text: $(READY) ## Token ids of every layout of tokenizer files beside other programs; ARGS=--write writes docs/
+	$(BIN)/python -m benchmarks.text_layouts $(ARGS)
+
 bench-peers: $(READY) ## Beside other runtimes, those of OTHER_PYTHON (extra peers); ARGS=--write writes docs/
 	$(BIN)/python -m benchmarks.peers.prepare build/peers --peers-python $(OTHER_PYTHON)
 	$(BIN)/python -m benchmarks.peers.compare build/peers --peers-python $(OTHER_PYTHON) $(ARGS)
@@ -168,6 +171,9 @@ bench-engines: $(READY) ## Bytes of a decoded token by engines of Mistral-7B's w
 
 bench-families: $(READY) ## Every family of models against transformers, and as a bundle for each target
 	$(BIN)/python -m benchmarks.families $(ARGS)
+
+bench-adapters: $(READY) ## Every form of adapter, merged by mistralc and by peft
+	$(BIN)/python -m benchmarks.adapters $(ARGS)
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)

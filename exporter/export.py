@@ -23,6 +23,7 @@ from exporter.checkpoint.open import Checkpoint, open_checkpoint
 from exporter.checkpoint.read_ahead import ReadAhead
 from exporter.checks import quality_gate
 from exporter.checks.reference_pass import Answers, ask
+from exporter.checks.text_agreement import text_record
 from exporter.checks.texts import cases, cases_left_out
 from exporter.checks.verify import Agreement, compare, require, to_json, to_markdown
 from exporter.decide import decide, decide_precision
@@ -100,6 +101,8 @@ def export(
     opened = _open(source, options)
     build = opened.build
     require_host(build, destination, options, opened.facts)
+    with stage("Comparing the tokenizer", None):
+        text = text_record(opened.checkpoint.text, opened.tokenizer, build.spec.vocab_size)
     with staging.staged(destination) as directory:
         graph_folder = directory / "graph" if build.target.holds_plan else directory
         graph_folder.mkdir(exist_ok=True)
@@ -132,6 +135,7 @@ def export(
                 if checks.agreements is None
                 else to_json(checks.agreements, "the checkpoint", cases_left_out(build))
             ),
+            text=text,
             engine=engine,
             files=files,
         )
@@ -190,7 +194,8 @@ def _open(source: str, options: ExportOptions) -> Source:
     check_calibration(precision, options.quantize, checkpoint.spec, table, own)
     build = decide(checkpoint.spec, target, options, facts)
     return Source(
-        checkpoint=checkpoint, table=table, tokenizer=read_tokenizer(checkpoint.text),
+        checkpoint=checkpoint, table=table,
+        tokenizer=read_tokenizer(checkpoint.text, checkpoint.path),
         facts=facts, build=build, recipe=make_recipe(build, checkpoint, table),
     )  # fmt: skip
 

@@ -60,6 +60,7 @@ class Manifest:
         Mapping[str, Any]
     ] = ()  # texts and clear preferences: runtime/decoding/golden.py
     verification: Mapping[str, Any] | None = None
+    text: Mapping[str, Any] | None = None  # what the tokenizer was compared with, and notes on it
     engine: Mapping[str, Any] | None = None  # the audit of a TensorRT plan
     files: Mapping[str, FileEntry]
 
@@ -132,6 +133,8 @@ class Manifest:
     def to_text(self) -> str:
         """Return the manifest as the JSON text that `from_text` takes."""
         data = asdict(self) | {"model": self.model.to_json()}
+        if self.text is None:  # as in bundles from before it was recorded
+            del data["text"]
         return json.dumps(data | {CHECKSUM: _checksum(data)}, indent=2) + "\n"
 
     @classmethod
@@ -180,7 +183,8 @@ class Manifest:
 
 
 _TEXT_FIELDS = ("target", "precision", "activation", "window_source")
-_RECORDS = ("quantization", "verification", "engine")  # or null: not done, or not for this target
+_RECORDS = ("quantization", "verification", "text", "engine")
+"""Objects, or null: not done, or not for this target."""
 
 
 def _check_types(data: Mapping[str, Any]) -> None:
@@ -197,7 +201,7 @@ def _check_types(data: Mapping[str, Any]) -> None:
     for name in ("model", "ring", "files", "passes"):
         _need(isinstance(data[name], dict), name, "an object")
     for name in _RECORDS:
-        _need(data[name] is None or isinstance(data[name], dict), name, "an object or null")
+        _need(isinstance(data.get(name), dict | None), name, "an object or null")
     _need(isinstance(data["golden"], list), "golden", "a list")
     for name, entry in data["files"].items():
         _need(

@@ -96,7 +96,7 @@ def _read_samples(checkpoint: "Checkpoint", options: SampleOptions) -> "Samples"
 
     length = options.length or default_length(checkpoint.spec)
     check_length(length, checkpoint.spec)
-    tokenizer = read_tokenizer(checkpoint.text).open()
+    tokenizer = read_tokenizer(checkpoint.text, checkpoint.path).open()
     corpus = read_corpus(options.text, tokenizer, "calibration")
     count = options.samples or max(1, TOTAL_TOKENS // length)
     ids = evenly_spaced(torch.from_numpy(windows(corpus, length)), count)

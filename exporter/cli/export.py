@@ -50,5 +50,7 @@ def export(
     print(f"{path}: {size:,.0f} MB, {manifest.target}, {manifest.precision}, {state}.")
     for line in manifest.checkpoint.get("codes", "").splitlines():
         print(f"  {line}.")
+    for note in (manifest.text or {}).get("notes", ()):
+        print(f"Note: {note}.")
     print("Next:")
     print(f'  {program_name()} generate {path} --chat "What is the capital of France?"')

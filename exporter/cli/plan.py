@@ -41,6 +41,7 @@ def plan(
     as_json: common.Json = False,
 ) -> None:  # fmt: skip
     """Say what a checkpoint will need, and which GPUs it fits, before anything is loaded."""
+    from exporter.checks.text_agreement import plan_notes
     from exporter.decide import decide, read_facts
     from exporter.estimate.model import estimate, fit
     from exporter.quantization.carry import describe_carried
@@ -64,12 +65,15 @@ def plan(
         fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts), facts)
     )
     codes = describe_carried(needed.build, facts.codes)
+    notes = plan_notes(checkpoint, options.adapters.lora, spec.vocab_size)
     if as_json:
         result = {"checkpoint": checkpoint, **to_json(needed), "codes": codes,
-                  "gpus": list(map(_fit, fits))}  # fmt: skip
+                  "gpus": list(map(_fit, fits)), "notes": list(notes)}  # fmt: skip
         print(json.dumps(result))
     else:
         _show(_named(checkpoint, facts), needed, codes, fits)
+        for note in notes:
+            print(f"note: {note}.")
 
 
 def _named(checkpoint: str, facts: "WeightFacts") -> str:

@@ -1,6 +1,7 @@
 """The command verify. Knows only the command line."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ def verify(
     quiet: common.Quiet = False,
 ) -> None:  # fmt: skip
     """Compare a bundle with the PyTorch decoder, and record the result unless it is signed."""
+    from exporter.checks import text_agreement as checks_text
     from exporter.checks import texts
     from exporter.checks import verify as checks
     from exporter.decoder.devices import reference_device
@@ -71,16 +73,23 @@ def verify(
     tokens = sum(case.tokens for case in texts.cases(build, short=short))
     with stage("Comparing", tokens) as advance:
         agreements = checks.verify(session, build, reference, short=short, progress=advance)
+    text = manifest.text
+    if against is not None:
+        with stage("Comparing the tokenizer", None):
+            rows = build.spec.vocab_size
+            text = checks_text.verify_text(bundle, against, adapters.lora, rows)
     source = "its own weights" if against is None else "the checkpoint"
     left_out = texts.cases_left_out(build) if short else []
     result = checks.to_json(agreements, source, left_out)
     print(json.dumps(result) if as_json else checks.to_markdown(result))
-    _record(bundle, result)
+    _record(bundle, result, text)
     checks.require(agreements)
 
 
-def _record(bundle: Path, verification: dict[str, object]) -> None:
-    """Write the result into the bundle's manifest and report, unless the bundle is signed."""
+def _record(
+    bundle: Path, verification: dict[str, object], text: Mapping[str, object] | None
+) -> None:
+    """Write the results into the bundle's manifest and report, unless the bundle is signed."""
     from dataclasses import replace
 
     from exporter.export import record
@@ -91,7 +100,8 @@ def _record(bundle: Path, verification: dict[str, object]) -> None:
         typer.echo("The bundle is signed, so the result is not recorded in it.", err=True)
         return
     try:
-        record(replace(read_manifest(bundle), verification=verification), bundle)
+        manifest = replace(read_manifest(bundle), verification=verification, text=text)
+        record(manifest, bundle)
     except OSError as error:
         raise MistralcError(
             f"The result could not be written into {bundle} ({error}). Make it writable, and "

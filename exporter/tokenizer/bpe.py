@@ -30,21 +30,28 @@ def merges_from_ranks(ranks: Mapping[P, int]) -> list[tuple[P, P]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddedToken:
-    """A token that is matched in text literally. `special` ones are control tokens, not text."""
+    """A token that is matched in text literally. `special` ones are control tokens, not text.
+
+    `normalized` None means that only text is: a token that is text is matched after normalization.
+    """
 
     id: int
     content: str
     special: bool = True
+    normalized: bool | None = None
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
 
     def entry(self) -> dict[str, Any]:
-        """Return its entry in the document. A token that is text is matched after normalization."""
+        """Return its entry in the document."""
         return {
             "id": self.id,
             "content": self.content,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": not self.special,
+            "single_word": self.single_word,
+            "lstrip": self.lstrip,
+            "rstrip": self.rstrip,
+            "normalized": not self.special if self.normalized is None else self.normalized,
             "special": self.special,
         }
 

@@ -100,11 +100,18 @@ def read_model(path: Path) -> Vocabulary:
     )
 
 
-def to_document(vocabulary: Vocabulary) -> dict[str, Any]:
+def to_document(
+    vocabulary: Vocabulary,
+    *,
+    prefix_everywhere: bool = False,
+    rstrip: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
     """Return the `tokenizers` document with the same ids.
 
-    One text is tokenized differently: a single user-defined piece (`[REF]`) and nothing else lacks
-    the leading space that SentencePiece gives it.
+    `prefix_everywhere` is llama.cpp's rule: text after a user-defined piece gets the leading space
+    too. `rstrip` are pieces after which spaces are dropped. Without `prefix_everywhere` one text is
+    tokenized differently: a single user-defined piece (`[REF]`) and nothing else lacks the leading
+    space that SentencePiece gives it.
     """
     ids = {piece.text: i for i, piece in enumerate(vocabulary.pieces)}
     if len(ids) != len(vocabulary.pieces):
@@ -115,19 +122,23 @@ def to_document(vocabulary: Vocabulary) -> dict[str, Any]:
     user_defined = _of_type(vocabulary, PieceType.USER_DEFINED)
     added_types = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED)
     unknown = _of_type(vocabulary, PieceType.UNKNOWN)
+    prefixed = [] if prefix_everywhere else user_defined
     return document(
         vocabulary=ids,
         merges=_merges(vocabulary),
         added=[
-            AddedToken(id=ids[text], content=text, special=text not in user_defined)
+            AddedToken(
+                id=ids[text], content=text, special=text not in user_defined,
+                normalized=False if prefix_everywhere else None, rstrip=text in rstrip,
+            )
             for text in _of_type(vocabulary, *added_types)
         ],
-        normalizer={"type": "Sequence", "normalizers": _normalizers(vocabulary, user_defined)},
+        normalizer={"type": "Sequence", "normalizers": _normalizers(vocabulary, prefixed)},
         decoder={"type": "Sequence", "decoders": _decoders(vocabulary)},
         unk_token=unknown[0] if unknown else None,
         fuse_unk=True,
         byte_fallback=len(_of_type(vocabulary, PieceType.BYTE)) == 256,
-    )
+    )  # fmt: skip
 
 
 def _of_type(vocabulary: Vocabulary, *types: PieceType) -> list[str]:

@@ -44,6 +44,7 @@ def describe(bundle: Bundle) -> str:
         *_build(manifest.build),
         ("size", f"{manifest.file_bytes / 1e6:,.1f} MB in {len(manifest.files)} intact files"),
         ("verified", _verdict(bundle)),
+        *_text(manifest),
         ("signed", _signer(bundle)),
         *_audit(manifest),
         ("made with", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
@@ -170,6 +171,23 @@ def _audit(manifest: Manifest) -> Iterator[tuple[str, str]]:
     )
     bounds = ", ".join(f"{name} {bound:,.0f}" for name, bound in token_bounds(manifest).items())
     yield "at most", f"{bounds} tokens/s: bandwidth / bytes, one row"
+
+
+def _text(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What the tokenizer was compared with, and where the bundle differs from its files."""
+    record = manifest.text
+    if record is None:
+        return
+    if record["strings"]:
+        chats = f" and {record['chats']} chats" if record["chats"] else ""
+        yield (
+            "text",
+            f"{record['strings']} strings{chats}: the token ids of {record['compared_with']}",
+        )
+    else:
+        yield "text", f"compared with {record['compared_with']}"
+    for note in (*record.get("overruled", ()), *record.get("notes", ())):
+        yield "", note
 
 
 def _verdict(bundle: Bundle) -> str:

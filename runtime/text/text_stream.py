@@ -16,15 +16,15 @@ class TextStream:
     """Text of one growing list of token ids.
 
     The returned pieces, joined, are `tokenizer.decode` of all tokens, cut before the first of the
-    `stops`. `continuation` keeps the space that SentencePiece puts before the first word: it
-    belongs to text that continues a prompt, not to an answer in a chat. Raises UsageError if a stop
-    string is empty.
+    `stops` or of the checkpoint's own stop strings. `continuation` keeps the space that
+    SentencePiece puts before the first word: it belongs to text that continues a prompt, not to an
+    answer in a chat. Raises UsageError if a stop string is empty.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], *, continuation: bool) -> None:
         self.decoded = 0  # characters decoded so far, those held back included
         self._decoder = tokenizer.stream(continuation=continuation)
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings((*stops, *tokenizer.stop_strings))
 
     @property
     def stopped_by(self) -> str | None:

@@ -28,8 +28,8 @@ class Tokenizer:
     """A bundle's tokenizer.
 
     `tokenizer_config` has `bos_token_id`, `add_bos_token`, `chat_template` and the tokens that
-    templates name; `generation_config` has `eos_token_id`, a list. Raises MistralcError if one of
-    them has the wrong type.
+    templates name; `generation_config` has `eos_token_id`, a list, and perhaps `stop_strings`,
+    which end an answer too. Raises MistralcError if one of them has the wrong type.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Tokenizer:
         self._config = dict(tokenizer_config)
         self.bos_id: int | None = self._config.get("bos_token_id")
         self.stop_ids: frozenset[int] = frozenset(generation_config.get("eos_token_id", ()))
+        self.stop_strings: tuple[str, ...] = tuple(generation_config.get("stop_strings", ()))
         self.vocab_size: int = backend.get_vocab_size()
         self._added = self._read_added_tokens()
         special = (i for i, token in self._added.items() if token.special)
@@ -154,6 +155,16 @@ class Tokenizer:
             variables={name: token for name, token in named.items() if token is not None},
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chats can be encoded."""
+        return self._config.get("chat_template") is not None
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of the control tokens, which no text becomes."""
+        return frozenset(self._control_ids.values())
+
     @cached_property
     def _control_ids(self) -> dict[str, int]:
         return {token.content: i for i, token in self._added.items() if token.special}
@@ -241,8 +252,11 @@ def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) ->
         wrong |= {"bos_token_id": "a token id"}
     if not isinstance(stops, list | tuple) or not all(map(is_token_id, stops)):
         wrong |= {"eos_token_id": "a list of token ids"}
+    ends = generation.get("stop_strings", ())
+    if not isinstance(ends, list | tuple) or not all(isinstance(s, str) and s for s in ends):
+        wrong |= {"stop_strings": "a list of texts"}
     for name, expected in wrong.items():
-        value = (generation if name == "eos_token_id" else config).get(name)
+        value = (generation if name in ("eos_token_id", "stop_strings") else config).get(name)
         raise MistralcError(
             f"The tokenizer's setting `{name}` is {value!r:.60}; {expected} is expected. Correct "
             "the checkpoint's tokenizer_config.json or generation_config.json, or export the "

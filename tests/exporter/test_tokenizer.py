@@ -19,7 +19,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from exporter.checkpoint.gguf_file import read_gguf
 from exporter.tokenizer.bpe import merges_from_ranks
-from exporter.tokenizer.read import convert_file, read_tokenizer
+from exporter.tokenizer.read import convert_file, read_tokenizer, require_rows
 from graphs.errors import MistralcError
 from runtime.text.tokenizer import Tokenizer
 from tests.support.strings import COUNT, texts
@@ -106,7 +106,7 @@ def test_a_stop_token_is_never_text_even_if_the_file_does_not_mark_it_special() 
         token["special"] = False
     backend = tokenizers.Tokenizer.from_str(json.dumps(document))
     tokenizer = Tokenizer(backend, converted.tokenizer_config, converted.generation_config)
-    assert tokenizer.stop_ids == {2}
+    assert tokenizer.stop_ids == {0, 2, 4}  # llama.cpp's: <|endoftext|>, <|im_end|>, <reponame>
     assert not {1, 2} & set(tokenizer.encode("a<|im_end|><|im_start|>b"))
     assert tokenizer.decode([2]) == ""
     chat = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}])
@@ -181,7 +181,9 @@ def test_a_llama_kind_of_gguf_has_the_ids_of_its_sentencepiece_model(tmp_path: P
     _write_gguf(path, SENTENCEPIECE["v3"])
     reference = sentencepiece.SentencePieceProcessor(model_file=str(SENTENCEPIECE["v3"]))
     converted = convert_file(path)
-    assert_same_ids(open_files(converted), reference.encode, texts()[:500])
+    # llama.cpp puts a space before the word after a user-defined piece; SentencePiece does not.
+    alike = [text for text in texts()[:500] if "[REFERENCE_DOC" not in text]
+    assert_same_ids(open_files(converted), reference.encode, alike)
     assert converted.tokenizer_config["add_bos_token"] is True
     assert converted.tokenizer_config["chat_template"] is None
 
@@ -271,7 +273,7 @@ def test_a_hugging_face_tokenizer_passes_through_byte_for_byte(tmp_path: Path) -
     converted = read_tokenizer(tmp_path)
     assert converted.tokenizer_json.encode() == (tmp_path / "tokenizer.json").read_bytes()
     assert converted.generation_config == {
-        "eos_token_id": [0, 2], "temperature": 0.2, "top_p": 0.9
+        "eos_token_id": [0, 2], "temperature": 0.2, "top_p": 0.9, "do_sample": False
     }  # fmt: skip
     config = converted.tokenizer_config
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
@@ -361,15 +363,23 @@ def test_a_gguf_with_another_kind_of_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(MistralcError, match="of the kind 't5'"):
         convert_file(path)
     _write_gguf(path, SENTENCEPIECE["v1"], kind="gpt2")
-    with pytest.raises(MistralcError, match="rules named None"):
+    with pytest.raises(MistralcError, match=r"incomplete or damaged \(KeyError: 'ggml.merges'\)"):
         convert_file(path)
 
 
-def test_settings_that_name_a_token_the_vocabulary_lacks_are_an_error(tmp_path: Path) -> None:
+def test_settings_that_name_a_token_without_a_row_in_the_embedding_are_an_error(
+    tmp_path: Path,
+) -> None:
     shutil.copy(SENTENCEPIECE["v1"], tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
-    with pytest.raises(MistralcError, match=r"no token '<\|im_end\|>'"):
-        read_tokenizer(tmp_path)
+    converted = read_tokenizer(tmp_path)
+    assert converted.tokenizer_config["eos_token_id"] == 32000  # as transformers adds it
+    with pytest.raises(MistralcError, match=r"'<\|im_end\|>' has the id 32000.* 32,000 rows"):
+        require_rows(converted, 32_000)
+    assert require_rows(converted, 32_001) == ()
+    assert require_rows(converted, 32_064) == (
+        "the embedding has 63 more rows than there are tokens (padding)",
+    )
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "two"}')
     with pytest.raises(MistralcError, match="`eos_token_id`"):

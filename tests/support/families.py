@@ -34,6 +34,12 @@ LLAMA3 = {
 }  # fmt: skip
 
 
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28,
+    "num_attention_heads": 2, "patch_size": 14, "head_dim": 16, "model_type": "pixtral",
+}  # fmt: skip
+
+
 def _longrope(pairs: int) -> dict[str, Any]:
     return {
         "rope_type": "longrope", "rope_theta": 10_000.0,
@@ -71,6 +77,16 @@ EXAMPLES: Mapping[str, Example] = {
     "ministral3, window": Example(
         family="ministral3", model="Ministral3ForCausalLM",
         settings={"head_dim": 24, "rope_parameters": MINISTRAL3, "sliding_window": WINDOW},
+    ),
+    "mistral3": Example(
+        family="mistral3", model="Mistral3ForConditionalGeneration",
+        settings={"text_config": {"model_type": "mistral", "sliding_window": None}},
+    ),
+    "mistral3, ministral3": Example(
+        family="mistral3", model="Mistral3ForConditionalGeneration",
+        settings={"text_config": {"model_type": "ministral3", "head_dim": 16,
+                                  "rope_parameters": MINISTRAL3}},
+        lengths=(120,),
     ),
     "llama": Example(family="llama", model="LlamaForCausalLM"),
     "llama, biases": Example(family="llama", model="LlamaForCausalLM",
@@ -130,21 +146,7 @@ EXAMPLES: Mapping[str, Example] = {
                   "tie_word_embeddings": False},
     ),
 }  # fmt: skip
-"""By name. The text parts of models with images are in `text_parts`."""
-
-
-def text_part(kind: str) -> tuple[transformers.PreTrainedModel, Any]:
-    """A Mistral 3 with images whose text part is of the `kind` mistral or ministral3."""
-    added = {"head_dim": 16, "model_type": kind}
-    added |= {"rope_parameters": MINISTRAL3} if kind == "ministral3" else {"sliding_window": None}
-    vision = {
-        "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28,
-        "num_attention_heads": 2, "patch_size": 14, "head_dim": 16, "model_type": "pixtral",
-    }  # fmt: skip
-    config = transformers.Mistral3Config(
-        text_config={**SIZES, **added}, vision_config=vision, tie_word_embeddings=False
-    )
-    return transformers.Mistral3ForConditionalGeneration(config), config
+"""By name. Those of the family `mistral3` have a vision tower beside their text part."""
 
 
 WIDE: Mapping[str, Any] = {
@@ -158,8 +160,11 @@ def model(name: str, *, wide: bool = False) -> transformers.PreTrainedModel:
     """The model of an example, with random weights, for eager use in float32."""
     example = EXAMPLES[name]
     kind: Any = getattr(transformers, example.model)
-    settings = _widened(example.settings) if wide else example.settings
-    config = kind.config_class(**{**SIZES, **settings})
+    text = example.settings.get("text_config", example.settings)
+    settings = {**SIZES, **(_widened(text) if wide else text)}
+    if "text_config" in example.settings:
+        settings = {"text_config": settings, "vision_config": VISION, "tie_word_embeddings": False}
+    config = kind.config_class(**settings)
     config._attn_implementation = "eager"
     return randomized(kind(config), seed=len(name))
 

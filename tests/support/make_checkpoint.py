@@ -281,10 +281,11 @@ def _add_metadata(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     if spec.rope_scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(spec.rope_scaling.factor)
-    if spec.vocab_size >= _SMALLEST_VOCABULARY:
-        tokens = vocabulary(spec.vocab_size)
+    if spec.vocab_size > _SMALLEST_VOCABULARY:
+        tokens = [*vocabulary(spec.vocab_size - 1), "qq"]
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(["q q"])  # llama.cpp needs one
         writer.add_token_list(tokens)
         writer.add_token_types([3 if token in _SPECIALS else 1 for token in tokens])  # 3: control
         writer.add_unk_token_id(0)

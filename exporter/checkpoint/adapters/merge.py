@@ -16,7 +16,7 @@ from exporter.checkpoint.weight_source import WeightSource, float_source
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
 
-AT_ONCE = 1 << 25  # values that are merged at once: two copies of 128 MiB in float32
+AT_ONCE = 1 << 22  # values that are merged at once: 16 MiB in float32, which the heap keeps
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -87,7 +87,7 @@ def _changed(base: WeightSource, change: Change, adapter: Adapter) -> WeightSour
 
     def read_rows(start: int, stop: int) -> Tensor:
         stored = base.rows(start, stop).read()
-        weight = stored.clone()
+        weight = torch.empty_like(stored)
         step = max(1, AT_ONCE // max(1, stored[:1].numel()))
         for begin in range(start, stop, step):
             end = min(begin + step, stop)
@@ -106,16 +106,17 @@ def _changed(base: WeightSource, change: Change, adapter: Adapter) -> WeightSour
 
 def _rows(stored: Tensor, change: Change, begin: int, end: int) -> Tensor:
     """Merge rows `begin` to `end` of a weight; returns them in float32."""
-    weight = stored.float()
+    weight = stored
     if change.a is not None and change.b is not None:
         a, b = map_tensor(change.a).float(), map_tensor(change.b).float()
         delta = (b @ a[:, begin:end]).T if change.embedding else b[begin:end] @ a
-        weight = weight + delta * change.scaling
+        weight = delta.mul_(change.scaling).add_(stored)
         if change.magnitude is not None:
             norm = torch.linalg.norm(weight, dim=1)
             wanted = map_tensor(change.magnitude).float().flatten()[begin:end]
             weight = (wanted / norm).unsqueeze(1) * weight
     if change.row_values is not None:
+        weight = weight.to(torch.float32, copy=True)
         values = map_tensor(change.row_values).float()
         for row, value in zip(change.rows, values, strict=True):
             if begin <= row < end:

@@ -61,11 +61,11 @@ class GroupQueryAttention:
         unwindowed = [i for i, window in enumerate(spec.layer_windows) if window is None]
         graph = model.graph
         found = dict(_pattern(graph, spec))
-        shared = self._shared(graph)
         rotary: tuple[ir.Value, ...] = ()
         if any(map(spec.only_rotates, unwindowed)):
             positions = next(value for value in graph.inputs if value.name == "position_ids")
             rotary = (*self._angles(graph, spec), positions)
+        shared = self._shared(graph)
         for layer in unwindowed:
             rotates = spec.only_rotates(layer)
             if layer not in found or (rotates and found[layer].split is None):
