@@ -180,9 +180,7 @@ def test_a_gguf_vocabulary_with_a_column_of_the_wrong_type_is_refused(
 
 
 @pytest.mark.parametrize("end", [-1, -7, 3, 2**40])
-def test_an_end_of_a_gguf_file_that_is_no_token_is_left_out(
-    tmp_path: Path, end: int
-) -> None:
+def test_an_end_of_a_gguf_file_that_is_no_token_is_left_out(tmp_path: Path, end: int) -> None:
     values = {"model": "llama", "tokens": ["<unk>", "a", "b"], "scores": [0.0, -1.0, -2.0],
               "token_type": [2, 1, 1], "eot_token_id": end}  # fmt: skip
     path = tmp_path / "model.gguf"
