@@ -22,8 +22,8 @@ from graphs.errors import MistralcError, UsageError
 from runtime.system.host import memory_available
 
 BUILDER = (sys.executable, "-P", "-S", "-m", "exporter.engine.process")
-"""Without `site`, which runs what others have installed (`sitecustomize`, `.pth` files): every module
-that is imported moves what comes after it in memory."""
+"""Without `site`, which runs what others have installed (`sitecustomize`, `.pth` files): every
+module that is imported moves what comes after it in memory."""
 
 KEPT_VARIABLES = ("CUDA", "HOME", "LD_", "NVIDIA", "PATH", "TMPDIR", "XDG_CACHE_HOME")
 """Prefixes of the environment variables that the builder process receives."""
