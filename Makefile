@@ -148,13 +148,13 @@ bench-sampling: $(READY) ## What sampling one token costs
 	$(BIN)/python -m benchmarks.sampling
 
 bench-quantized: $(READY) ## Forms of quantized checkpoints: precision, codes kept, largest difference
-	$(BIN)/python -m benchmarks.quantized_forms
+	$(BIN)/python -m benchmarks.checkpoints.quantized_forms
 
 bench-precisions: $(READY) ## Size and perplexity of every precision; writes docs/calibration.md, half an hour
 	$(BIN)/python -m benchmarks.precisions build/precisions $(ARGS)
 
 bench-text: $(READY) ## Token ids of every layout of tokenizer files beside other programs; ARGS=--write writes docs/
-	$(BIN)/python -m benchmarks.text_layouts $(ARGS)
+	$(BIN)/python -m benchmarks.checkpoints.text_layouts $(ARGS)
 
 bench-peers: $(READY) ## Beside other runtimes, those of OTHER_PYTHON (extra peers); ARGS=--write writes docs/
 	$(BIN)/python -m benchmarks.peers.prepare build/peers --peers-python $(OTHER_PYTHON)
@@ -170,10 +170,10 @@ bench-engines: $(READY) ## Bytes of a decoded token by engines of Mistral-7B's w
 	$(BIN)/python -m benchmarks.engines $(ARGS)
 
 bench-families: $(READY) ## Every family of models against transformers, and as a bundle for each target
-	$(BIN)/python -m benchmarks.families $(ARGS)
+	$(BIN)/python -m benchmarks.checkpoints.families $(ARGS)
 
 bench-adapters: $(READY) ## Every form of adapter, merged by mistralc and by peft
-	$(BIN)/python -m benchmarks.adapters $(ARGS)
+	$(BIN)/python -m benchmarks.checkpoints.adapters $(ARGS)
 
 bench-gpu: $(READY) ## Export, verify and measure a 7B on this host's GPU
 	$(BIN)/python -m benchmarks.gpu.check $(ARGS)

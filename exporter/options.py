@@ -126,6 +126,14 @@ class AdapterOptions:
                      help="Merge this PEFT adapter (LoRA, rsLoRA, DoRA); may be given again."),
     ] = ()  # fmt: skip
 
+    def require_checkpoint(self, against: str | None) -> None:
+        """Raise UsageError if adapters are given and no checkpoint to merge them into."""
+        if against is None and self.lora:
+            raise UsageError(
+                "--lora was given without --against: a bundle's own weights have its adapters "
+                "merged. Add --against CHECKPOINT, or leave it out."
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:

@@ -13,7 +13,6 @@ import typer
 from calib.cli.text_windows import measure_text, read_windows
 from calib.options import TextOptions
 from exporter.options import AdapterOptions
-from graphs.errors import UsageError
 from runtime.cli import options as common
 from runtime.system.progress import stage_for
 
@@ -45,11 +44,7 @@ def evaluate(
     from calib.evaluation.multiple_choice import measure_accuracy, read_questions
     from runtime.bundle.open import open_bundle
 
-    if against is None and adapters.lora:
-        raise UsageError(
-            "--lora was given without --against: a bundle's own weights have its adapters merged. "
-            "Add --against CHECKPOINT, or leave it out."
-        )
+    adapters.require_checkpoint(against)
     stage = stage_for(quiet=quiet or as_json)
     result: dict[str, Any] = {"bundle": str(bundle)}
     paragraphs: list[str] = []

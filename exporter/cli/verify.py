@@ -48,21 +48,12 @@ def verify(
     from runtime.bundle.open import open_bundle
     from runtime.load import load_session
 
+    _check(against, calibration, adapters)
     chosen = reference_device(device)
     stage = stage_for(quiet=quiet or as_json)
     with stage("Checking the bundle", None):
         manifest = open_bundle(bundle, require_signature=require_signature).manifest
     table = None if calibration is None else CalibrationTable.read(calibration)
-    if table is not None and against is None:
-        raise UsageError(
-            "--calibration was given without --against: a bundle's own weights are quantized "
-            "already. Add --against CHECKPOINT, or leave it out."
-        )
-    if against is None and adapters.lora:
-        raise UsageError(
-            "--lora was given without --against: a bundle's own weights have its adapters merged. "
-            "Add --against CHECKPOINT, or leave it out."
-        )
     build = manifest.build
     with stage("Loading both", None):
         if against is None:
@@ -76,14 +67,22 @@ def verify(
     text = manifest.text
     if against is not None:
         with stage("Comparing the tokenizer", None):
-            rows = build.spec.vocab_size
-            text = checks_text.verify_text(bundle, against, adapters.lora, rows)
+            text = checks_text.verify_text(bundle, against, adapters.lora, build.spec.vocab_size)
     source = "its own weights" if against is None else "the checkpoint"
-    left_out = texts.cases_left_out(build) if short else []
-    result = checks.to_json(agreements, source, left_out)
+    result = checks.to_json(agreements, source, texts.cases_left_out(build) if short else [])
     print(json.dumps(result) if as_json else checks.to_markdown(result))
     _record(bundle, result, text)
     checks.require(agreements)
+
+
+def _check(against: str | None, calibration: Path | None, adapters: AdapterOptions) -> None:
+    """Raise UsageError for options that have a meaning beside --against only."""
+    adapters.require_checkpoint(against)
+    if calibration is not None and against is None:
+        raise UsageError(
+            "--calibration was given without --against: a bundle's own weights are quantized "
+            "already. Add --against CHECKPOINT, or leave it out."
+        )
 
 
 def _record(

@@ -1,6 +1,6 @@
 """Every form of PEFT adapter, merged by mistralc and by peft.
 
-    python -m benchmarks.adapters
+    python -m benchmarks.checkpoints.adapters
 
 A checkpoint of two layers with random weights, and adapters that peft makes for it
 (`tests/support/adapters.py`), on an output layer of its own and on one that is the embedding. Each

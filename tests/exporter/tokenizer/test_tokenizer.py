@@ -406,6 +406,6 @@ def test_the_runtime_tokenizer_imports_no_build_tools() -> None:
         "print([m for m in ('torch', 'onnx', 'onnx_ir', 'transformers', 'sentencepiece') "
         "if m in sys.modules])"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -1,6 +1,6 @@
 """Compare the tokenizer of every layout of a checkpoint's files with the program that defines it.
 
-    python -m benchmarks.text_layouts [--write]
+    python -m benchmarks.checkpoints.text_layouts [--write]
 
 Makes the layouts that the tests use (`tests/support/text_layouts.py`), reads each as an export
 does, and compares the ids of 320 strings and 30 chats. Prints the table, and writes it into
@@ -23,7 +23,7 @@ from tests.support.documents import DOCS, replace_between
 from tests.support.text_layouts import LAYOUTS
 from tests.support.text_vocabularies import PRE_TOKENIZERS, Vocabularies, plain
 
-MARKS = "<!-- written by benchmarks/text_layouts.py -->", "<!-- end -->"
+MARKS = "<!-- written by benchmarks/checkpoints/text_layouts.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Print the table of quantized forms that an export takes, each on a small random model.
 
-    python -m benchmarks.quantized_forms
+    python -m benchmarks.checkpoints.quantized_forms
 
 For every form of the tests: the precision that each target takes by default, how many of the
 codes in a CPU bundle's weights equal the checkpoint's bit for bit, and the largest difference of a

@@ -1,6 +1,6 @@
 """Every family of models against transformers, and as a bundle for each target.
 
-    python -m benchmarks.families [--targets cpu cuda rtx] [--only NAME …]
+    python -m benchmarks.checkpoints.families [--targets cpu cuda rtx] [--only NAME …]
 
 Checkpoints of two layers with random weights, written by transformers, as the tests use them
 (`tests/support/families.py`). The first columns are the largest differences of logits, as a share
