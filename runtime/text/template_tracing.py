@@ -25,6 +25,7 @@ from runtime.text.traced_text import (
     from_template,
     origins_of,
     recased,
+    repr_of,
     respaced,
     text_of,
     verified,
@@ -113,11 +114,12 @@ class _Formatter(SandboxedFormatter):
         result: str = super().format_field(value, format_spec)
         if isinstance(value, str):
             self.fields.append(respaced(value, result))
-        elif isinstance(value, bool | int | float):
-            self.fields.append(text_of(value) if str(value) == result else result)
         else:
-            self.fields.append(result)
+            self.fields.append(text_of(value) if str(value) == result else result)
         return result
+
+    def convert_field(self, value: Any, conversion: Any) -> Any:
+        return repr_of(value) if conversion == "r" else super().convert_field(value, conversion)
 
 
 def formatted(
@@ -183,6 +185,19 @@ def _respacing(name: str) -> Callable[..., str]:
     return call
 
 
+def _on_text(name: str) -> Callable[..., str]:
+    """Return a filter that begins with the text of its value."""
+    filter_ = filters.FILTERS[name]
+
+    @wraps(filter_)
+    def call(*args: Any, **options: Any) -> str:
+        *context, value = args[: 2 if hasattr(filter_, "jinja_pass_arg") else 1]
+        result: str = filter_(*context, _string(value), *args[len(context) + 1 :], **options)
+        return result
+
+    return call
+
+
 def _title(s: str) -> str:
     result = filters.do_title(str.__str__(text_of(s)))
     return recased(text_of(s), result)
@@ -196,7 +211,9 @@ def _print(value: Any) -> str:
     return filters.do_pprint(plain(value))
 
 
+_OF_TEXT = ("capitalize", "center", "lower", "replace", "trim", "upper")
 TRACING_FILTERS: Mapping[str, Callable[..., Any]] = {
     "join": _join, "pprint": _print, "safe": SafeText.of, "string": _string, "title": _title,
-    "tojson": _to_json, "indent": _respacing("indent"), "wordwrap": _respacing("wordwrap"),
+    "tojson": _to_json, **{name: _on_text(name) for name in _OF_TEXT},
+    "indent": _respacing("indent"), "wordwrap": _respacing("wordwrap"),
 }  # fmt: skip

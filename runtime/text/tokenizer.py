@@ -6,6 +6,7 @@ template itself count.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 Messages = Sequence[Mapping[str, Any]]
 
+_MARK = re.compile(r"<.+>|\[.+\]")
+_ALWAYS_MARK = re.compile(r"<[|｜].+[|｜]>")
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -106,14 +109,14 @@ class Tokenizer:
         ids: list[int] = []
         for before, part, after in zip((None, *parts), parts, (*parts[1:], None), strict=False):
             if part.control:
-                ids.append(self._control_ids[part.text])
+                ids.append(self._chat_tokens[part.text])
                 continue
             text = part.text
-            if before is not None and self._added[self._control_ids[before.text]].rstrip:
+            if before is not None and self._added[self._chat_tokens[before.text]].rstrip:
                 text = text.lstrip()
-            if after is not None and self._added[self._control_ids[after.text]].lstrip:
+            if after is not None and self._added[self._chat_tokens[after.text]].lstrip:
                 text = text.rstrip()
-            backend = self._backend if before is None else self._backend_inside
+            backend = self._chat_backend if before is None else self._backend_inside
             ids += self._encode_text(backend, text)
         return ids
 
@@ -151,7 +154,7 @@ class Tokenizer:
         named = {name: self._config.get(name) for name in _TEMPLATE_TOKENS}
         return ChatTemplate(
             source,
-            control_tokens=self._control_ids,
+            control_tokens=self._chat_tokens,
             variables={name: token for name, token in named.items() if token is not None},
         )
 
@@ -162,12 +165,24 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """The ids of the control tokens, which no text becomes."""
-        return frozenset(self._control_ids.values())
+        """The ids of the special tokens, which no text becomes."""
+        return frozenset(i for i, token in self._added.items() if token.special)
 
     @cached_property
-    def _control_ids(self) -> dict[str, int]:
-        return {token.content: i for i, token in self._added.items() if token.special}
+    def _chat_tokens(self) -> dict[str, int]:
+        """The control tokens of chats: special tokens, and marks that are not flagged special.
+
+        These are tokens such as `<|fim_prefix|>`, or such as `<tool_call>` if the template writes
+        it. In plain text they are tokens, and an answer shows them; a message must not write them.
+        """
+        source = self._config.get("chat_template") or ""
+        return {
+            token.content: i
+            for i, token in self._added.items()
+            if token.special
+            or _ALWAYS_MARK.fullmatch(token.content)
+            or (_MARK.fullmatch(token.content) and token.content in source)
+        }
 
     def _read_added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """Read the added tokens. BOS and EOS are special, even if the file says otherwise."""
@@ -180,19 +195,28 @@ class Tokenizer:
         return added
 
     @cached_property
+    def _chat_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer for text in chats, in which no control token of chats is recognized."""
+        marks = set(self._chat_tokens.values()) - self.control_ids
+        if not marks:
+            return self._backend
+        document = json.loads(self._backend.to_str())
+        for entry in document["added_tokens"]:
+            entry["special"] |= entry["id"] in marks
+        return _opened(document)
+
+    @cached_property
     def _backend_inside(self) -> tokenizers.Tokenizer:
         """The tokenizer for text after a control token.
 
         It differs only if Metaspace puts a space before the first word of the whole text (`first`).
         """
-        pre_tokenizer = self._backend.pre_tokenizer
+        pre_tokenizer = self._chat_backend.pre_tokenizer
         if not pre_tokenizer or not _never_prepend(json.loads(pre_tokenizer.__getstate__())):
-            return self._backend
-        document = json.loads(self._backend.to_str())
+            return self._chat_backend
+        document = json.loads(self._chat_backend.to_str())
         _never_prepend(document["pre_tokenizer"])
-        backend = tokenizers.Tokenizer.from_str(json.dumps(document))
-        backend.encode_special_tokens = True
-        return backend
+        return _opened(document)
 
     @staticmethod
     def _encode_text(backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -226,6 +250,12 @@ def parse_tokenizer(text: str, origin: str) -> tokenizers.Tokenizer:
             f"{origin} cannot be read as a tokenizer ({error!s:.300}). A tokenizer.json of the "
             "`tokenizers` library is expected; the file is damaged or cut short: get it again."
         ) from error
+
+
+def _opened(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+    backend.encode_special_tokens = True
+    return backend
 
 
 def _parse_object(text: str, path: Path) -> dict[str, Any]:

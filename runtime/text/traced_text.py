@@ -80,7 +80,7 @@ class TracedText(str):
             if field["kind"] == "s":
                 yield respaced(text_of(value), str.__mod__("%" + field["form"] + "s", (value,)))
             elif field["kind"] == "r" and not field["form"]:
-                yield written(value, repr(value), _PYTHON_STRING, repr)
+                yield repr_of(value)
             else:
                 yield _neutral(str.__mod__("%" + field["form"] + field["kind"], (value,)), value)
         yield self[position:]
@@ -143,6 +143,10 @@ class TracedText(str):
         """As `str.removeprefix`."""
         return self[len(self) - len(super().removeprefix(prefix)) :]
 
+    def expandtabs(self, *tabsize: Any, **options: Any) -> str:
+        """As `str.expandtabs`."""
+        return respaced(self, super().expandtabs(*tabsize, **options))
+
     def removesuffix(self, suffix: str, /) -> str:
         """As `str.removesuffix`."""
         return self[: len(super().removesuffix(suffix))]
@@ -157,19 +161,26 @@ def _changed_case(name: str) -> Callable[..., str]:
     return call
 
 
-def _respaced_method(name: str) -> Callable[..., str]:
+def _padded(name: str) -> Callable[..., str]:
     method = getattr(str, name)
 
-    def call(self: TracedText, *args: Any, **options: Any) -> str:
-        return respaced(self, method(self, *args, **options))
+    def call(self: TracedText, *args: Any) -> str:
+        result = method(self, *args)
+        added = len(result) - len(self)
+        before = {"ljust": 0, "rjust": added, "zfill": added}.get(name)
+        if before is None:
+            before = max(0, str.find(str.center("x" * len(self), len(result)), "x"))
+        if str.__ne__(result[before : before + len(self)], self):
+            return str(result)  # zeros after a sign
+        return TracedText(result, bytes(before) + self._origins + bytes(added - before))
 
     return call
 
 
 for _name in ("capitalize", "casefold", "lower", "swapcase", "title", "upper"):
     setattr(TracedText, _name, _changed_case(_name))
-for _name in ("center", "expandtabs", "ljust", "rjust"):
-    setattr(TracedText, _name, _respaced_method(_name))
+for _name in ("center", "ljust", "rjust", "zfill"):
+    setattr(TracedText, _name, _padded(_name))
 
 
 class SafeText(Markup):
@@ -202,8 +213,13 @@ def text_of(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple | dict):
-        return written(value, str(value), _PYTHON_STRING, repr)
+        return repr_of(value)
     return _neutral(str(value), value)
+
+
+def repr_of(value: Any) -> str:
+    """Return `repr(value)`, traced."""
+    return written(value, repr(value), _PYTHON_STRING, repr)
 
 
 def _neutral(text: str, value: Any) -> str:
@@ -272,17 +288,19 @@ def written(value: Any, result: str, literal: re.Pattern[str], encode: Callable[
         strings = list(_strings_in(value))
     except TypeError:
         return result
-    if not any(isinstance(text, TracedText) for text in strings):
+    if not any(map(any, map(origins_of, strings))):
         return result
     matches = list(literal.finditer(result))
     if len(matches) != len(strings):
         return result
     origins = bytearray(len(result))
     for text, match in zip(strings, matches, strict=True):
-        if isinstance(text, TracedText) and encode(text) == match[0]:
-            lengths = [len(encode(str.__getitem__(text, i))) - 2 for i in range(len(text))]
+        if encode(text) == match[0]:
+            lengths = [len(encode(c)) - 2 for c in str.__iter__(text)]
+            if sum(lengths) < len(match[0]) - 2:  # `repr` escapes ' only beside "
+                lengths = [n + (c == "'") for c, n in zip(str.__iter__(text), lengths, strict=True)]
             if sum(lengths) == len(match[0]) - 2:
-                levels = (bytes((o,)) * n for o, n in zip(text._origins, lengths, strict=True))
+                levels = (bytes((o,)) * n for o, n in zip(origins_of(text), lengths, strict=True))
                 origins[match.start() + 1 : match.end() - 1] = b"".join(levels)
     return TracedText(result, bytes(origins))
 
