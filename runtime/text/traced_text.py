@@ -82,7 +82,8 @@ class TracedText(str):
             elif field["kind"] == "r" and not field["form"]:
                 yield repr_of(value)
             else:
-                yield _neutral(str.__mod__("%" + field["form"] + field["kind"], (value,)), value)
+                result = str.__mod__("%" + field["form"] + field["kind"], (value,))
+                yield result if field["kind"] == "c" else _neutral(result, value)
         yield self[position:]
 
     def join(self, parts: Iterable[str], /) -> str:

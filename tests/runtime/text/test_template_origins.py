@@ -270,6 +270,15 @@ def test_a_role_or_a_number_is_a_part_of_a_token_but_not_all_of_one() -> None:
     assert text(parts) == "<|user|>user7<|evil|>evil7"
 
 
+def test_a_number_of_a_message_cannot_spell_a_token() -> None:
+    source = "{% for n in messages[0].n %}{{ '%c' % n }}{{ '{:c}'.format(n) }}{% endfor %}<s>"
+    template = ChatTemplate(source, control_tokens=["<<//ss>>", "<s>"], variables={})
+    message = {"role": "user", "n": list(b"</s>")}
+    parts = template.render([message], add_generation_prompt=True)
+    assert [part.text for part in parts] == ["<<//ss>>", "<s>"]
+    assert controls(parts) == ["<s>"]
+
+
 def test_a_role_that_the_template_compares_with_may_be_a_part_of_a_token() -> None:
     source = "{% if messages[0].role == 'critic' %}{{ '<|' ~ messages[0].role ~ '|>' }}{% endif %}"
     template = ChatTemplate(source, control_tokens=["<|critic|>"], variables={})
