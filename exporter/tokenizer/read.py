@@ -110,6 +110,7 @@ def _files(source: Source, path: Path) -> TokenizerFiles:
     stop_ids = {*source.stop_ids, *([] if eos is None else [eos[0]])}
     stop_ids |= {token for token in ends if token is not None}
     tokenizer_config = {
+        **source.named_tokens,
         "tokenizer_version": source.version,
         "bos_token": source.bos_token or (bos and bos[1]),
         "bos_token_id": bos and bos[0],

@@ -26,6 +26,7 @@ class Source:
     eos: int | str | None = None
     unk_token: str | None = None
     pad_token: str | None = None
+    named_tokens: Mapping[str, str] = field(default_factory=dict)  # others, as templates name them
     add_bos: bool | None = None
     bos_token: str | None = None  # in templates, if that is another than the one in front of text
     chat_template: str | None = None

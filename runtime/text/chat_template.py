@@ -18,6 +18,7 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
 from graphs.errors import MistralcError, UsageError
+from runtime.text.chat_messages import before_tag, normalized, tagged
 from runtime.text.template_sandbox import Sandbox
 from runtime.text.traced_text import NEUTRAL, TEMPLATE, TracedText, from_template, origins_of
 
@@ -93,20 +94,34 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> tuple[Part, ...]:
         """Return the chat, split at the control tokens that the template wrote.
 
+        `variables` are given to the template as they are, such as `enable_thinking`. With
+        `continue_final_message` the chat ends where the last message's text ends.
+
         Raises UsageError if the template refuses the messages, MistralcError if it fails.
         """
-        given = [self._with_role(message) for message in messages]
+        given = [self._with_role(message) for message in normalized(messages)]
+        continued = ""
+        if continue_final_message:
+            if add_generation_prompt:
+                raise UsageError(
+                    "A chat that continues its last message cannot begin another; expected no "
+                    "generation prompt. Set add_generation_prompt to false."
+                )
+            given, continued = tagged(given)
+        chat = {
+            "messages": given,
+            "tools": None if tools is None else list(tools),
+            "documents": None if documents is None else list(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            text = self._template.render(
-                **self._variables,
-                messages=given,
-                tools=None if tools is None else list(tools),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
+            text = self._template.render({**self._variables, **(variables or {}), **chat})
         except _Refusal as refusal:
             raise UsageError(
                 "The chat template refuses these messages: "
@@ -124,6 +139,8 @@ class ChatTemplate:
                 f"{_brief(str(error))}. Messages with `role` and `content` are "
                 "expected; if these are, correct `chat_template` in tokenizer_config.json."
             ) from error
+        if continue_final_message:
+            text = before_tag(text, continued)
         return tuple(self._parts(text))
 
     def _parts(self, text: str) -> Iterator[Part]:

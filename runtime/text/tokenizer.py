@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import tokenizers
 
@@ -18,9 +18,19 @@ from graphs.errors import MistralcError
 from runtime.text.detokenizer import Detokenizer, StreamDecoder
 
 if TYPE_CHECKING:
-    from runtime.text.chat_template import ChatTemplate, Part
+    from runtime.text.chat_template import ChatTemplate
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+class Given(TypedDict, total=False):
+    """What a chat template gets beside the messages."""
+
+    tools: Messages | None
+    documents: Messages | None
+    variables: Mapping[str, Any] | None
+    continue_final_message: bool
+
 
 _MARK = re.compile(r"<.+>|\[.+\]")
 _ALWAYS_MARK = re.compile(r"<[|｜].+[|｜]>")
@@ -102,10 +112,16 @@ class Tokenizer:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
-        tools: Messages | None = None,
+        **given: Unpack["Given"],
     ) -> list[int]:
-        """Return the ids of a chat, with BOS if the template writes it."""
-        parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        """Return the ids of a chat, with BOS if the template writes it.
+
+        `given` are `tools`, `documents`, `variables` and `continue_final_message` as in
+        `ChatTemplate.render`.
+        """
+        parts = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, **given
+        )
         ids: list[int] = []
         for before, part, after in zip((None, *parts), parts, (*parts[1:], None), strict=False):
             if part.control:
@@ -125,18 +141,13 @@ class Tokenizer:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
-        tools: Messages | None = None,
+        **given: Unpack["Given"],
     ) -> str:
         """Return the chat as text, for display only; `encode_chat` gives the ids to run."""
-        parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-        return "".join(part.text for part in parts)
-
-    def _render(
-        self, messages: Messages, *, add_generation_prompt: bool, tools: Messages | None
-    ) -> "tuple[Part, ...]":
-        return self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools
+        parts = self.chat_template.render(
+            messages, add_generation_prompt=add_generation_prompt, **given
         )
+        return "".join(part.text for part in parts)
 
     @cached_property
     def chat_template(self) -> "ChatTemplate":
@@ -151,11 +162,11 @@ class Tokenizer:
                 "model expects; its checkpoint has none either. Give it plain text instead, or "
                 "export a checkpoint that is trained for chat."
             )
-        named = {name: self._config.get(name) for name in _TEMPLATE_TOKENS}
+        named = {name: v for name, v in self._config.items() if name.endswith("_token")}
         return ChatTemplate(
             source,
             control_tokens=self._chat_tokens,
-            variables={name: token for name, token in named.items() if token is not None},
+            variables={name: token for name, token in named.items() if isinstance(token, str)},
         )
 
     @property
