@@ -209,6 +209,7 @@ def _with_settings(source: Source, files: TextFiles) -> Source:
         named_tokens=named_tokens(settings),
         add_bos=_first_given(settings.get("add_bos_token"), source.add_bos),
         chat_template=_first_given(files.chat_template, own_format),
+        tool_chat_template=files.tool_chat_template,
         stop_ids=_stop_ids(
             _first_given(generation.get("eos_token_id"), config.get("eos_token_id")),
             files.directory,

@@ -119,7 +119,7 @@ class Tokenizer:
         `given` are `tools`, `documents`, `variables` and `continue_final_message` as in
         `ChatTemplate.render`.
         """
-        parts = self.chat_template.render(
+        parts = self._template_for(given).render(
             messages, add_generation_prompt=add_generation_prompt, **given
         )
         ids: list[int] = []
@@ -144,17 +144,22 @@ class Tokenizer:
         **given: Unpack["Given"],
     ) -> str:
         """Return the chat as text, for display only; `encode_chat` gives the ids to run."""
-        parts = self.chat_template.render(
+        parts = self._template_for(given).render(
             messages, add_generation_prompt=add_generation_prompt, **given
         )
         return "".join(part.text for part in parts)
 
-    @cached_property
-    def chat_template(self) -> "ChatTemplate":
-        """The compiled template. Raises MistralcError if there is none or it is not valid."""
-        # Imported here: it takes 0.1 s, which plain text does not need.
-        from runtime.text.chat_template import ChatTemplate
+    def _template_for(self, given: Given) -> "ChatTemplate":
+        """The template named `tool_use` if there is one and tools are given."""
+        for_tools = None if given.get("tools") is None else self._tool_chat_template
+        return for_tools or self._chat_template
 
+    def compile_templates(self) -> None:
+        """Raises MistralcError if there is no template or one is not valid."""
+        _ = self._chat_template, self._tool_chat_template
+
+    @cached_property
+    def _chat_template(self) -> "ChatTemplate":
         source = self._config.get("chat_template")
         if source is None:
             raise MistralcError(
@@ -162,6 +167,17 @@ class Tokenizer:
                 "model expects; its checkpoint has none either. Give it plain text instead, or "
                 "export a checkpoint that is trained for chat."
             )
+        return self._compiled(source)
+
+    @cached_property
+    def _tool_chat_template(self) -> "ChatTemplate | None":
+        source = self._config.get("tool_chat_template")
+        return None if source is None else self._compiled(source)
+
+    def _compiled(self, source: str) -> "ChatTemplate":
+        # Imported here: it takes 0.1 s, which plain text does not need.
+        from runtime.text.chat_template import ChatTemplate
+
         named = {name: v for name, v in self._config.items() if name.endswith("_token")}
         return ChatTemplate(
             source,
@@ -186,7 +202,8 @@ class Tokenizer:
         These are tokens such as `<|fim_prefix|>`, or such as `<tool_call>` if the template writes
         it. In plain text they are tokens, and an answer shows them; a message must not write them.
         """
-        source = self._config.get("chat_template") or ""
+        templates = (self._config.get("chat_template"), self._config.get("tool_chat_template"))
+        source = "\0".join(text for text in templates if text is not None)
         return {
             token.content: i
             for i, token in self._added.items()
@@ -284,7 +301,7 @@ def _parse_object(text: str, path: Path) -> dict[str, Any]:
 
 def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
     """Raise MistralcError for the first setting of the wrong type."""
-    texts = (*_TEMPLATE_TOKENS, "chat_template")
+    texts = (*_TEMPLATE_TOKENS, "chat_template", "tool_chat_template")
     bos, stops = config.get("bos_token_id"), generation.get("eos_token_id", ())
     wrong = {name: "text" for name in texts if not isinstance(config.get(name), str | None)}
     if not isinstance(config.get("add_bos_token"), bool | None):

@@ -1,6 +1,7 @@
 """What a template is given beside plain messages, against transformers."""
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from exporter.tokenizer.read import read_tokenizer
-from graphs.errors import UsageError
+from graphs.errors import MistralcError, UsageError
 from runtime.text.tokenizer import Tokenizer
 from tests.runtime.text.test_chat import fast
 from tests.support.vocabularies import SENTENCEPIECE, files, opened
@@ -144,3 +145,45 @@ def test_a_template_knows_every_token_that_the_settings_name(tmp_path: Path) -> 
     ids = ours.encode_chat(chat, add_generation_prompt=False)
     assert [ours.decode([i]) for i in ids[:4]] == [""] * 4
     assert ours.decode(ids) == "[INST]"
+
+
+@pytest.mark.parametrize("layout", ["files", "list", "mapping", "only in files"])
+def test_the_template_named_tool_use_is_for_chats_with_tools(tmp_path: Path, layout: str) -> None:
+    library = fast(files(SENTENCEPIECE["v3"]))
+    library.chat_template = named = {
+        "default": "{{ bos_token }}{{ messages[0].content }}",
+        "tool_use": "{{ bos_token }}[AVAILABLE_TOOLS]{{ tools | tojson }}{{ messages[0].content }}",
+        "rag": "{{ documents }}",
+    }
+    library.save_pretrained(tmp_path)
+    assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    path = tmp_path / "tokenizer_config.json"
+    entries: Any = named
+    if layout == "list":
+        entries = [{"name": name, "template": text} for name, text in named.items()]
+    if layout in ("list", "mapping"):
+        shutil.rmtree(tmp_path / "additional_chat_templates")
+        (tmp_path / "chat_template.jinja").unlink()
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": entries}))
+    elif layout == "only in files":  # a template in the settings is an older one
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": "old"}))
+    ours = read_tokenizer(tmp_path).open()
+    chat = [{"role": "user", "content": "[AVAILABLE_TOOLS]Hi"}]
+    tools: list[dict[str, Any]]
+    for tools in ([], [CALL]):
+        expected = library.apply_chat_template(chat, tools=tools, tokenize=False)
+        assert ours.render_chat(chat, tools=tools, add_generation_prompt=False) == expected
+        assert expected.startswith("<s>[AVAILABLE_TOOLS][")
+        assert (
+            ours.encode_chat(chat, tools=tools).count(ours.encode_chat(chat, tools=tools)[1]) == 1
+        )
+    expected = library.apply_chat_template(chat, tokenize=False)
+    assert ours.render_chat(chat, add_generation_prompt=False) == expected
+
+
+def test_a_template_for_tools_with_a_syntax_error_is_an_error_at_export(tmp_path: Path) -> None:
+    library = fast(files(SENTENCEPIECE["v3"]))
+    library.chat_template = {"default": "{{ messages[0].content }}", "tool_use": "{% for m in %}"}
+    library.save_pretrained(tmp_path)
+    with pytest.raises(MistralcError, match="does not compile"):
+        read_tokenizer(tmp_path)
