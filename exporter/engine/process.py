@@ -21,7 +21,9 @@ from exporter.engine.request import BuildRequest, EnginePlan
 from graphs.errors import MistralcError, UsageError
 from runtime.system.host import memory_available
 
-BUILDER = (sys.executable, "-P", "-m", "exporter.engine.process")
+BUILDER = (sys.executable, "-P", "-S", "-m", "exporter.engine.process")
+"""Without `site`, which runs what others have installed (`sitecustomize`, `.pth` files): every
+module that is imported moves what comes after it in memory."""
 
 KEPT_VARIABLES = ("CUDA", "HOME", "LD_", "NVIDIA", "PATH", "TMPDIR", "XDG_CACHE_HOME")
 """Prefixes of the environment variables that the builder process receives."""
@@ -51,8 +53,7 @@ def _environment(sources: str) -> dict[str, str]:
     Every further variable moves what comes after it in memory: setting a time zone or a hash seed
     gave another plan of the same graph, and so did another order of the same variables.
     """
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    paths = dict.fromkeys([sources, *filter(None, given)])
+    paths = dict.fromkeys([sources, *filter(None, sys.path)])  # of site-packages, too
     kept = {name: value for name, value in os.environ.items() if name.startswith(KEPT_VARIABLES)}
     found = {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONHASHSEED": "0"}
     return dict(sorted(found.items()))

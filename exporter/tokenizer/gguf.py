@@ -194,7 +194,7 @@ def _ends(metadata: Metadata, texts: list[str]) -> set[int]:
         given = metadata.get(f"ggml.{name}_token_id")
         if given is None:
             given = next((ids[text] for text in _MIDDLE_ENDS.get(name, ()) if text in ids), None)
-        if isinstance(given, int) and given < len(texts):
+        if isinstance(given, int) and 0 <= given < len(texts):  # -1: the file has none
             found.add(given)
     present = {texts[i] for i in found}
     calls = {"<|return|>", "<|call|>"} <= present or (

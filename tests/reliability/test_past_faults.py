@@ -179,6 +179,15 @@ def test_a_gguf_vocabulary_with_a_column_of_the_wrong_type_is_refused(
         read_tokenizer(path)
 
 
+@pytest.mark.parametrize("end", [-1, -7, 3, 2**40])
+def test_an_end_of_a_gguf_file_that_is_no_token_is_left_out(tmp_path: Path, end: int) -> None:
+    values = {"model": "llama", "tokens": ["<unk>", "a", "b"], "scores": [0.0, -1.0, -2.0],
+              "token_type": [2, 1, 1], "eot_token_id": end}  # fmt: skip
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes({f"tokenizer.ggml.{key}": one for key, one in values.items()}))
+    assert convert_file(path).generation_config == {"eos_token_id": [2]}  # llama.cpp's default
+
+
 def test_a_panic_in_the_tokenizers_package_becomes_a_mistralc_error(tmp_path: Path) -> None:
     proto = sentencepiece_model()
     first = proto.pieces[0]

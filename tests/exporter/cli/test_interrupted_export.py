@@ -87,10 +87,10 @@ def test_a_killed_export_leaves_nothing_that_looks_like_a_bundle(
 import os, signal, sys
 from exporter.bundle import weights_file
 write = weights_file._write_weight
-def stopping(checkpoint, stored, recipe, name, layout, file):
+def stopping(checkpoint, recipe, name, layout, file):
     if "layers.1" in name:
         os.kill(os.getpid(), signal.SIGSTOP)
-    yield from write(checkpoint, stored, recipe, name, layout, file)
+    yield from write(checkpoint, recipe, name, layout, file)
 weights_file._write_weight = stopping
 import mistralc
 mistralc.main()
