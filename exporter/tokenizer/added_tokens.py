@@ -30,6 +30,19 @@ def text_of(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return every token that settings name, such as `sep_token` or `image_token`, by name.
+
+    A mapping in `extra_special_tokens` or `model_specific_special_tokens` names tokens too.
+    """
+    named = dict(settings)
+    for more in (*_MORE, "model_specific_special_tokens"):
+        if isinstance(settings.get(more), Mapping):
+            named |= settings[more]
+    texts = {name: text_of(token) for name, token in named.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
 def check_settings(files: TextFiles) -> None:
     """Raise MistralcError for the first setting about tokens that is of the wrong type."""
     settings = files.settings

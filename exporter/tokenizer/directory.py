@@ -14,6 +14,7 @@ from exporter.tokenizer import sentencepiece
 from exporter.tokenizer.added_tokens import (
     check_settings,
     declared_tokens,
+    named_tokens,
     read_entries,
     require_ids,
     text_of,
@@ -205,8 +206,10 @@ def _with_settings(source: Source, files: TextFiles) -> Source:
         eos=_first_given(text_of(settings.get("eos_token")), source.eos),
         unk_token=_first_given(text_of(settings.get("unk_token")), source.unk_token),
         pad_token=_first_given(text_of(settings.get("pad_token")), source.pad_token),
+        named_tokens=named_tokens(settings),
         add_bos=_first_given(settings.get("add_bos_token"), source.add_bos),
         chat_template=_first_given(files.chat_template, own_format),
+        tool_chat_template=files.tool_chat_template,
         stop_ids=_stop_ids(
             _first_given(generation.get("eos_token_id"), config.get("eos_token_id")),
             files.directory,

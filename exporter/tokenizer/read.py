@@ -110,6 +110,7 @@ def _files(source: Source, path: Path) -> TokenizerFiles:
     stop_ids = {*source.stop_ids, *([] if eos is None else [eos[0]])}
     stop_ids |= {token for token in ends if token is not None}
     tokenizer_config = {
+        **source.named_tokens,
         "tokenizer_version": source.version,
         "bos_token": source.bos_token or (bos and bos[1]),
         "bos_token_id": bos and bos[0],
@@ -119,13 +120,14 @@ def _files(source: Source, path: Path) -> TokenizerFiles:
         "pad_token": source.pad_token,
         "add_bos_token": add_bos,
         "chat_template": template,
+        **({"tool_chat_template": tools} if (tools := source.tool_chat_template) else {}),
     }
     where = str(path.parent / "generation_config.json")
     carried, notes = read_generation(source.generation, where)
     generation_config = {"eos_token_id": sorted(stop_ids), **carried}
     opened = Tokenizer(backend, tokenizer_config, generation_config)
     if template is not None:
-        _ = opened.chat_template  # an error here is better than one on the production host
+        opened.compile_templates()  # an error here is better than one on the production host
     return TokenizerFiles(
         tokenizer_json=text,
         tokenizer_config=tokenizer_config,
@@ -140,8 +142,7 @@ def _with_control_tokens(source: Source) -> str:
     Fine-tunes often add `<|im_start|>` as text. It is a control token all the same: a template must
     always write one token, and a user's message must never contain it.
     """
-    if source.chat_template is None:
-        return source.tokenizer_json
+    templates = f"{source.chat_template or ''}\0{source.tool_chat_template or ''}"
     try:
         document = json.loads(source.tokenizer_json)
         tokens = read_entries(document["added_tokens"])
@@ -150,9 +151,7 @@ def _with_control_tokens(source: Source) -> str:
     written = {
         token.id
         for token in tokens
-        if not token.special
-        and _MARK.fullmatch(token.content)
-        and token.content in source.chat_template
+        if not token.special and _MARK.fullmatch(token.content) and token.content in templates
     }
     if not written:
         return source.tokenizer_json
@@ -165,6 +164,7 @@ def _with_control_tokens(source: Source) -> str:
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "version": (str,), "bos": (int, str), "eos": (int, str), "unk_token": (str,),
     "pad_token": (str,), "add_bos": (bool,), "chat_template": (str,),
+    "tool_chat_template": (str,),
 }  # fmt: skip
 
 

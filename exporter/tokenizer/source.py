@@ -26,9 +26,11 @@ class Source:
     eos: int | str | None = None
     unk_token: str | None = None
     pad_token: str | None = None
+    named_tokens: Mapping[str, str] = field(default_factory=dict)  # others, as templates name them
     add_bos: bool | None = None
     bos_token: str | None = None  # in templates, if that is another than the one in front of text
     chat_template: str | None = None
+    tool_chat_template: str | None = None  # for chats with tools, if that is another
     stop_ids: tuple[int, ...] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -103,6 +105,7 @@ def from_gguf(path: Path) -> Source:
         eos=found.eos,
         add_bos=found.add_bos,
         chat_template=found.chat_template,
+        tool_chat_template=metadata.get("tokenizer.chat_template.tool_use"),
         stop_ids=found.stop_ids,
         notes=found.notes,
     )

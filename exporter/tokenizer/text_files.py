@@ -36,6 +36,7 @@ class TextFiles:
     special_tokens: Mapping[str, Any]
     added_tokens: Mapping[str, Any]
     chat_template: str | None
+    tool_chat_template: str | None = None
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -85,6 +86,7 @@ def read_text_files(directory: Path, base: Path | None = None) -> TextFiles:
         for field in ("config", "generation"):
             if not contents[field] and (base / _JSON[field]).is_file():
                 contents[field] = read_json(base / _JSON[field]).values
+    templates = _templates(directory, names, contents["tokenizer_config"])
     return TextFiles(
         directory=directory,
         vocabularies=tuple(vocabularies),
@@ -94,7 +96,8 @@ def read_text_files(directory: Path, base: Path | None = None) -> TextFiles:
         tokenizer_config=contents["tokenizer_config"],
         special_tokens=contents["special_tokens"],
         added_tokens=contents["added_tokens"],
-        chat_template=_template(directory, names, contents["tokenizer_config"]),
+        chat_template=templates.get("default"),
+        tool_chat_template=templates.get("tool_use"),
     )
 
 
@@ -128,24 +131,32 @@ def _vocabularies(names: list[str]) -> list[str]:
     return [*(["tokenizer.json"] if "tokenizer.json" in names else []), *tekkens, *models, *pairs]
 
 
-def _template(directory: Path, names: list[str], settings: Mapping[str, Any]) -> str | None:
-    """The chat template: of its own file if there is one, else of `tokenizer_config.json`."""
-    if "chat_template.jinja" in names:
-        path = directory / "chat_template.jinja"
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise MistralcError(
-                f"The chat template {path} cannot be read ({error}); expected text in UTF-8. "
-                "Download the file again."
-            ) from error
+def _templates(directory: Path, names: list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The chat templates by name: of files of their own if there are any, else of the settings.
+
+    The one named `default` is for every chat; the one named `tool_use` is for chats with tools.
+    """
+    files = {"default": directory / "chat_template.jinja"} if "chat_template.jinja" in names else {}
+    more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+    files |= {path.stem: path for path in more}
+    if files:
+        return {name: _read_template(path) for name, path in files.items()}
     template = settings.get("chat_template")
     if template is None and "chat_template.json" in names:
         template = read_json(directory / "chat_template.json").values.get("chat_template")
     if isinstance(template, dict):  # several named templates, as older files have them
-        template = [{"name": name, "template": text} for name, text in template.items()]
+        return template
     if isinstance(template, list):
-        named = (entry for entry in template if isinstance(entry, dict))
-        found = (entry.get("template") for entry in named if entry.get("name") == "default")
-        return next(found, None)
-    return template
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        return {str(entry.get("name")): entry.get("template") for entry in entries}
+    return {"default": template}
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MistralcError(
+            f"The chat template {path} cannot be read ({error}); expected text in UTF-8. "
+            "Download the file again."
+        ) from error

@@ -1,13 +1,13 @@
 """Render chats with a chat template, to text and control tokens. Knows nothing about token ids.
 
-Templates are Jinja in the dialect of Hugging Face. They come from checkpoints, so they run in the
-immutable sandbox and may only write text. Messages must not be able to write control tokens:
-`runtime.text.text_masking` prevents it.
+Templates are Jinja in the dialect of Hugging Face, and the text is that of transformers. They come
+from checkpoints, so they run in the immutable sandbox and may only write text. Messages must not be
+able to write control tokens: one counts only if no character of it comes from a message, as
+`runtime.text.traced_text` records.
 """
 
-import json
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
@@ -18,11 +18,17 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 
 from graphs.errors import MistralcError, UsageError
-from runtime.text import text_masking
-from runtime.text.template_sandbox import Sandbox, limit_arguments, limit_output
-from runtime.text.text_masking import Mask
+from runtime.text.chat_messages import before_tag, normalized, tagged
+from runtime.text.template_sandbox import Sandbox
+from runtime.text.traced_text import NEUTRAL, TEMPLATE, TracedText, from_template, origins_of
 
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_KNOWN_ROLES = frozenset({
+    "assistant", "context", "developer", "documents", "environment", "function", "ipython", "model",
+    "observation", "system", "tool", "user",
+})  # fmt: skip
+_COMPARED = re.compile(r"""==\s*['"]([\w-]+)['"]""")  # what a template may compare a role with
+_WRITTEN = re.compile(rb"[^\0]+")  # a run of characters that are not a message's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +40,17 @@ class Part:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the model's text for training; here it has no effect."""
+    """`{% generation %}` marks the model's text for training; here it is a scope and no more."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own interface)
 
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class _Refusal(Exception):  # noqa: N818  (it never leaves this file)
@@ -59,8 +69,6 @@ class ChatTemplate:
             extensions=[LoopControlExtension, _Generation],
             autoescape=False,  # the output is a prompt, not HTML
         )
-        environment.concat = _join  # type: ignore[method-assign]
-        environment.filters["tojson"] = limit_arguments(_to_json)
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
@@ -74,8 +82,11 @@ class ChatTemplate:
             ) from error
         longest_first = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._alphabet = frozenset(c for c in "".join(longest_first) if not c.isspace())
-        self._variables = dict(variables)
+        self._variables = {
+            name: from_template(value) if isinstance(value, str) else value
+            for name, value in variables.items()
+        }
+        self._roles = _KNOWN_ROLES.union(_COMPARED.findall(source))
 
     def render(
         self,
@@ -83,26 +94,38 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> tuple[Part, ...]:
         """Return the chat, split at the control tokens that the template wrote.
 
+        `variables` are given to the template as they are, such as `enable_thinking`. With
+        `continue_final_message` the chat ends where the last message's text ends.
+
         Raises UsageError if the template refuses the messages, MistralcError if it fails.
         """
-        strings = [*text_masking.strings_in(messages), *text_masking.strings_in(tools)]
-        mask = Mask(self._alphabet, strings)
-        masked = [_masked(message, mask) for message in messages]
+        given = [self._with_role(message) for message in normalized(messages)]
+        continued = ""
+        if continue_final_message:
+            if add_generation_prompt:
+                raise UsageError(
+                    "A chat that continues its last message cannot begin another; expected no "
+                    "generation prompt. Set add_generation_prompt to false."
+                )
+            given, continued = tagged(given)
+        chat = {
+            "messages": given,
+            "tools": None if tools is None else list(tools),
+            "documents": None if documents is None else list(documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            text = self._template.render(
-                **self._variables,
-                messages=masked,
-                tools=None if tools is None else mask.hide(list(tools)),
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
+            text = self._template.render({**self._variables, **(variables or {}), **chat})
         except _Refusal as refusal:
             raise UsageError(
                 "The chat template refuses these messages: "
-                f"{_brief(mask.reveal(str(refusal)))} Give messages in the order and of the kinds "
+                f"{_brief(str(refusal))} Give messages in the order and of the kinds "
                 "that the model was trained on."
             ) from refusal
         except jinja2.exceptions.SecurityError as error:
@@ -113,36 +136,37 @@ class ChatTemplate:
         except Exception as error:  # anything an expression in the template can raise
             raise MistralcError(
                 f"The chat template fails on these messages: {type(error).__name__}: "
-                f"{_brief(mask.reveal(str(error)))}. Messages with `role` and `content` are "
+                f"{_brief(str(error))}. Messages with `role` and `content` are "
                 "expected; if these are, correct `chat_template` in tokenizer_config.json."
             ) from error
-        return tuple(self._parts(text, mask))
+        if continue_final_message:
+            text = before_tag(text, continued)
+        return tuple(self._parts(text))
 
-    def _parts(self, text: str, mask: Mask) -> Iterator[Part]:
-        plain, position = str.__str__(text), 0
-        for match in self._control.finditer(plain):
-            if match.start() > position:
-                between = mask.reveal(plain[position : match.start()])
-                yield Part(text=between, control=False)
-            yield Part(text=match[0], control=True)
-            position = match.end()
+    def _parts(self, text: str) -> Iterator[Part]:
+        origins, plain, position = origins_of(text), str.__str__(text), 0
+        for run in _WRITTEN.finditer(origins):
+            for match in self._control.finditer(plain, run.start(), run.end()):
+                if TEMPLATE not in origins[match.start() : match.end()]:
+                    continue  # a role or a number alone
+                if match.start() > position:
+                    yield Part(text=plain[position : match.start()], control=False)
+                yield Part(text=match[0], control=True)
+                position = match.end()
         if position < len(plain):
-            yield Part(text=mask.reveal(plain[position:]), control=False)
+            yield Part(text=plain[position:], control=False)
 
-
-def _masked(message: Mapping[str, Any], mask: Mask) -> dict[str, Any]:
-    """Mask everything in a message but its role, from which templates build control tokens."""
-    role = message.get("role")
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise UsageError(
-            f"A message's role is {role!r:.60}; a word such as `system`, `user` or `assistant` is "
-            "expected."
-        )
-    return {**{key: mask.hide(value) for key, value in message.items()}, "role": role}
-
-
-def _join(parts: Iterable[str]) -> str:
-    return text_masking.join(limit_output(parts))
+    def _with_role(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Let a role that the template expects be a part of a control token, as in `<|user|>`."""
+        role = message.get("role")
+        if not isinstance(role, str) or not _ROLE.fullmatch(role):
+            raise UsageError(
+                f"A message's role is {role!r:.60}; a word such as `system`, `user` or "
+                "`assistant` is expected."
+            )
+        if role not in self._roles:
+            return dict(message)
+        return {**message, "role": TracedText(role, bytes((NEUTRAL,)) * len(role))}
 
 
 def _brief(message: str) -> str:
@@ -157,16 +181,3 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().astimezone().strftime(form)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write JSON as Hugging Face's templates expect it, with no character escaped for HTML."""
-    dumps: Callable[..., str] = json.dumps
-    options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
-    return dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -6,10 +6,11 @@ template itself count.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack
 
 import tokenizers
 
@@ -17,10 +18,22 @@ from graphs.errors import MistralcError
 from runtime.text.detokenizer import Detokenizer, StreamDecoder
 
 if TYPE_CHECKING:
-    from runtime.text.chat_template import ChatTemplate, Part
+    from runtime.text.chat_template import ChatTemplate
 
 Messages = Sequence[Mapping[str, Any]]
 
+
+class Given(TypedDict, total=False):
+    """What a chat template gets beside the messages."""
+
+    tools: Messages | None
+    documents: Messages | None
+    variables: Mapping[str, Any] | None
+    continue_final_message: bool
+
+
+_MARK = re.compile(r"<.+>|\[.+\]")
+_ALWAYS_MARK = re.compile(r"<[|｜].+[|｜]>")
 _TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -99,21 +112,27 @@ class Tokenizer:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
-        tools: Messages | None = None,
+        **given: Unpack["Given"],
     ) -> list[int]:
-        """Return the ids of a chat, with BOS if the template writes it."""
-        parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        """Return the ids of a chat, with BOS if the template writes it.
+
+        `given` are `tools`, `documents`, `variables` and `continue_final_message` as in
+        `ChatTemplate.render`.
+        """
+        parts = self._template_for(given).render(
+            messages, add_generation_prompt=add_generation_prompt, **given
+        )
         ids: list[int] = []
         for before, part, after in zip((None, *parts), parts, (*parts[1:], None), strict=False):
             if part.control:
-                ids.append(self._control_ids[part.text])
+                ids.append(self._chat_tokens[part.text])
                 continue
             text = part.text
-            if before is not None and self._added[self._control_ids[before.text]].rstrip:
+            if before is not None and self._added[self._chat_tokens[before.text]].rstrip:
                 text = text.lstrip()
-            if after is not None and self._added[self._control_ids[after.text]].lstrip:
+            if after is not None and self._added[self._chat_tokens[after.text]].lstrip:
                 text = text.rstrip()
-            backend = self._backend if before is None else self._backend_inside
+            backend = self._chat_backend if before is None else self._backend_inside
             ids += self._encode_text(backend, text)
         return ids
 
@@ -122,25 +141,25 @@ class Tokenizer:
         messages: Messages,
         *,
         add_generation_prompt: bool = True,
-        tools: Messages | None = None,
+        **given: Unpack["Given"],
     ) -> str:
         """Return the chat as text, for display only; `encode_chat` gives the ids to run."""
-        parts = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        parts = self._template_for(given).render(
+            messages, add_generation_prompt=add_generation_prompt, **given
+        )
         return "".join(part.text for part in parts)
 
-    def _render(
-        self, messages: Messages, *, add_generation_prompt: bool, tools: Messages | None
-    ) -> "tuple[Part, ...]":
-        return self.chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, tools=tools
-        )
+    def _template_for(self, given: Given) -> "ChatTemplate":
+        """The template named `tool_use` if there is one and tools are given."""
+        for_tools = None if given.get("tools") is None else self._tool_chat_template
+        return for_tools or self._chat_template
+
+    def compile_templates(self) -> None:
+        """Raises MistralcError if there is no template or one is not valid."""
+        _ = self._chat_template, self._tool_chat_template
 
     @cached_property
-    def chat_template(self) -> "ChatTemplate":
-        """The compiled template. Raises MistralcError if there is none or it is not valid."""
-        # Imported here: it takes 0.1 s, which plain text does not need.
-        from runtime.text.chat_template import ChatTemplate
-
+    def _chat_template(self) -> "ChatTemplate":
         source = self._config.get("chat_template")
         if source is None:
             raise MistralcError(
@@ -148,11 +167,22 @@ class Tokenizer:
                 "model expects; its checkpoint has none either. Give it plain text instead, or "
                 "export a checkpoint that is trained for chat."
             )
-        named = {name: self._config.get(name) for name in _TEMPLATE_TOKENS}
+        return self._compiled(source)
+
+    @cached_property
+    def _tool_chat_template(self) -> "ChatTemplate | None":
+        source = self._config.get("tool_chat_template")
+        return None if source is None else self._compiled(source)
+
+    def _compiled(self, source: str) -> "ChatTemplate":
+        # Imported here: it takes 0.1 s, which plain text does not need.
+        from runtime.text.chat_template import ChatTemplate
+
+        named = {name: v for name, v in self._config.items() if name.endswith("_token")}
         return ChatTemplate(
             source,
-            control_tokens=self._control_ids,
-            variables={name: token for name, token in named.items() if token is not None},
+            control_tokens=self._chat_tokens,
+            variables={name: token for name, token in named.items() if isinstance(token, str)},
         )
 
     @property
@@ -162,12 +192,25 @@ class Tokenizer:
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """The ids of the control tokens, which no text becomes."""
-        return frozenset(self._control_ids.values())
+        """The ids of the special tokens, which no text becomes."""
+        return frozenset(i for i, token in self._added.items() if token.special)
 
     @cached_property
-    def _control_ids(self) -> dict[str, int]:
-        return {token.content: i for i, token in self._added.items() if token.special}
+    def _chat_tokens(self) -> dict[str, int]:
+        """The control tokens of chats: special tokens, and marks that are not flagged special.
+
+        These are tokens such as `<|fim_prefix|>`, or such as `<tool_call>` if the template writes
+        it. In plain text they are tokens, and an answer shows them; a message must not write them.
+        """
+        templates = (self._config.get("chat_template"), self._config.get("tool_chat_template"))
+        source = "\0".join(text for text in templates if text is not None)
+        return {
+            token.content: i
+            for i, token in self._added.items()
+            if token.special
+            or _ALWAYS_MARK.fullmatch(token.content)
+            or (_MARK.fullmatch(token.content) and token.content in source)
+        }
 
     def _read_added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """Read the added tokens. BOS and EOS are special, even if the file says otherwise."""
@@ -180,19 +223,28 @@ class Tokenizer:
         return added
 
     @cached_property
+    def _chat_backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer for text in chats, in which no control token of chats is recognized."""
+        marks = set(self._chat_tokens.values()) - self.control_ids
+        if not marks:
+            return self._backend
+        document = json.loads(self._backend.to_str())
+        for entry in document["added_tokens"]:
+            entry["special"] |= entry["id"] in marks
+        return _opened(document)
+
+    @cached_property
     def _backend_inside(self) -> tokenizers.Tokenizer:
         """The tokenizer for text after a control token.
 
         It differs only if Metaspace puts a space before the first word of the whole text (`first`).
         """
-        pre_tokenizer = self._backend.pre_tokenizer
+        pre_tokenizer = self._chat_backend.pre_tokenizer
         if not pre_tokenizer or not _never_prepend(json.loads(pre_tokenizer.__getstate__())):
-            return self._backend
-        document = json.loads(self._backend.to_str())
+            return self._chat_backend
+        document = json.loads(self._chat_backend.to_str())
         _never_prepend(document["pre_tokenizer"])
-        backend = tokenizers.Tokenizer.from_str(json.dumps(document))
-        backend.encode_special_tokens = True
-        return backend
+        return _opened(document)
 
     @staticmethod
     def _encode_text(backend: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -228,6 +280,12 @@ def parse_tokenizer(text: str, origin: str) -> tokenizers.Tokenizer:
         ) from error
 
 
+def _opened(document: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer.from_str(json.dumps(document))
+    backend.encode_special_tokens = True
+    return backend
+
+
 def _parse_object(text: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -243,7 +301,7 @@ def _parse_object(text: str, path: Path) -> dict[str, Any]:
 
 def _check_settings(config: Mapping[str, Any], generation: Mapping[str, Any]) -> None:
     """Raise MistralcError for the first setting of the wrong type."""
-    texts = (*_TEMPLATE_TOKENS, "chat_template")
+    texts = (*_TEMPLATE_TOKENS, "chat_template", "tool_chat_template")
     bos, stops = config.get("bos_token_id"), generation.get("eos_token_id", ())
     wrong = {name: "text" for name in texts if not isinstance(config.get(name), str | None)}
     if not isinstance(config.get("add_bos_token"), bool | None):

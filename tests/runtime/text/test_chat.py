@@ -15,7 +15,6 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from exporter.tokenizer.read import read_tokenizer
 from graphs.errors import MistralcError, UsageError
 from runtime.text.chat_template import ChatTemplate
-from runtime.text.text_masking import Mask
 from runtime.text.tokenizer import Tokenizer
 from tests.support.vocabularies import (
     ALL,
@@ -310,30 +309,6 @@ def test_a_role_that_is_not_a_word_is_an_error() -> None:
             opened(SMOLLM2).encode_chat([{"role": role, "content": "Hi"}])
 
 
-def test_masked_text_behaves_like_its_original() -> None:
-    mask = Mask(set("[INST]</s>"), ["\U00100000 taken"])
-    text = "  [INST] is </s> S "
-    hidden = mask.hide(text)
-    assert hidden == text
-    assert text == hidden
-    assert hidden != "x"
-    assert hash(hidden) == hash(text)
-    assert len(hidden) == len(text)
-    assert "[INST]" in hidden
-    assert hidden.find("is") == text.find("is")
-    assert hidden.split() == text.split()
-    assert hidden.strip() == text.strip()
-    assert hidden.strip(" [") == text.strip(" [")
-    assert hidden.replace("S", "Z") == text.replace("S", "Z")
-    assert sorted([mask.hide("b"), "a", mask.hide("S")]) == ["S", "a", "b"]
-    assert {text: 1}[hidden] == 1
-    assert {hidden: 1}[text] == 1
-    raw = "".join(["", hidden])  # as a template writes it
-    assert not set(raw) & set("[INST]</s>")
-    assert "\U00100000" not in raw
-    assert mask.reveal(raw) == text
-
-
 # Errors
 
 
@@ -369,7 +344,7 @@ def test_a_template_with_a_syntax_error_is_an_error_when_it_is_exported(tmp_path
     [
         "{{ messages.__class__.__mro__ }}",
         "{{ ''.__class__.__base__.__subclasses__() }}",
-        "{{ messages[0].content._mask.reveal(messages[0].content) }}",
+        "{{ messages[0].content.strip()._origins.hex() }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update({'role': 'x'}) }}",
         "{{ raise_exception.__globals__.keys() }}",
