@@ -26,9 +26,9 @@ def fix_addresses(command: tuple[str, ...]) -> None:
     With random addresses, one of 24 builds of one graph was different. TensorRT also starts threads
     in pairs, one for each core: with two profiles, 5 of 16 builds were different, because blocks
     that one thread frees are the next that another gets. On one core, and scheduled as a batch job,
-    the threads take turns, and 32 of 32 builds were equal on a busy host. A build takes no longer,
-    since nearly all of it is in one thread. Where the kernel refuses, the process continues as it
-    is.
+    the threads take turns, and 32 of 32 builds were equal on a busy host; with four times as many
+    processes as cores, about one in thirty still differed. A build takes no longer, since nearly
+    all of it is in one thread. Where the kernel refuses, the process continues as it is.
     """
     personality = ctypes.CDLL(None).personality
     current = personality(QUERY_PERSONALITY)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from graphs.quant_scheme import default_scheme, groups
 from graphs.spec import RingSpec
 from tests.conftest import Command
 from tests.support import tiny
-from tests.support.engines import RING, SPEC, compile_graph, write_graph
+from tests.support.engines import RING, SPEC, compile_graph, reproduced, write_graph
 from tests.support.make_checkpoint import tiny_spec, write_checkpoint
 
 if importlib.util.find_spec("tensorrt_rtx") is None:
@@ -38,6 +39,8 @@ if importlib.util.find_spec("tensorrt_rtx") is None:
                 allow_module_level=True)  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Files = frozenset[tuple[str, bytes]]
 
 pytestmark = pytest.mark.usefixtures("kept_traces")
 
@@ -89,13 +92,13 @@ def test_the_audit_finds_attention_fused_caches_in_place_and_weights_once(
 
 
 def test_the_same_graph_gives_the_same_plan_bit_for_bit(tmp_path: Path) -> None:
-    plans = []
-    for name in ("first", "second"):
-        (tmp_path / name).mkdir()
+    def build(name: str) -> bytes:
+        (tmp_path / name).mkdir(exist_ok=True)
         write_graph(tmp_path / name)
         compile_graph(tmp_path / name)
-        plans.append((tmp_path / name / "engine.plan").read_bytes())
-    assert plans[0] == plans[1]
+        return (tmp_path / name / "engine.plan").read_bytes()
+
+    assert reproduced([partial(build, "first"), partial(build, "second")])
 
 
 def test_the_plan_does_not_depend_on_the_modules_that_were_imported_before_the_build(
@@ -107,16 +110,13 @@ def test_the_plan_does_not_depend_on_the_modules_that_were_imported_before_the_b
     model = tiny.build(spec, "rtx", ring=RingSpec(chunk=64, context=512), activation="float16")
     write_graph(tmp_path, model)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    plans = set()
-    for modules in (
-        "json",
-        "decimal",
-        "email.message, html.parser",
-        "http.client, xml.dom.minidom",
-    ):
+
+    def build(modules: str) -> str:
         (tmp_path / "sitecustomize.py").write_text(f"import {modules}\n", encoding="utf-8")
-        plans.add(compile_graph(tmp_path, model).sha256)
-    assert len(plans) == 1
+        return compile_graph(tmp_path, model).sha256
+
+    modules = ("json", "decimal", "email.message, html.parser", "http.client, xml.dom.minidom")
+    assert reproduced([partial(build, one) for one in modules])
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -124,30 +124,28 @@ def test_engine_bundles_of_one_checkpoint_are_equal_byte_for_byte_across_process
     precision: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     # Another process, hash seed, time zone and directory: what might leak into files.
-    made = []
-    for name, variables in (
-        ("first", {}),
-        ("elsewhere/another-name", {"PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu"}),
-    ):
+    def build(name: str, variables: dict[str, str]) -> Files:
         bundle = tmp_path / name
-        command = [sys.executable, "-m", "mistralc", "export", checkpoint, "-o", bundle,
+        command = [sys.executable, "-m", "mistralc", "export", checkpoint, "-o", bundle, "--force",
                    "--target", "rtx", "--precision", precision]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr.decode()
-        made.append(contents(bundle))
-    first, second = made
-    assert {"engine.plan", "run.pyz", "report/verify.md", "manifest.json"} <= first.keys()
-    assert [name for name in first if first[name] != second.get(name)] == []
-    assert first.keys() == second.keys()
+        return contents(bundle)
+
+    elsewhere = {"PYTHONHASHSEED": "1", "TZ": "Asia/Kathmandu"}
+    builds = [partial(build, "first", {}), partial(build, "elsewhere/another-name", elsewhere)]
+    assert reproduced(builds)
+    names = {name for name, _ in contents(tmp_path / "first")}
+    assert {"engine.plan", "run.pyz", "report/verify.md", "manifest.json"} <= names
 
 
-def contents(bundle: Path) -> dict[str, bytes]:
+def contents(bundle: Path) -> Files:
     """Every file of a directory by its path inside it."""
     files = (path for path in bundle.rglob("*") if path.is_file())
-    return {path.relative_to(bundle).as_posix(): path.read_bytes() for path in files}
+    return frozenset((path.relative_to(bundle).as_posix(), path.read_bytes()) for path in files)
 
 
 def test_an_engine_may_be_built_for_some_gpus_only(tmp_path: Path) -> None:
@@ -240,8 +238,12 @@ def test_every_quantized_precision_compiles_and_its_plan_holds_the_codes(
     assert expected < facts["plan_bytes"] < expected + 7_000_000
     embedding = SPEC.vocab_size * SPEC.hidden_size * 2
     assert facts["decode"]["weights"] == pytest.approx(expected - embedding, rel=0.01)
-    export(str(checkpoint), tmp_path / "again", options)
-    assert contents(tmp_path / "again") == contents(tmp_path / "bundle")
+
+    def build(name: str) -> Files:
+        export(str(checkpoint), tmp_path / name, replace(options, force=True))
+        return contents(tmp_path / name)
+
+    assert reproduced([partial(build, "bundle"), partial(build, "again")])
 
 
 def test_a_faulty_engine_leaves_nothing_behind(
