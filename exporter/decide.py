@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from exporter.checkpoint.config_hf import override_window
-from exporter.checkpoint.open import declared_type, has_weights, open_checkpoint, read_spec
+from exporter.checkpoint.open import (
+    declared_method,
+    declared_type,
+    has_weights,
+    open_checkpoint,
+    read_spec,
+)
 from exporter.options import BuildOptions, QuantizeOptions
 from exporter.quantization.carry import carried_schemes, held, own_precision
 from exporter.quantization.make_recipe import weight_facts
@@ -42,7 +48,8 @@ def read_facts(source: str, lora: Sequence[str] = ()) -> tuple[ModelSpec, Weight
     """
     if not has_weights(source):
         declared = declared_type(source)
-        return read_spec(source, lora), WeightFacts(types=frozenset([declared] if declared else []))
+        types = frozenset([declared] if declared else [])
+        return read_spec(source, lora), WeightFacts(types=types, method=declared_method(source))
     checkpoint = open_checkpoint(source, lora)
     return checkpoint.spec, weight_facts(checkpoint)
 

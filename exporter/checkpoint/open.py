@@ -179,6 +179,15 @@ def declared_type(source: str | Path) -> Dtype | None:
     return next((name for name in FLOATS if name == declared), None)
 
 
+def declared_method(source: str | Path) -> str | None:
+    """Read from the configuration how a directory's weights are quantized; None if they are not."""
+    path = locate(source).path
+    with _reading(path):
+        kind = format_of(path)
+        quantization = None if kind == "gguf" else _configured(path, kind)[2]
+    return None if quantization is None else quantization.method
+
+
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise MistralcError if a weight has NaN or infinite values, with their numbers."""
     least, most = tensor.aminmax()  # both are NaN if any value is; allocates nothing

@@ -65,10 +65,16 @@ def plan(
         fits[0].estimate if fits else estimate(decide(spec, _first(asked), options, facts), facts)
     )
     codes = describe_carried(needed.build, facts.codes)
-    notes = plan_notes(checkpoint, options.adapters.lora, spec.vocab_size)
+    notes = list(plan_notes(checkpoint, options.adapters.lora, spec.vocab_size))
+    if facts.method is not None and not facts.codes:
+        notes.append(
+            f"the configuration says that the weights are quantized ({facts.method}), and they are "
+            "not here, so which of their codes would be kept is not known, and the plan is for "
+            "floats unless a precision is given"
+        )
     if as_json:
         result = {"checkpoint": checkpoint, **to_json(needed), "codes": codes,
-                  "gpus": list(map(_fit, fits)), "notes": list(notes)}  # fmt: skip
+                  "gpus": list(map(_fit, fits)), "notes": notes}  # fmt: skip
         print(json.dumps(result))
     else:
         _show(_named(checkpoint, facts), needed, codes, fits)

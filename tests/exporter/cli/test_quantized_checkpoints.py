@@ -115,3 +115,18 @@ def test_nothing_is_said_of_a_checkpoint_of_floats(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model", SPEC)
     manifest = export(str(path), tmp_path / "bundle", ExportOptions())
     assert manifest.checkpoint.keys() == {"name", "format", "fingerprint"}
+
+
+def test_plan_of_a_configuration_alone_says_that_the_codes_are_not_known(
+    write: Write, mistralc: Command, tmp_path: Path
+) -> None:
+    source = write("AWQ").path
+    (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
+    bare, whole = (
+        json_output(mistralc("plan", path, "--target", "cpu", "--json"))
+        for path in (tmp_path, source)
+    )
+    assert bare["precision"] == "fp32"
+    assert any("weights are quantized (awq" in note for note in bare["notes"]), bare["notes"]
+    assert whole["precision"] == "int4wo"
+    assert not any("weights are quantized" in note for note in whole["notes"])
