@@ -8,13 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from exporter.checkpoint.config_hf import override_window
-from exporter.checkpoint.open import (
-    declared_method,
-    declared_type,
-    has_weights,
-    open_checkpoint,
-    read_spec,
-)
+from exporter.checkpoint.open import has_weights, open_checkpoint, read_declared
 from exporter.options import BuildOptions, QuantizeOptions
 from exporter.quantization.carry import carried_schemes, held, own_precision
 from exporter.quantization.make_recipe import weight_facts
@@ -47,9 +41,9 @@ def read_facts(source: str, lora: Sequence[str] = ()) -> tuple[ModelSpec, Weight
     Raises MistralcError if the configuration, or a weight file that is there, cannot be read.
     """
     if not has_weights(source):
-        declared = declared_type(source)
-        types = frozenset([declared] if declared else [])
-        return read_spec(source, lora), WeightFacts(types=types, method=declared_method(source))
+        declared = read_declared(source, lora)
+        types = frozenset([declared.dtype] if declared.dtype else [])
+        return declared.spec, WeightFacts(types=types, method=declared.method)
     checkpoint = open_checkpoint(source, lora)
     return checkpoint.spec, weight_facts(checkpoint)
 
@@ -64,7 +58,7 @@ def decide(
     _check_model(spec, target)
     context = decide_context(spec, options)
     if context is not None:
-        spec = within_context(spec, context)
+        spec = spec.within(context)
     ring = decide_ring(spec, target, options, context)
     if spec.rope_scaling is not None:
         context = None if spec.slides else ring.context
@@ -120,15 +114,6 @@ def decide_context(spec: ModelSpec, options: BuildOptions) -> int | None:
             f"{spec.max_position_embeddings} positions. Give at most that, or use --window."
         )
     return options.context
-
-
-def within_context(spec: ModelSpec, context: int) -> ModelSpec:
-    """Leave out windows that no text of `context` tokens reaches the end of.
-
-    Such a layer sees all keys, so that it computes the same and needs a ring of the context only.
-    """
-    windows = (size if size is not None and size < context else None for size in spec.layer_windows)
-    return replace(spec, layer_windows=tuple(windows))
 
 
 def decide_ring(

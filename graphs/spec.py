@@ -6,7 +6,7 @@ F feed-forward, V vocabulary, L layers.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
 from graphs import window
@@ -33,6 +33,10 @@ _ALWAYS_OF_SCALING = (
     "original_max_position_embeddings",
 )  # fmt: skip
 """The fields of the first bundles, whose descriptions are read and hashed as they were written."""
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of the embedding [V, E], and of the output layer [V, E] where it is not tied to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +190,15 @@ class ModelSpec:
         """Number of weights; a tied embedding counts once."""
         return sum(_product(shape) for shape in self.weight_shapes().values())
 
+    def within(self, context: int) -> Self:
+        """Leave out windows that no text of `context` tokens reaches the end of.
+
+        Such a layer sees all keys, so that it computes the same and needs a ring of the context
+        only.
+        """
+        kept = (None if size is None or size >= context else size for size in self.layer_windows)
+        return replace(self, layer_windows=tuple(kept))
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight by its Hugging Face name; linears are [out, in].
 
@@ -194,7 +207,7 @@ class ModelSpec:
         """
         e, f, d = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_attention_heads * d, self.num_key_value_heads * d
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, e)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocab_size, e)}
         for i in range(self.num_hidden_layers):
             layer = f"model.layers.{i}."
             shapes[layer + "input_layernorm.weight"] = (e,)
@@ -213,7 +226,7 @@ class ModelSpec:
                 shapes[layer + "post_feedforward_layernorm.weight"] = (e,)
         shapes["model.norm.weight"] = (e,)
         if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, e)
+            shapes[HEAD] = (self.vocab_size, e)
         return shapes
 
     def to_json(self) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from exporter.checkpoint.stored import TORCH_FLOATS, StoredTensor, map_bytes
 from exporter.checkpoint.weight_source import WeightSource, float_source, unreadable_source
 from exporter.families.family import Family, Format, StoredAs
 from graphs.errors import MistralcError
-from graphs.spec import ModelSpec
+from graphs.spec import EMBEDDING, HEAD, ModelSpec
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Old versions of transformers saved the rotary frequencies, which follow from the configuration.
 _INVERSE_FREQUENCIES = r"(.+\.)?rotary_emb\.inv_freq"
 # Scales of a quantized KV cache; ours is in floats.
@@ -106,7 +105,7 @@ def _without_tied_head(
     family: Family, spec: ModelSpec, kind: Format, found: Sources
 ) -> dict[str, WeightSource]:
     """Leave out an output layer that is stored although it is tied, after comparing them."""
-    embedding, head = (family.tensors(spec, kind, name).name for name in (_EMBEDDING, _HEAD))
+    embedding, head = (family.tensors(spec, kind, name).name for name in (EMBEDDING, HEAD))
     if embedding in found and head in found:
         _check_tied(found[embedding], found[head])
     return {name: source for name, source in found.items() if name != head}
@@ -169,7 +168,7 @@ def _missing(
     count = sum(stored_name not in found for stored_name in names.values())
     others = f" and {count - 1} more" if count > 1 else ""
     advice = "Use the configuration and weights of one checkpoint, or download it again."
-    if name == _HEAD:
+    if name == HEAD:
         advice = (
             "If the output layer is the embedding, the configuration has to say so "
             "(tie_word_embeddings or tied_embeddings: true); otherwise download the checkpoint "

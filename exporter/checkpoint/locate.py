@@ -45,6 +45,8 @@ def locate(source: str | Path, lora: Sequence[str] = ()) -> Place:
     given = list(lora)
     if path.is_dir() and is_adapter(path):
         path, given = _base_of(path, given)
+    if (first := parts_of(path)[0]).is_file():  # of a GGUF model in several: it has the metadata
+        path = first
     adapters = tuple(read_adapter(*parse(one)) for one in given)
     texts = [one.path for one in adapters if any((one.path / name).is_file() for name in _TEXT)]
     return Place(path=path, label=label, text=texts[-1] if texts else path, adapters=adapters)

@@ -29,7 +29,7 @@ from exporter.checkpoint.config_gguf import (
 )
 from exporter.checkpoint.config_hf import family_of, spec_from_hf
 from exporter.checkpoint.config_mistral import spec_from_params
-from exporter.checkpoint.gguf_model import parts_of, read_model
+from exporter.checkpoint.gguf_model import read_model
 from exporter.checkpoint.locate import find_weight_file, format_of, locate, weights_present
 from exporter.checkpoint.quantized.methods import Quantization, quantization_of
 from exporter.checkpoint.safetensors_file import read_file, read_index
@@ -40,9 +40,8 @@ from exporter.families.mistral import MISTRAL
 from exporter.fields import Fields, read_json
 from graphs.dtypes import FLOATS, Dtype
 from graphs.errors import MistralcError
-from graphs.spec import ModelSpec
+from graphs.spec import HEAD, ModelSpec
 
-_HEAD = "lm_head.weight"
 _MOST_NUMBERS = 4096  # rotary factors; published models have 64 at most
 
 
@@ -116,6 +115,25 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declared:
+    """What a configuration says of a checkpoint, before any weight is looked at.
+
+    `dtype` is the weights' type, None if it gives none that we know; `quantization` says how they
+    are quantized, None if they are not.
+    """
+
+    family: Family
+    spec: ModelSpec
+    dtype: Dtype | None = None
+    quantization: Quantization | None = None
+
+    @property
+    def method(self) -> str | None:
+        """The name of the quantization."""
+        return None if self.quantization is None else self.quantization.method
+
+
 def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     """Open a Hugging Face or Mistral directory, a `.gguf` file, or the name `smollm2`.
 
@@ -128,36 +146,42 @@ def open_checkpoint(source: str | Path, lora: Sequence[str] = ()) -> Checkpoint:
     path = place.path
     with _reading(path):
         kind = format_of(path)
-        quantization = None
         if kind == "gguf":
-            path = parts_of(path)[0]  # which has the metadata, if it is one of several
             family, spec, found = _read_gguf(path)
+            declared = Declared(family=family, spec=spec)
         else:
-            family, spec, quantization = _configured(path, kind)
+            declared = _configured(path, kind)
+            family, spec = declared.family, declared.spec
             weights = find_weight_file(path, kind)
             found = read_index(weights) if weights.suffix == ".json" else read_file(weights)
             found = unwrapped(found)
-        sources, left_out = text_model(family, sources_of(found, kind, quantization))
-        if family.head_may_be_tied and _HEAD not in sources:
+        sources, left_out = text_model(family, sources_of(found, kind, declared.quantization))
+        if family.head_may_be_tied and HEAD not in sources:
             spec = replace(spec, tie_word_embeddings=True)
         spec, stored = canonical(family, spec, kind, path, sources, place.adapters)
     return Checkpoint(
         spec=spec, family=family, source=place.label, path=path, format=kind, stored=stored,
-        method=None if quantization is None else quantization.method, adapters=place.adapters,
-        text=path if place.text == place.path else place.text, left_out=left_out,
+        method=declared.method, adapters=place.adapters,
+        text=place.text, left_out=left_out,
     )  # fmt: skip
 
 
-def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
-    """Read the spec of a checkpoint; unlike `open_checkpoint`, the configuration is enough."""
+def read_declared(source: str | Path, lora: Sequence[str] = ()) -> Declared:
+    """Read what a checkpoint's configuration says; unlike `open_checkpoint`, it is enough."""
     place = locate(source, lora)
     with _reading(place.path):
         kind = format_of(place.path)
         if kind == "gguf":
-            spec = _read_gguf(parts_of(place.path)[0])[1]
+            family, spec, _ = _read_gguf(place.path)
+            found = Declared(family=family, spec=spec)
         else:
-            spec = _configured(place.path, kind)[1]
-    return resized(spec, place.adapters)
+            found = _configured(place.path, kind)
+    return replace(found, spec=resized(found.spec, place.adapters))
+
+
+def read_spec(source: str | Path, lora: Sequence[str] = ()) -> ModelSpec:
+    """Read the spec of a checkpoint from its configuration."""
+    return read_declared(source, lora).spec
 
 
 def has_weights(source: str | Path) -> bool:
@@ -166,26 +190,6 @@ def has_weights(source: str | Path) -> bool:
     with _reading(path):
         kind = format_of(path)
         return kind == "gguf" or weights_present(path, kind)
-
-
-def declared_type(source: str | Path) -> Dtype | None:
-    """Read the weights' type from the configuration; None if it gives none that we know."""
-    path = locate(source).path
-    with _reading(path):
-        if format_of(path) != "huggingface":
-            return None
-        values = read_json(path / "config.json").values
-    declared = values.get("dtype", values.get("torch_dtype"))
-    return next((name for name in FLOATS if name == declared), None)
-
-
-def declared_method(source: str | Path) -> str | None:
-    """Read from the configuration how a directory's weights are quantized; None if they are not."""
-    path = locate(source).path
-    with _reading(path):
-        kind = format_of(path)
-        quantization = None if kind == "gguf" else _configured(path, kind)[2]
-    return None if quantization is None else quantization.method
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
@@ -236,12 +240,16 @@ def _numbers(tensor: StoredTensor) -> tuple[float, ...]:
     return tuple(source.read().float().tolist())
 
 
-def _configured(directory: Path, kind: Format) -> tuple[Family, ModelSpec, Quantization | None]:
-    """Read the family and the spec, and how the weights are quantized."""
+def _configured(directory: Path, kind: Format) -> Declared:
     if kind == "mistral":
         params = read_json(directory / "params.json")
         spec = spec_from_params(params.values, params.origin)
-        return MISTRAL, spec, quantization_of(directory, params)
+        return Declared(family=MISTRAL, spec=spec, quantization=quantization_of(directory, params))
     config = read_json(directory / "config.json")
-    spec = spec_from_hf(config.values, config.origin)
-    return family_of(config), spec, quantization_of(directory, config)
+    named = config.values.get("dtype", config.values.get("torch_dtype"))
+    return Declared(
+        family=family_of(config),
+        spec=spec_from_hf(config.values, config.origin),
+        dtype=next((name for name in FLOATS if name == named), None),
+        quantization=quantization_of(directory, config),
+    )

@@ -21,7 +21,7 @@ from exporter.decoder.rotary import inverse_frequencies
 from graphs.contract import Dim, TensorSpec, graph_inputs, graph_outputs
 from graphs.dtypes import ELEMENT_TYPES, Dtype
 from graphs.passes.weight_ref import ONNX_DTYPE, WeightRef
-from graphs.spec import ModelSpec
+from graphs.spec import EMBEDDING, ModelSpec
 
 OPSET = 24  # the first with TensorScatter and with Attention's bool mask as we use it
 
@@ -91,7 +91,7 @@ def _name_weights(model: ir.Model, spec: ModelSpec, activation: Dtype) -> None:
         if name == "inv_freq":
             value.const_value = ir.tensor(inverse_frequencies(spec).numpy(), name=name)
             continue
-        part = "model.embed_tokens.weight" if name not in shapes else name
+        part = EMBEDDING if name not in shapes else name
         value.const_value = WeightRef(name, (part,), shapes[part], dtype)
         value.shape, value.dtype = value.const_value.shape, dtype
 

@@ -14,8 +14,6 @@ Values and outputs are not rotated, so only these two projections differ.
 import re
 from collections.abc import Mapping
 
-import torch
-
 from exporter.families.family import Format, StoredAs
 from graphs.spec import ModelSpec
 
@@ -93,20 +91,6 @@ def rotated_heads(spec: ModelSpec, name: str) -> int | None:
     if module.endswith("self_attn.k_proj"):
         return spec.num_key_value_heads
     return None
-
-
-def to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of [heads * D, E] from interleaved to half-split; returns a new tensor."""
-    rows, columns = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [heads, D/2, 2, E]
-    return pairs.transpose(1, 2).reshape(rows, columns)
-
-
-def to_interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of [heads * D, E] from half-split to interleaved: the inverse."""
-    rows, columns = weight.shape
-    halves = weight.reshape(heads, 2, rows // heads // 2, columns)  # [heads, 2, D/2, E]
-    return halves.transpose(1, 2).reshape(rows, columns)
 
 
 def _rename(name: str, names: Mapping[str, str], layers: str) -> str:

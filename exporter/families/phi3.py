@@ -5,9 +5,8 @@ transformers: models/phi3. `qkv_proj` holds the rows of q_proj, k_proj and v_pro
 """
 
 import re
-from dataclasses import replace
 
-from exporter.families.config import Window, read_common, window_of, windows_of
+from exporter.families.config import read_common, window_of, windows_of
 from exporter.families.family import Family, Format, StoredAs
 from exporter.families.names import stored_name
 from exporter.families.rotary import read_rotary
@@ -29,7 +28,7 @@ def read_config(fields: Fields) -> ModelSpec:
         kv_heads=fields.integer("num_attention_heads"),
         rotary=read_rotary(filled, partial=True),
     )
-    return _without_idle_window(spec)
+    return spec.within(spec.max_position_embeddings)  # Phi-3.5: a window of 262,144 in 131,072
 
 
 def tensors(spec: ModelSpec, kind: Format, name: str) -> StoredAs:
@@ -51,16 +50,7 @@ def tensors(spec: ModelSpec, kind: Format, name: str) -> StoredAs:
 
 def read_gguf(_: Fields, spec: ModelSpec) -> ModelSpec:
     """Remove a window that no text leaves; the rest is read for every architecture."""
-    return _without_idle_window(spec)
-
-
-def _without_idle_window(spec: ModelSpec) -> ModelSpec:
-    """Remove a window that no text of the trained length leaves: 262,144 of 131,072 in Phi-3.5."""
-    windows: tuple[Window, ...] = tuple(
-        None if size is None or size >= spec.max_position_embeddings else size
-        for size in spec.layer_windows
-    )
-    return replace(spec, layer_windows=windows)
+    return spec.within(spec.max_position_embeddings)
 
 
 PHI3 = Family(

@@ -15,10 +15,8 @@ from graphs.dtypes import ELEMENT_TYPES
 from graphs.errors import UsageError
 from graphs.precisions import PRECISIONS, Precision
 from graphs.quant_scheme import BLOCKS, Scheme, default_scheme, groups
-from graphs.spec import ModelSpec
+from graphs.spec import EMBEDDING, HEAD, ModelSpec
 from graphs.targets import CodeLayout, Target
-
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

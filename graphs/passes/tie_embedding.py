@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from graphs.passes.rule import Rule
 from graphs.passes.weight_ref import weight_of
-from graphs.spec import ModelSpec
+from graphs.spec import HEAD, ModelSpec
 
 
 class Twins(NamedTuple):
@@ -39,7 +39,7 @@ def _check(twins: Twins) -> str | None:
 
 
 def _rewrite(graph: ir.Graph, twins: Twins) -> None:
-    kept, dropped = sorted(twins, key=lambda value: value.name == "lm_head.weight")
+    kept, dropped = sorted(twins, key=lambda value: value.name == HEAD)
     dropped.replace_all_uses_with(kept)
     del graph.initializers[str(dropped.name)]
 

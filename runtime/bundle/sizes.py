@@ -5,7 +5,7 @@ import math
 from graphs.build import Build, Storage
 from graphs.dtypes import Dtype, item_size
 from graphs.quant_scheme import stored_parts
-from graphs.spec import ModelSpec
+from graphs.spec import EMBEDDING, ModelSpec
 
 
 def weight_bytes(spec: ModelSpec, storage: Storage, activation: Dtype) -> dict[str, int]:
@@ -27,7 +27,7 @@ def read_bytes(build: Build) -> int:
     spec = build.spec
     found = weight_bytes(spec, build.storage, build.activation)
     if not spec.tie_word_embeddings:
-        found["model.embed_tokens.weight"] //= spec.vocab_size
+        found[EMBEDDING] //= spec.vocab_size
     return sum(found.values())
 
 

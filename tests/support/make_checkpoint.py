@@ -177,7 +177,7 @@ def _stored(
     for values in chunks(spec, name, seed):
         weight = torch.from_numpy(values)
         if heads is not None:
-            weight = weight_names.to_interleaved(weight, weight.shape[0] // spec.head_dim)
+            weight = to_interleaved(weight, weight.shape[0] // spec.head_dim)
         yield weight.to(_TORCH[dtype]).contiguous().view(torch.uint8).numpy()
 
 
@@ -345,6 +345,20 @@ def _bytes(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
     return int(float(number) * units.get(unit, 1))
+
+
+def to_half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of [heads * D, E] from interleaved to half-split; returns a new tensor."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)  # [heads, D/2, 2, E]
+    return pairs.transpose(1, 2).reshape(rows, columns)
+
+
+def to_interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of [heads * D, E] from half-split to interleaved: the inverse."""
+    rows, columns = weight.shape
+    halves = weight.reshape(heads, 2, rows // heads // 2, columns)  # [heads, 2, D/2, E]
+    return halves.transpose(1, 2).reshape(rows, columns)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from exporter.families import names as weight_names
 from exporter.families.family import Format
 from graphs.quant_scheme import groups
 from graphs.spec import ModelSpec
-from tests.support.make_checkpoint import tiny_spec, write_checkpoint
+from tests.support.make_checkpoint import tiny_spec, to_half_split, write_checkpoint
 
 SPEC = tiny_spec(hidden_size=128, intermediate_size=256, head_dim=32)
 """Wide enough for blocks of 128; two key heads of 32."""
@@ -85,7 +85,7 @@ def write_form(folder: Path, form: Form, spec: ModelSpec = SPEC) -> Written:
 
 
 def _half_split(made: Made, heads: int) -> Made:
-    split = weight_names.to_half_split
+    split = to_half_split
     codes = made.codes
     if codes is not None:
         codes = split(codes.view(torch.uint8), heads).view(codes.dtype)

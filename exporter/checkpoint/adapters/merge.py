@@ -14,10 +14,9 @@ from exporter.checkpoint.adapters.read import Adapter, Change
 from exporter.checkpoint.stored import TORCH_FLOATS, StoredTensor, map_tensor
 from exporter.checkpoint.weight_source import WeightSource, float_source
 from graphs.errors import MistralcError
-from graphs.spec import ModelSpec
+from graphs.spec import EMBEDDING, HEAD, ModelSpec
 
 AT_ONCE = 1 << 22  # values that are merged at once: 16 MiB in float32, which the heap keeps
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def merged(
@@ -34,16 +33,16 @@ def merged(
     result = dict(sources)
     for adapter in adapters:
         if tied and _unties(adapter):
-            result[_HEAD] = result[_EMBEDDING]
+            result[HEAD] = result[EMBEDDING]
             tied = False
         # What was saved replaces the base weight before anything is added, as peft loads it first.
         for name, change in adapter.changes.items():
             if change.replacement is not None:
-                at = _EMBEDDING if tied and name == _HEAD else name
+                at = EMBEDDING if tied and name == HEAD else name
                 if at in result:
                     result[at] = float_source(change.replacement)
         for name, change in adapter.changes.items():
-            at = _EMBEDDING if tied and name == _HEAD else name
+            at = EMBEDDING if tied and name == HEAD else name
             base = result.get(at)
             if base is None:
                 raise MistralcError(
@@ -60,7 +59,7 @@ def resized(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
     An embedding or output layer that is a copy of its own is no longer tied.
     """
     for adapter in adapters:
-        for name in (_EMBEDDING, _HEAD):
+        for name in (EMBEDDING, HEAD):
             change = adapter.changes.get(name)
             if change is not None and change.replacement is not None:
                 spec = replace(spec, vocab_size=change.replacement.shape[0])
@@ -71,7 +70,7 @@ def resized(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
 
 def _unties(adapter: Adapter) -> bool:
     return any(
-        name in (_EMBEDDING, _HEAD) and change.apart for name, change in adapter.changes.items()
+        name in (EMBEDDING, HEAD) and change.apart for name, change in adapter.changes.items()
     )
 
 

@@ -15,7 +15,7 @@ from exporter.checkpoint.open import open_checkpoint
 from exporter.families import names as weight_names
 from graphs.errors import MistralcError
 from graphs.spec import ModelSpec
-from tests.support.make_checkpoint import chunks, tiny_spec
+from tests.support.make_checkpoint import chunks, tiny_spec, to_interleaved
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -83,7 +83,7 @@ def write_gguf(
             continue
         weight = drawn(spec, name)
         if (heads := weight_names.rotated_heads(spec, name)) is not None:
-            weight = weight_names.to_interleaved(weight, heads)
+            weight = to_interleaved(weight, heads)
         kind = (kinds or {}).get(name, gguf.GGMLQuantizationType.F32)
         data = gguf.quants.quantize(weight.numpy(), kind)
         writer.add_tensor(weight_names.stored_name(name, "gguf", spec), data, raw_dtype=kind)

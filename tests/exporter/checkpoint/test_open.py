@@ -25,6 +25,8 @@ from tests.exporter.checkpoint.edits import (
 from tests.support.make_checkpoint import (
     Format,
     tiny_spec,
+    to_half_split,
+    to_interleaved,
     write_checkpoint,
 )
 
@@ -71,9 +73,9 @@ def test_every_format_gives_the_same_canonical_weights(
 
 def test_interleaved_rows_are_the_pairs_of_half_split_rows() -> None:
     half_split = torch.arange(12.0).reshape(12, 1)  # two heads, D=6
-    interleaved = weight_names.to_interleaved(half_split, 2)
+    interleaved = to_interleaved(half_split, 2)
     assert interleaved.flatten().tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    assert torch.equal(weight_names.to_half_split(interleaved, 2), half_split)
+    assert torch.equal(to_half_split(interleaved, 2), half_split)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

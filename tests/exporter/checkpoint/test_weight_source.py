@@ -12,9 +12,8 @@ from exporter.checkpoint.open import open_checkpoint
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.stored import map_bytes
 from exporter.checkpoint.weight_source import WeightSource
-from exporter.families import names as weight_names
 from tests.exporter.checkpoint.edits import Q_PROJ, small_spec, write_gguf
-from tests.support.make_checkpoint import write_checkpoint
+from tests.support.make_checkpoint import to_half_split, write_checkpoint
 
 
 @pytest.fixture(params=["float32", "Q4_0", "Q8_0"])
@@ -44,7 +43,7 @@ def test_half_split_rows_are_the_same_whole_or_in_parts(
     source: WeightSource, start: int, stop: int
 ) -> None:
     split = source.half_split(4)
-    whole = weight_names.to_half_split(source.read(), 4)
+    whole = to_half_split(source.read(), 4)
     assert torch.equal(split.read(), whole)
     part = split.rows(start, stop)
     assert torch.equal(part.read(), whole[start:stop])

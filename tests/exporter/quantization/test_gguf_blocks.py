@@ -14,7 +14,6 @@ from exporter.checkpoint.open import open_checkpoint
 from exporter.checkpoint.quantized.gguf_blocks import block_source
 from exporter.checkpoint.stored import ByteRange, StoredTensor
 from exporter.decide import decide
-from exporter.families import names as weight_names
 from exporter.options import BuildOptions
 from exporter.quantization.carry import describe_carried
 from exporter.quantization.make_recipe import make_recipe, weight_facts
@@ -23,7 +22,7 @@ from graphs.quant_scheme import Scheme, groups, stored_parts
 from graphs.targets import TARGETS
 from tests.exporter.checkpoint.edits import write_gguf
 from tests.support.gguf_blocks import KINDS, random_blocks
-from tests.support.make_checkpoint import tiny_spec
+from tests.support.make_checkpoint import tiny_spec, to_half_split
 
 SPEC = tiny_spec(num_hidden_layers=2, hidden_size=256, intermediate_size=256, head_dim=64)
 LINEARS = [name for group in groups(SPEC) for name in group.readers]
@@ -150,7 +149,7 @@ def test_rows_of_a_rotated_weight_are_reordered_with_their_scales(tmp_path: Path
     name = "model.layers.0.self_attn.q_proj.weight"
     data = random_blocks("Q6_K", 256, 256, LINEARS.index(name), size=0.002)
     stored = torch.from_numpy(gguf.dequantize(data, gguf.GGMLQuantizationType.Q6_K))
-    expected = weight_names.to_half_split(stored.view(256, 256), SPEC.num_attention_heads)
+    expected = to_half_split(stored.view(256, 256), SPEC.num_attention_heads)
     exact = opened.stored[name].quantized
     assert exact is not None
     assert torch.equal(exact[1]().dequantized(), expected)
